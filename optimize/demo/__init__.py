@@ -1,0 +1,1 @@
+"""The demo, shipped in the wheel: a small network on handwritten digits."""

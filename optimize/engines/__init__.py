@@ -1,0 +1,1 @@
+"""Engines that work runs on: child processes here."""

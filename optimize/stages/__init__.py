@@ -1,0 +1,1 @@
+"""Stages: each turns one artifact into another."""

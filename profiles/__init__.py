@@ -1,0 +1,1 @@
+"""How a variant is served, and how it behaves when it is."""

@@ -1,0 +1,72 @@
+"""The Cluster port: deploy a candidate, look at it, take it away."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from registry.records import Artifact, Candidate, Target
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """What a deployment has used so far.
+
+    Attributes:
+        cpu_s: CPU seconds of all its processes, user and system, since they started.
+        rss_mb: resident memory of all its processes now, in MB of 10^6 bytes.
+    """
+
+    cpu_s: float
+    rss_mb: float
+
+
+class Deployment(Protocol):
+    """One candidate that is being served."""
+
+    @property
+    def candidate(self) -> Candidate:
+        """What is served."""
+
+    @property
+    def target(self) -> Target:
+        """Where it is served."""
+
+    @property
+    def load_time_s(self) -> float:
+        """From the start of the server to the model's readiness."""
+
+    @property
+    def rendered(self) -> dict[str, str]:
+        """Path -> text of the files that were rendered for it."""
+
+    def usage(self) -> Usage:
+        """What it has used so far.
+
+        Raises:
+            ServerDiedError: a process of it has ended.
+        """
+
+    def undeploy(self) -> None:
+        """Ends it; a second call does nothing."""
+
+
+class Cluster(Protocol):
+    """Where candidates are deployed."""
+
+    def deploy(self, candidate: Candidate, artifact: Artifact, files: Path, *, timeout_s: float) -> Deployment:
+        """Serves the candidate and returns when its model is ready.
+
+        Args:
+            candidate: what to serve, and how.
+            artifact: its model.
+            files: folder with the artifact's files; they are linked or copied, never changed.
+            timeout_s: longest wait for readiness.
+
+        Raises:
+            UnreachableError: the server refused the model, or was not ready in time; the message ends with the end
+                of the server's log.
+            ServerDiedError: the server ended while it loaded.
+        """
+
+    def close(self) -> None:
+        """Ends all that is deployed."""

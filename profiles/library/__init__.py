@@ -1,0 +1,1 @@
+"""Shipped profiles: levels of proof, load and hardware."""

@@ -1,0 +1,1 @@
+"""Load: what is sent, when, and how it is timed."""

@@ -1,0 +1,1 @@
+"""Measuring: rounds, statistics, capacity, resources and the host."""

@@ -1,0 +1,647 @@
+"""The frozen values that flow through burnish, from an artifact to a verdict.
+
+Every record is frozen and keyword-only. ``registry.codec`` alone turns one into JSON. A number that is reported
+is an `Estimate`; a thing that failed is a `Failure`. Mappings are never changed once a record holds them.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+Scalar = bool | int | float | str | None
+Params = Mapping[str, Scalar]
+
+# --- models ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorSpec:
+    """One input or output of a model.
+
+    Attributes:
+        name: its name in the graph.
+        dtype: numpy's name of the type (``float32``, ``int64``, ...; ``bfloat16`` and ``str`` where numpy has none).
+        shape: one entry a dimension: a fixed size, the name of a symbolic size, or None where it has no name.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int | str | None, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArtifactFile:
+    """One file of an artifact: its POSIX path inside the artifact, SHA-256 (hex) and size."""
+
+    path: str
+    sha256: str
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Artifact:
+    """The files that are one model, addressed by their content. Once stored, never written again.
+
+    Attributes:
+        digest: SHA-256 (hex) over the sorted lines ``<sha256>  <path>\\n`` of its files.
+        format: what the files are.
+        entry: the file that an engine opens (``model.onnx``, ``model.xml``); the others stand beside it.
+    """
+
+    digest: str
+    format: Literal["onnx", "openvino"]
+    entry: str
+    files: tuple[ArtifactFile, ...]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+    @property
+    def size_bytes(self) -> int:
+        """The size of all files together."""
+        return sum(file.size_bytes for file in self.files)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """A model as the user named it, turned into its float32 artifact.
+
+    Attributes:
+        name: the user's name for it, unique in a campaign.
+        kind: how it was given.
+        location: the path, or ``package.module:factory``, as given.
+        digest: SHA-256 (hex) of what it was made from; for an ONNX file, of its bytes.
+    """
+
+    name: str
+    kind: Literal["onnx", "torch", "huggingface"]
+    location: str
+    digest: str
+    artifact: Artifact
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageCall:
+    """One stage of a recipe, with the parameters it is called with."""
+
+    name: str
+    params: Params = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSpec:
+    """An engine and how it is set; accuracy belongs to (variant, engine, instruction set).
+
+    Attributes:
+        name: the engine.
+        precision: ``default`` lets the engine choose (OpenVINO then computes in bfloat16 where the CPU has it);
+            ``float32`` holds it to float32.
+        graph_level: ONNX Runtime's graph optimization level; OpenVINO has none and ignores it.
+    """
+
+    name: Literal["onnxruntime", "openvino"]
+    precision: Literal["default", "float32"] = "default"
+    graph_level: Literal["disable", "basic", "extended", "all"] = "all"
+
+    @property
+    def key(self) -> str:
+        """A short name that tells two settings of one engine apart."""
+        return f"{self.name}.{self.precision}.{self.graph_level}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """Ordered stages with their parameters, and the engines that the outcome is meant for."""
+
+    name: str
+    stages: tuple[StageCall, ...]
+    engines: tuple[EngineSpec, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Variant:
+    """An artifact made from a source by a recipe.
+
+    Attributes:
+        id: SHA-256 (hex, first 16 digits) over source digest, stages and parameters, calibration digest, seed and
+            tool versions: equal ids mean the same work.
+        name: the recipe's name, or ``<source>/<recipe>`` where the campaign has several sources.
+        calibration_digest: digest of the samples that calibrated it, or None where no stage took any.
+        signature_changed: whether a stage declared another signature than the source's.
+        batch_dependent: whether an answer depends on its neighbours in the batch (dynamic quantization).
+        made_in_s: how long the stages took.
+        notes: what the stages have to say of what they did.
+    """
+
+    id: str
+    name: str
+    source: str
+    source_digest: str
+    recipe: Recipe
+    calibration_digest: str | None
+    seed: int
+    tool_versions: Mapping[str, str]
+    artifact: Artifact
+    signature_changed: bool = False
+    batch_dependent: bool = False
+    made_in_s: float = 0.0
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """A variant or candidate that could not be made, judged, served or measured, and why.
+
+    Attributes:
+        subject: the name of the variant or candidate.
+        phase: where it stopped.
+        kind: ``not_applicable`` (the stage cannot apply here), ``screened_out`` (a faster sibling was served
+            instead), ``error``, ``timeout``, ``memory`` or ``died``.
+        reason: one sentence for the user.
+        detail: the end of a log or traceback, or empty.
+    """
+
+    subject: str
+    phase: Literal["source", "make", "fidelity", "screen", "deploy", "measure"]
+    kind: Literal["not_applicable", "screened_out", "error", "timeout", "memory", "died"]
+    reason: str
+    detail: str = ""
+
+
+# --- numbers ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """A number that is reported: never a bare float.
+
+    Attributes:
+        value: the point estimate.
+        low: lower end of the interval; None where nothing is known of it.
+        high: upper end of the interval; None where nothing is known of it.
+        runs: the independent runs, or the samples for a metric of fidelity, behind it.
+        method: how the interval was found (``exact``, ``t over runs``, ``paired bootstrap``, ``single run``, ...).
+        unit: ``ms``, ``1/s``, ``MB``, ``s``, ``fraction``, ``bytes``, ``1``.
+
+    Raises:
+        ValueError: value or an end is not finite, or the ends are out of order.
+    """
+
+    value: float
+    low: float | None
+    high: float | None
+    runs: int
+    method: str
+    unit: str
+
+    def __post_init__(self) -> None:
+        ends = [end for end in (self.low, self.value, self.high) if end is not None]
+        if not all(math.isfinite(end) for end in ends):
+            raise ValueError(f"an estimate is finite, not {self.low}, {self.value}, {self.high}")
+        if self.low is not None and self.high is not None and self.low > self.high:
+            raise ValueError(f"the interval [{self.low}, {self.high}] is out of order")
+
+
+def exact(value: float, unit: str) -> Estimate:
+    """An estimate of what was counted, not sampled (a file's size, say)."""
+    return Estimate(value=value, low=value, high=value, runs=1, method="exact", unit=unit)
+
+
+Metrics = Mapping[str, Estimate]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fidelity:
+    """How a variant answers in one engine, against the baseline, on held-out samples.
+
+    Attributes:
+        batch_size: the batch the answers were taken at, which counts where the variant is batch dependent.
+        instruction_set: the widest set the engine can use here (``avx512_vnni``, ``avx2``, ...).
+        metrics: ``accuracy`` (the task metric), ``accuracy_drop`` (baseline minus variant), ``flip_rate``,
+            ``cosine``, ``max_abs_error``, ...
+        task_metric: the name of the metric that ``accuracy`` holds.
+    """
+
+    variant_id: str
+    engine: EngineSpec
+    engine_version: str
+    instruction_set: str
+    batch_size: int
+    samples_digest: str
+    samples: int
+    task_metric: str
+    metrics: Metrics
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Screening:
+    """In-process time of a variant in one engine: no server, one process of its own.
+
+    ``metrics`` holds ``inprocess_ms`` at each batch size screened, named ``inprocess_ms.batch_<n>``.
+    """
+
+    variant_id: str
+    engine: EngineSpec
+    threads: int
+    metrics: Metrics
+
+
+# --- serving ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServingProfile:
+    """How a variant is served.
+
+    Attributes:
+        server: the inference server.
+        backend: what runs the model in it: ``burnish`` is our MLServer runtime, ``python`` Triton's Python backend
+            with our model, ``onnxruntime`` and ``openvino`` Triton's own backends.
+        protocol: what requests travel over: V2 gRPC with raw tensors, or V2 REST.
+        max_batch_size: most requests in one batch; 1 switches batching off.
+        max_batch_delay_ms: how long a request may wait for company.
+        instances: Triton instances of the model; 1 for MLServer.
+        parallel_workers: MLServer worker processes; 0 runs the model in the server process; 0 for Triton.
+        threads: intra-op threads of each engine session.
+    """
+
+    server: Literal["mlserver", "triton"]
+    backend: Literal["burnish", "python", "onnxruntime", "openvino"]
+    protocol: Literal["grpc", "rest"] = "grpc"
+    max_batch_size: int = 1
+    max_batch_delay_ms: float = 0.0
+    instances: int = 1
+    parallel_workers: int = 0
+    threads: int = 1
+
+    @property
+    def key(self) -> str:
+        """A short name, unique for what is set: ``mlserver-grpc-b8-d2``, ``triton-rest-b1``, ..."""
+        parts = [self.server, self.protocol, f"b{self.max_batch_size}"]
+        if self.max_batch_delay_ms:
+            parts.append(f"d{self.max_batch_delay_ms:g}")
+        if self.instances != 1:
+            parts.append(f"i{self.instances}")
+        if self.parallel_workers:
+            parts.append(f"w{self.parallel_workers}")
+        if self.threads != 1:
+            parts.append(f"t{self.threads}")
+        if self.backend not in {"burnish", "python"}:
+            parts.append(self.backend)
+        return "-".join(parts)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """A variant in an engine under a serving profile: what is deployed and measured.
+
+    Attributes:
+        id: SHA-256 (hex, first 16 digits) over all the rest.
+        name: ``<variant>[.<precision>] @ <serving profile's key>``: what people read.
+    """
+
+    id: str
+    name: str
+    variant_id: str
+    variant_name: str
+    engine: EngineSpec
+    engine_version: str
+    serving: ServingProfile
+    server_version: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """Where requests go.
+
+    Attributes:
+        url: ``host:port`` of the V2 endpoint, without a scheme.
+        protocol: what is spoken there.
+        model: the model's name there.
+        headers: sent with each request (routing on Core 2); never credentials in a log.
+        tls: whether the connection is encrypted, and the server's certificate verified.
+        binary: whether a REST endpoint takes binary tensors (Triton does, MLServer does not).
+    """
+
+    url: str
+    protocol: Literal["grpc", "rest"]
+    model: str
+    headers: Mapping[str, str] = field(default_factory=dict)
+    tls: bool = False
+    binary: bool = False
+
+
+# --- measuring -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClosedLoop:
+    """A fixed number of requests outstanding; answers the question of capacity."""
+
+    concurrency: int
+    kind: Literal["closed"] = "closed"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenLoop:
+    """Arrivals that do not wait for answers; answers the question of latency at a rate.
+
+    Attributes:
+        rate_rps: mean arrivals a second.
+        arrivals: exponential gaps, or equal ones.
+    """
+
+    rate_rps: float
+    arrivals: Literal["poisson", "constant"] = "poisson"
+    kind: Literal["open"] = "open"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadProfile:
+    """One window of load.
+
+    Attributes:
+        name: which of the campaign's loads this is (``closed``, ``0.8 saturation``, ``100 rps``, ...).
+        warmup_s: sent first, not recorded.
+        duration_s: the recorded window.
+        timeout_s: an answer later than this is a miss.
+        max_in_flight: open loop: an arrival beyond it is dropped, and counted as a miss.
+        seed: of arrivals and of the order of payloads.
+    """
+
+    name: str
+    load: ClosedLoop | OpenLoop
+    warmup_s: float
+    duration_s: float
+    timeout_s: float = 10.0
+    max_in_flight: int = 1024
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GateFinding:
+    """A validity gate that a run failed: the run is invalid, not merely warned about."""
+
+    gate: str
+    observed: str
+    limit: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunRecord:
+    """One measured window.
+
+    Attributes:
+        load: what was offered.
+        scheduled: arrivals that fell into the window (closed loop: requests sent in it).
+        ok: answered in time and without error.
+        errors: by class of error: ``timeout``, ``dropped``, ``status``, ``connection``, ``mismatch``.
+        window_s: the length of the window as it was.
+        metrics: of this run alone: ``throughput_rps``, ``latency_p50_ms``, ``latency_p90_ms``, ``latency_p99_ms``
+            (those that the sample earns), ``service_p50_ms``, ``lateness_p99_ms``, ``client_cpu``, ``rss_mb``,
+            ``cpu_s_per_1k``.
+        findings: the gates it failed; a run with any is invalid.
+        raw: path inside the campaign's folder of the compressed arrays (intended, sent, done in ns, status).
+    """
+
+    load: LoadProfile
+    scheduled: int
+    ok: int
+    errors: Mapping[str, int]
+    window_s: float
+    metrics: Mapping[str, float]
+    findings: tuple[GateFinding, ...]
+    raw: str
+
+    @property
+    def valid(self) -> bool:
+        """Whether no gate failed."""
+        return not self.findings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RateStage:
+    """One hold of the staged open-loop search: what was offered, what came back, and whether the server kept up."""
+
+    offered_rps: float
+    achieved_rps: float
+    latency_p50_ms: float | None
+    latency_p90_ms: float | None
+    sustained: bool
+    findings: tuple[GateFinding, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Capacity:
+    """Where a candidate saturates, found once before the rounds.
+
+    Attributes:
+        concurrency: the closed-loop concurrency with the highest throughput.
+        ladder: (concurrency, throughput a second) for each one tried.
+        stages: the open-loop stages, in rising order.
+        saturation_rps: the highest rate that was sustained; None where none was.
+    """
+
+    candidate_id: str
+    concurrency: int
+    ladder: tuple[tuple[int, float], ...]
+    stages: tuple[RateStage, ...]
+    saturation_rps: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Round:
+    """What one candidate gave in one round: a run for each load, in the place that chance gave it."""
+
+    candidate_id: str
+    number: int
+    position: int
+    runs: tuple[RunRecord, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measurement:
+    """What the valid runs of one candidate say together.
+
+    Attributes:
+        load: the load the metrics belong to (``0.8 saturation``, ``100 rps``, ``concurrency 1``), or None for those
+            that belong to none (``max_throughput_rps``, ``saturation_rps``, ``rss_mb``, ``load_time_s``, ...).
+        invalid_runs: runs left out, and counted.
+    """
+
+    candidate_id: str
+    load: str | None
+    metrics: Metrics
+    invalid_runs: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """A candidate against the baseline, from interleaved pairs.
+
+    Attributes:
+        ratio: candidate over baseline; the interval comes from log-ratios of pairs.
+        noise_floor: the relative difference below which nothing is called a difference.
+    """
+
+    candidate_id: str
+    baseline_id: str
+    metric: str
+    load: str | None
+    ratio: Estimate
+    noise_floor: float
+    word: Literal["faster", "equivalent", "slower", "undecided"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Host:
+    """The machine a number belongs to. Ratios hold only within one fingerprint.
+
+    Attributes:
+        fingerprint: SHA-256 (hex, first 16 digits) over what makes two machines differ in speed.
+        instruction_sets: those of the CPU that engines make use of (``avx2``, ``avx512_vnni``, ...).
+        gpus: names of GPUs, if any.
+    """
+
+    fingerprint: str
+    cpu_model: str
+    cores: int
+    memory_mb: int
+    instruction_sets: tuple[str, ...]
+    gpus: tuple[str, ...]
+    kernel: str
+    pinning: str
+
+
+# --- deciding --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Constraint:
+    """A hard limit.
+
+    Attributes:
+        text: as the user wrote it.
+        metric: the metric's name.
+        op: which side of the limit passes.
+        limit: in the metric's unit; for ``relative`` a fraction of the baseline's value.
+        relative: whether the limit is relative to the baseline.
+        load: the load the metric must be measured at, or None for a metric that has none.
+    """
+
+    text: str
+    metric: str
+    op: Literal["<=", ">=", "<", ">"]
+    limit: float
+    relative: bool = False
+    load: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Objective:
+    """What is to be made large or small among those that pass."""
+
+    text: str
+    direction: Literal["maximize", "minimize"]
+    metric: str
+    load: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Policy:
+    """The user's constraints, and objectives in falling order of weight."""
+
+    constraints: tuple[Constraint, ...]
+    objectives: tuple[Objective, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Judgement:
+    """One constraint on one candidate: pass, fail, or unknown (which never wins)."""
+
+    constraint: Constraint
+    outcome: Literal["pass", "fail", "unknown"]
+    observed: Estimate | None
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rejection:
+    """Why a candidate was not selected: one sentence, and the judgements behind it."""
+
+    candidate_id: str
+    candidate_name: str
+    reason: str
+    judgements: tuple[Judgement, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClosestMiss:
+    """Where nothing passes: the candidate that came nearest to one constraint, and what would admit it."""
+
+    constraint: Constraint
+    candidate_id: str
+    candidate_name: str
+    observed: Estimate
+    relaxation: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """The outcome of a campaign.
+
+    Attributes:
+        selected: id of the selected candidate, or None where nothing may be.
+        sentence: the verdict in one sentence.
+        provisional: whether the level of proof forbids promotion (``quick``).
+        pareto: ids of the candidates that no other beats on every objective axis.
+        unknown: ids of candidates that could be neither passed nor failed.
+    """
+
+    policy: Policy
+    baseline: str | None
+    selected: str | None
+    sentence: str
+    provisional: bool
+    pareto: tuple[str, ...]
+    rejections: tuple[Rejection, ...]
+    unknown: tuple[str, ...]
+    closest: tuple[ClosestMiss, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Campaign:
+    """Everything a campaign found: what a report shows and a tracker records.
+
+    Attributes:
+        id: SHA-256 (hex, first 16 digits) over the plan, so that the same campaign synced twice is one.
+        model_name: the name of the registered model.
+        started_at: ISO 8601, UTC.
+        rendered: candidate id -> path of a rendered file -> its text.
+        versions: package -> version. Never environment variables.
+        artifacts: variant id -> folder of its files on this machine.
+    """
+
+    id: str
+    name: str
+    model_name: str
+    level: str
+    seed: int
+    started_at: str
+    host: Host
+    versions: Mapping[str, str]
+    samples_digest: str
+    task_metric: str
+    sources: tuple[Source, ...]
+    variants: tuple[Variant, ...]
+    fidelities: tuple[Fidelity, ...]
+    screenings: tuple[Screening, ...]
+    candidates: tuple[Candidate, ...]
+    capacities: tuple[Capacity, ...]
+    rounds: tuple[Round, ...]
+    measurements: tuple[Measurement, ...]
+    comparisons: tuple[Comparison, ...]
+    failures: tuple[Failure, ...]
+    rendered: Mapping[str, Mapping[str, str]]
+    artifacts: Mapping[str, str]
+    verdict: Verdict
