@@ -3,7 +3,7 @@
 import hashlib
 import json
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -15,7 +15,7 @@ R = TypeVar("R")
 
 
 @cache
-def _adapter(record_type: type[R]) -> TypeAdapter[R]:
+def _adapter(record_type: Any) -> TypeAdapter[Any]:
     return TypeAdapter(record_type)
 
 
@@ -63,7 +63,7 @@ def from_jsonable(record_type: type[R], content: Any) -> R:
         InputError: fields are missing, unknown or of the wrong type.
     """
     try:
-        return _adapter(record_type).validate_json(canonical(content))
+        return cast(R, _adapter(record_type).validate_json(canonical(content)))
     except ValidationError as error:
         raise InputError(f"not a valid {record_type.__name__}: {error}") from error
 

@@ -15,7 +15,7 @@ class Store(Protocol):
         self,
         folder: Path,
         *,
-        format: Literal["onnx", "openvino"],  # noqa: A002 - the field's word
+        format: Literal["onnx", "openvino"],
         entry: str,
         inputs: tuple[TensorSpec, ...],
         outputs: tuple[TensorSpec, ...],

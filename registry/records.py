@@ -44,7 +44,7 @@ class Artifact:
     """The files that are one model, addressed by their content. Once stored, never written again.
 
     Attributes:
-        digest: SHA-256 (hex) over the sorted lines ``<sha256>  <path>\\n`` of its files.
+        digest: SHA-256 (hex) over the sorted lines ``<sha256>  <path>``, each ended by a newline, of its files.
         format: what the files are.
         entry: the file that an engine opens (``model.onnx``, ``model.xml``); the others stand beside it.
     """

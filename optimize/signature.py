@@ -1,0 +1,77 @@
+"""The tensor signature of a model file: the names, types and shapes of its inputs and outputs."""
+
+from pathlib import Path
+
+from registry.errors import InputError
+from registry.records import TensorSpec
+
+Signature = tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]
+
+
+def read_signature(entry: Path) -> Signature:
+    """Inputs and outputs of an ONNX (``.onnx``) or OpenVINO IR (``.xml``) file, in the graph's order.
+
+    Weights are not read. Initializers that old ONNX models repeat among their inputs are left out.
+
+    Raises:
+        InputError: the file is neither, or cannot be parsed.
+    """
+    if entry.suffix == ".xml":
+        return _openvino_signature(entry)
+    return _onnx_signature(entry)
+
+
+def _onnx_signature(entry: Path) -> Signature:
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        graph = onnx.load(str(entry), load_external_data=False).graph
+    except (DecodeError, OSError, ValueError) as error:
+        raise InputError(f"{entry.name} is not an ONNX model: {error}") from error
+    if not graph.output:
+        raise InputError(f"{entry.name} is not an ONNX model: it has no outputs")
+    weights = {tensor.name for tensor in graph.initializer}
+    inputs = tuple(_onnx_spec(value) for value in graph.input if value.name not in weights)
+    return inputs, tuple(_onnx_spec(value) for value in graph.output)
+
+
+def _onnx_spec(value: "object") -> TensorSpec:
+    import onnx
+
+    name: str = value.name  # type: ignore[attr-defined]
+    tensor = value.type.tensor_type  # type: ignore[attr-defined]
+    if not tensor.elem_type:
+        raise InputError(f"{name!r} is not a tensor; burnish takes models whose inputs and outputs are tensors")
+    dtype = onnx.TensorProto.DataType.Name(tensor.elem_type).lower()
+    dtype = {"float": "float32", "double": "float64", "string": "str"}.get(dtype, dtype)
+    shape = tuple(dim.dim_value if dim.HasField("dim_value") else (dim.dim_param or None) for dim in tensor.shape.dim)
+    return TensorSpec(name=name, dtype=dtype, shape=shape)
+
+
+# OpenVINO's names of types that numpy names otherwise; the rest agree after the number is spelt out.
+_OPENVINO_DTYPES = {
+    "f16": "float16", "f32": "float32", "f64": "float64", "bf16": "bfloat16", "boolean": "bool", "string": "str",
+    "i8": "int8", "i16": "int16", "i32": "int32", "i64": "int64",
+    "u8": "uint8", "u16": "uint16", "u32": "uint32", "u64": "uint64",
+}  # fmt: skip
+
+
+def _openvino_signature(entry: Path) -> Signature:
+    from registry.errors import MissingExtraError
+
+    try:
+        import openvino
+    except ImportError as error:
+        raise MissingExtraError("reading an OpenVINO model", extra="openvino") from error
+    try:
+        model = openvino.Core().read_model(str(entry))
+    except RuntimeError as error:
+        raise InputError(f"{entry.name} is not an OpenVINO model: {error}") from error
+
+    def spec(port: "openvino.Output") -> TensorSpec:
+        kind = port.get_element_type().get_type_name()
+        shape = tuple(dim.get_length() if dim.is_static else None for dim in port.get_partial_shape())
+        return TensorSpec(name=port.get_any_name(), dtype=_OPENVINO_DTYPES.get(kind, kind), shape=shape)
+
+    return tuple(map(spec, model.inputs)), tuple(map(spec, model.outputs))
