@@ -21,7 +21,7 @@ def _adapter(record_type: Any) -> TypeAdapter[Any]:
 
 def to_jsonable(record: object) -> Any:
     """The record as plain dicts, lists and scalars, as JSON has them."""
-    return _adapter(type(record)).dump_python(record, mode="json")
+    return _adapter(cast(Any, type(record))).dump_python(record, mode="json")
 
 
 def dumps(record: object) -> str:
@@ -63,7 +63,7 @@ def from_jsonable(record_type: type[R], content: Any) -> R:
         InputError: fields are missing, unknown or of the wrong type.
     """
     try:
-        return cast(R, _adapter(record_type).validate_json(canonical(content)))
+        return cast(R, _adapter(cast(Any, record_type)).validate_json(canonical(content)))
     except ValidationError as error:
         raise InputError(f"not a valid {record_type.__name__}: {error}") from error
 
