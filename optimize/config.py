@@ -1,0 +1,213 @@
+"""The campaign file: what the user writes, checked at the edge and turned into records."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from registry.records import ServingProfile
+
+Level = Literal["quick", "standard"]
+_NAME = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"
+Name = Annotated[str, Field(pattern=_NAME, max_length=50)]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class SourceConfig(_Model):
+    """One model: exactly one of ``onnx``, ``torch`` and ``huggingface`` names it.
+
+    Attributes:
+        name: its name in the campaign.
+        onnx: path of an ONNX file.
+        torch: ``package.module:factory`` of a function that returns a torch module.
+        huggingface: folder of a Hugging Face model.
+        task: Hugging Face: optimum's name of the task.
+        pooling: Hugging Face: what turns token states into one embedding, or None to leave them.
+        normalize: Hugging Face: whether the embedding is scaled to length 1.
+        opset: the ONNX opset to export to, or None for the exporter's own.
+    """
+
+    name: Name = "model"
+    onnx: str | None = None
+    torch: str | None = Field(default=None, pattern=r"^[\w.]+:\w+$")
+    huggingface: str | None = None
+    task: str = "feature-extraction"
+    pooling: Literal["mean", "cls"] | None = None
+    normalize: bool = False
+    opset: int | None = Field(default=None, ge=9, le=25)
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Self:
+        given = [kind for kind in ("onnx", "torch", "huggingface") if getattr(self, kind) is not None]
+        if len(given) != 1:
+            raise ValueError(f"a source names exactly one of onnx, torch and huggingface, not {given or 'none'}")
+        return self
+
+    @property
+    def kind(self) -> Literal["onnx", "torch", "huggingface"]:
+        """Which of the three it is."""
+        if self.onnx is not None:
+            return "onnx"
+        return "torch" if self.torch is not None else "huggingface"
+
+    @property
+    def location(self) -> str:
+        """The path or the factory, as given."""
+        return self.onnx or self.torch or self.huggingface or ""
+
+
+class SamplesConfig(_Model):
+    """Where the samples are: ``.npz`` files with one array per input, and ``labels``.
+
+    Attributes:
+        evaluation: held-out samples that judge the variants, and load the servers.
+        calibration: samples that static quantization takes its ranges from, or None: it is then not applicable.
+    """
+
+    evaluation: str
+    calibration: str | None = None
+
+
+class StageConfig(BaseModel):
+    """A stage of the user's own recipe: its name, and its parameters beside it."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    name: str
+
+
+class RecipeConfig(_Model):
+    """A recipe of the user's own.
+
+    Attributes:
+        name: the variant's name.
+        stages: in order.
+        engine: what runs the outcome.
+        precision: see `registry.records.EngineSpec`.
+        graph_level: see `registry.records.EngineSpec`.
+    """
+
+    name: Name
+    stages: tuple[StageConfig, ...]
+    engine: Literal["onnxruntime", "openvino"] = "onnxruntime"
+    precision: Literal["default", "float32"] = "default"
+    graph_level: Literal["disable", "basic", "extended", "all"] = "all"
+
+
+class ServingConfig(_Model):
+    """A serving profile; see `registry.records.ServingProfile`."""
+
+    server: Literal["mlserver", "triton"]
+    protocol: Literal["grpc", "rest"] = "grpc"
+    max_batch_size: int = Field(default=1, ge=1, le=1024)
+    max_batch_delay_ms: float = Field(default=0.0, ge=0, le=10_000)
+    instances: int = Field(default=1, ge=1, le=64)
+    parallel_workers: int = Field(default=0, ge=0, le=64)
+    threads: int = Field(default=1, ge=1, le=256)
+
+    @model_validator(mode="after")
+    def _batching_waits(self) -> Self:
+        if self.max_batch_size > 1 and self.server == "mlserver" and self.max_batch_delay_ms == 0:
+            raise ValueError(
+                "MLServer batches only with a delay above 0: set max_batch_delay_ms, or max_batch_size to 1"
+            )
+        if self.server == "mlserver" and self.instances != 1:
+            raise ValueError("instances are Triton's; MLServer takes parallel_workers")
+        if self.server == "triton" and self.parallel_workers:
+            raise ValueError("parallel_workers are MLServer's; Triton takes instances")
+        return self
+
+    def profile(self) -> ServingProfile:
+        """The record of it, with the backend that serves it on this machine."""
+        return ServingProfile(backend="burnish" if self.server == "mlserver" else "python", **self.model_dump())
+
+
+class PolicyConfig(_Model):
+    """The user's constraints and objective, in the policy's words."""
+
+    constraints: tuple[str, ...] = ()
+    objective: str | tuple[str, ...] = "maximize max_throughput_rps"
+
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        """The objectives, in order."""
+        return (self.objective,) if isinstance(self.objective, str) else self.objective
+
+
+class RegistryConfig(_Model):
+    """Where results go.
+
+    Attributes:
+        model_name: the registered model's name; None takes the campaign's.
+        tracking_uri: MLflow's tracking store; None takes ``MLFLOW_TRACKING_URI``, else SQLite in the working folder.
+    """
+
+    model_name: str | None = Field(default=None, pattern=r"^[^/:]+$")
+    tracking_uri: str | None = None
+
+
+class LimitsConfig(_Model):
+    """What one child process that makes or judges a variant may take."""
+
+    timeout_s: float = Field(default=900.0, gt=0)
+    memory_mb: int = Field(default=12_000, gt=0)
+    load_timeout_s: float = Field(default=60.0, gt=0)
+
+
+_ALL_PRESETS = ("float32", "ort-optimized", "int8-dynamic", "int8-static", "float16", "openvino", "openvino-int8")
+_BOTH_SERVERS = (
+    ServingConfig(server="mlserver", max_batch_size=8, max_batch_delay_ms=2.0),
+    ServingConfig(server="triton", max_batch_size=8, max_batch_delay_ms=2.0),
+)
+
+
+class CampaignConfig(_Model):
+    """A campaign: from sources to a verdict.
+
+    Attributes:
+        name: its name, and that of its MLflow experiment.
+        sources: the models; the first is the baseline's.
+        samples: held-out and calibration samples.
+        metric: the task metric: a built-in's name, or ``package.module:function``.
+        variants: names of presets, or recipes of the user's own.
+        serving: serving profiles; the first is the baseline's.
+        level: level of proof.
+        policy: constraints and objective.
+        registry: where results go.
+        limits: of child processes.
+        seed: of calibration, order of rounds, arrivals and resampling.
+    """
+
+    name: Name
+    sources: tuple[SourceConfig, ...] = Field(min_length=1)
+    samples: SamplesConfig
+    metric: str = "accuracy"
+    variants: tuple[str | RecipeConfig, ...] = _ALL_PRESETS
+    serving: tuple[ServingConfig, ...] = Field(default=_BOTH_SERVERS, min_length=1)
+    level: Level = "standard"
+    policy: PolicyConfig = PolicyConfig()
+    registry: RegistryConfig = RegistryConfig()
+    limits: LimitsConfig = LimitsConfig()
+    seed: int = Field(default=0, ge=0, lt=2**31)
+
+    @field_validator("sources", "serving")
+    @classmethod
+    def _distinct(cls, value: tuple[Any, ...]) -> tuple[Any, ...]:
+        names = [item.name if isinstance(item, SourceConfig) else item.profile().key for item in value]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"{', '.join(twice)} is given twice; each must differ")
+        return value
+
+
+def load_campaign(path: Path) -> CampaignConfig:
+    """The campaign file at ``path``.
+
+    Raises:
+        DocumentError: it is missing, malformed or does not fit; the message names file, line and key.
+    """
+    from registry.documents import load_document
+
+    return load_document(path, CampaignConfig)
