@@ -1,0 +1,135 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from optimize.engines.child import resolve
+from optimize.engines.local import ChildFailure, Limits, child_environment, run_in_child
+from registry.errors import InputError, MissingExtraError
+
+HERE = Path(__file__).parent
+
+
+def call(name, arguments=None, **options):
+    options.setdefault("limits", Limits(timeout_s=60))
+    return run_in_child(f"child_functions:{name}", arguments or {}, python_path=HERE, **options)
+
+
+def gone(pid):
+    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+def wait_for(condition, timeout_s=10):
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_result_comes_back_and_prints_do_not():
+    assert call("echo", {"a": [1, None, "x"]}) == {"a": [1, None, "x"]}
+
+
+def test_secrets_stay_with_the_parent(monkeypatch):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hush")
+    seen = call("environment", environment={"OMP_NUM_THREADS": "1"})
+    assert "AWS_SECRET_ACCESS_KEY" not in seen
+    assert seen["OMP_NUM_THREADS"] == "1"
+    assert seen["HF_HUB_OFFLINE"] == "1"
+    assert "AWS_SECRET_ACCESS_KEY" not in child_environment()
+
+
+def test_users_folder_is_appended_and_the_working_directory_left_out(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "json.py").write_text("raise RuntimeError('shadowed')")
+    paths = call("search_path")
+    assert paths[-1] == str(HERE)
+    assert str(tmp_path) not in paths
+    assert "" not in paths
+
+
+def test_affinity_is_set():
+    assert call("affinity", cpus=[0]) == [0]
+
+
+def test_an_error_of_ours_comes_back_as_itself():
+    with pytest.raises(InputError) as caught:
+        call("refuse")
+    assert (caught.value.message, caught.value.hint) == ("the value 7 is refused", "give 8")
+    assert type(caught.value) is InputError
+
+
+def test_an_error_with_fields_of_its_own_comes_back_whole():
+    with pytest.raises(MissingExtraError) as caught:
+        call("miss_extra")
+    assert caught.value.extra == "pictures"
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "text"),
+    [
+        ("fail", "error", "ZeroDivisionError: by nothing"),
+        ("vanish", "died", "SIGKILL"),
+        ("not_json", "error", "not JSON"),
+    ],
+)
+def test_failures_have_a_kind_and_a_message(name, kind, text):
+    with pytest.raises(ChildFailure) as caught:
+        call(name)
+    assert caught.value.kind == kind
+    assert text in caught.value.message
+
+
+def test_the_log_holds_the_traceback():
+    with pytest.raises(ChildFailure) as caught:
+        call("fail")
+    assert 'raise ZeroDivisionError("by nothing")' in caught.value.log
+
+
+def test_timeout_ends_the_whole_group(tmp_path):
+    pids = tmp_path / "pids"
+    with pytest.raises(ChildFailure) as caught:
+        call("sleep", {"pid_file": str(pids)}, limits=Limits(timeout_s=2.5))
+    assert caught.value.kind == "timeout"
+    for pid in map(int, pids.read_text().split()):
+        wait_for(lambda pid=pid: gone(pid))
+
+
+def test_memory_limit():
+    with pytest.raises(ChildFailure) as caught:
+        call("eat", limits=Limits(timeout_s=60, memory_mb=300))
+    assert caught.value.kind == "memory"
+
+
+def test_child_dies_with_its_parent(tmp_path):
+    pids = tmp_path / "pids"
+    program = (
+        "import sys; from pathlib import Path; from optimize.engines.local import run_in_child;"
+        "run_in_child('child_functions:sleep', {'pid_file': sys.argv[1]}, python_path=Path(sys.argv[2]))"
+    )
+    parent = subprocess.Popen([sys.executable, "-P", "-c", program, str(pids), str(HERE)])
+    wait_for(lambda: pids.exists() and len(pids.read_text().split()) == 2)
+    child, grandchild = map(int, pids.read_text().split())
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    wait_for(lambda: gone(child))
+    # The kernel's promise holds for the child only; the test ends what the child had started.
+    os.kill(grandchild, signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    ("reference", "text"),
+    [
+        ("child_functions", "does not name a function"),
+        ("no_such_module_here:f", "no module named 'no_such_module_here'"),
+        ("json:no_such_name", "no 'no_such_name'"),
+    ],
+)
+def test_references_that_lead_nowhere(reference, text):
+    with pytest.raises(InputError, match=text):
+        resolve(reference)
