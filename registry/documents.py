@@ -249,6 +249,8 @@ def _explain(tree: _Tree, model: type[BaseModel], error: ValidationError) -> lis
     found: dict[KeyPath, list[str]] = {}
     for detail in error.errors(include_url=False):
         path, place = _locate(model, detail["loc"])
+        if detail["type"] == "union_tag_invalid":
+            path = (*path, detail["ctx"]["discriminator"].strip("'"))
         found.setdefault(path, []).append(_problem(detail, path, place))
     # Where a value may take several forms, the form with errors inside is the one that was meant.
     meant = [path for path in found if not any(other[: len(path)] == path for other in found if len(other) > len(path))]
@@ -273,8 +275,9 @@ def _problem(detail: ErrorDetails, path: KeyPath, place: Any) -> str:
     value = context["tag"] if kind == "union_tag_invalid" else detail["input"]
     message = detail["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
     message = message.replace("Input should be", "must be").replace("Input", "it")
+    message = re.sub(r"a valid dictionary( or .*)?$", "a mapping of keys to values", message)
     if kind == "union_tag_invalid":
-        message = f"{context['discriminator']} must be one of {context['expected_tags']}"
+        message = f"must be one of {context['expected_tags']}"
     if kind == "union_tag_not_found":
         message = f"the key {context['discriminator']} is missing, which says what this is; add it"
     choices = re.findall(r"'([^']*)'", str(context.get("expected_tags", context.get("expected", ""))))
