@@ -460,6 +460,20 @@ class Round:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Deployed:
+    """What the first deployment of a candidate showed.
+
+    Attributes:
+        load_time_s: from the start of the server to the model's readiness.
+        rendered: path -> text of the files that were rendered for it.
+    """
+
+    candidate_id: str
+    load_time_s: float
+    rendered: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Measurement:
     """What the valid runs of one candidate say together.
 

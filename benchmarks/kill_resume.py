@@ -1,0 +1,137 @@
+"""A campaign killed with SIGKILL at ten moments spread over its length, and started again each time.
+
+After each kill: no server lives on. After each resumption: what was committed before the kill is still there byte for
+byte, nothing was made or measured twice, and the verdict is that of the undisturbed campaign wherever the winner's
+margin is above the noise floor.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+from figures import figure, finish, say
+
+from registry import codec
+from registry.records import Campaign
+
+MOMENTS = 10
+VARIANTS = "[float32, int8-static, openvino]"
+BURNISH = str(Path(sys.executable).with_name("burnish"))
+
+
+def lay_out(folder: Path) -> Path:
+    """The demo's campaign with fewer variants, from the ONNX file so that nothing is trained."""
+    text = (folder / "demo" / "campaign.yaml").read_text(encoding="utf-8")
+    lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
+    source = "    onnx: " + str(folder / "model.onnx")
+    lines = [source if line.strip().startswith("torch:") else line for line in lines]
+    lines = [f"variants: {VARIANTS}" if line.startswith("variants:") else line for line in lines]
+    path = folder / "demo" / "small.yaml"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def start(campaign: Path, work: Path) -> "subprocess.Popen[bytes]":
+    log = (work.parent / f"{work.name}.log").open("ab")
+    return subprocess.Popen([BURNISH, "run", str(campaign), "--work", str(work)], stdout=log, stderr=log)
+
+
+def committed(work: Path) -> bytes:
+    """The complete lines of the ledger."""
+    path = work / "ledger.jsonl"
+    text = path.read_bytes() if path.exists() else b""
+    return text[: text.rfind(b"\n") + 1]
+
+
+def left_running(work: Path) -> list[str]:
+    """Processes that still have to do with the working folder."""
+    found = []
+    for process in psutil.process_iter(["pid", "cmdline", "cwd"]):
+        words = [*(process.info["cmdline"] or []), process.info["cwd"] or ""]
+        if process.pid != os.getpid() and any(str(work) in word for word in words):
+            found.append(f"{process.pid} {' '.join(words)[:120]}")
+    return found
+
+
+def wait_for_quiet(work: Path, seconds: float) -> list[str]:
+    deadline = time.monotonic() + seconds
+    while (left := left_running(work)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return left
+
+
+def verdict(work: Path) -> tuple[str | None, float]:
+    """The winner's variant, and its margin over the best of another variant in the objective."""
+    campaign: Campaign = codec.loads((work / "campaign.json").read_text(encoding="utf-8"))
+    variants = {candidate.id: candidate.variant_name for candidate in campaign.candidates}
+    rates = {
+        m.candidate_id: m.metrics["max_throughput_rps"].value
+        for m in campaign.measurements
+        if "max_throughput_rps" in m.metrics
+    }
+    selected = campaign.verdict.selected
+    if selected is None:
+        return None, 0.0
+    others = [rate for id_, rate in rates.items() if variants[id_] != variants[selected]]
+    return variants[selected], rates[selected] / max(others, default=1e-9) - 1
+
+
+def trial(campaign: Path, work: Path, moment_s: float) -> dict[str, object]:
+    process = start(campaign, work)
+    try:
+        process.wait(moment_s)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    before = committed(work)
+    left = wait_for_quiet(work, 15)
+    again = start(campaign, work)
+    code = again.wait(900)
+    after = committed(work)
+    keys = [(entry["kind"], entry["key"]) for entry in map(json.loads, after.splitlines())]
+    return {
+        "killed_at_s": round(moment_s, 1),
+        "code": code,
+        "committed_before": len(before.splitlines()),
+        "kept": after.startswith(before),
+        "twice": len(keys) - len(set(keys)),
+        "left": left + wait_for_quiet(work, 15),
+        "verdict": verdict(work),
+    }
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory(prefix="burnish-kill-") as name:
+        folder = Path(name)
+        export = (
+            "from pathlib import Path; import sys; from optimize.demo.prepare import prepare_demo, export_demo; "
+            "folder = Path(sys.argv[1]); prepare_demo(folder / 'demo'); export_demo(folder / 'model.onnx')"
+        )
+        subprocess.run([sys.executable, "-c", export, str(folder)], check=True)
+        campaign = lay_out(folder)
+        begin = time.monotonic()
+        if code := start(campaign, folder / "undisturbed").wait(900):
+            sys.stdout.write((folder / "undisturbed.log").read_text())
+            sys.exit(f"the undisturbed campaign ended with {code}")
+        length_s = time.monotonic() - begin
+        winner, margin = verdict(folder / "undisturbed")
+        say(f"undisturbed: {length_s:.1f} s, {winner} wins by {margin:.0%}")
+        good = 0
+        for number in range(MOMENTS):
+            moment_s = length_s * (number + 0.5) / MOMENTS
+            outcome = trial(campaign, folder / f"killed-{number}", moment_s)
+            say(json.dumps(outcome))
+            same = outcome["verdict"][0] == winner or min(margin, outcome["verdict"][1]) <= 0.02  # type: ignore[index]
+            clean = outcome["kept"] and not outcome["twice"] and not outcome["left"] and outcome["code"] == 0
+            good += bool(clean and same)
+        finish(figure("kill_resume_clean", good, f">= {MOMENTS}"))
+
+
+if __name__ == "__main__":
+    main()

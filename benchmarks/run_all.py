@@ -1,0 +1,28 @@
+"""Runs every benchmark of this folder in turn and prints the figures once more at the end."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+NOT_BENCHMARKS = {"figures.py", "run_all.py"}
+
+
+def main() -> None:
+    figures, worst = [], 0
+    for script in sorted(HERE.glob("*.py")):
+        if script.name in NOT_BENCHMARKS:
+            continue
+        sys.stdout.write(f"== {script.name}\n")
+        sys.stdout.flush()
+        with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True) as process:
+            for line in process.stdout or ():
+                sys.stdout.write(line)
+                figures += [line] if line.startswith("FIGURE ") else []
+        worst = max(worst, process.returncode)
+    sys.stdout.write("\n" + "".join(figures))
+    sys.exit(worst)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,5 @@
+"""``python -P -m optimize`` is ``burnish``."""
+
+from optimize.cli import main
+
+main()

@@ -1,0 +1,24 @@
+"""The typer application: one module a command group."""
+
+import typer
+
+from optimize.cli import campaigns, hosts, models, reports, serving
+
+# Rich markup in help doubles the start-up time; plain help reads as well.
+app = typer.Typer(
+    name="burnish",
+    help="Takes a trained model to the variant that should serve it on Seldon Core 2, with proof.",
+    rich_markup_mode=None,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+app.command("demo")(campaigns.demo)
+app.command("init")(campaigns.init)
+app.command("inspect")(models.inspect)
+app.command("make")(campaigns.make)
+app.command("run")(campaigns.run)
+app.command("serve")(serving.serve)
+app.command("bench")(serving.bench)
+app.command("report")(reports.report)
+app.command("doctor")(hosts.doctor)

@@ -1,0 +1,117 @@
+"""``burnish demo``, ``init``, ``make`` and ``run``: campaigns, and parts of them."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from optimize.cli.output import Json, emit_json, progress, say, terminable
+
+if TYPE_CHECKING:
+    from optimize.config import CampaignConfig
+
+Work = Annotated[Path | None, typer.Option(help="The working folder; burnish-work beside the campaign file if not given.")]
+LevelOption = Annotated[str | None, typer.Option(help="Level of proof, instead of the file's: quick or standard.")]
+
+
+def demo(
+    work: Annotated[Path, typer.Option(help="Where the demo works.")] = Path("burnish-work/demo"),
+    level: LevelOption = None,
+    json_output: Json = False,
+) -> None:
+    """Take a small network on handwritten digits through the whole journey.
+
+    Example: burnish demo
+    """
+    from optimize.demo.prepare import prepare_demo
+
+    say("burnish demo: a residual network reads handwritten digits; which variant should serve it?")
+    _run(prepare_demo(work), work / "burnish-work", level, json_output)
+
+
+def run(
+    campaign: Annotated[Path, typer.Argument(help="The campaign file.")],
+    work: Work = None,
+    level: LevelOption = None,
+    json_output: Json = False,
+) -> None:
+    """Run a campaign: make variants, serve and measure them, record all of it, choose.
+
+    The same command again goes on where it stopped, and reuses every result that is still valid.
+
+    Example: burnish run campaign.yaml --level quick
+    """
+    _run(campaign, work or campaign.parent / "burnish-work", level, json_output)
+
+
+def _run(file: Path, work: Path, level: str | None, json_output: bool) -> None:
+    from optimize import reporting
+    from optimize.campaign import run_campaign
+    from registry.errors import NoVariantError
+
+    config = _load(file, level)
+    with progress() as observer, terminable():
+        campaign, page, published = run_campaign(config, base=file.parent, work=work, observer=observer)
+    if json_output:
+        emit_json(reporting.summary(campaign, page, published))
+    else:
+        reporting.show(campaign, page, published)
+    if campaign.verdict.selected is None:
+        # The report says it all; the exit code is for scripts.
+        raise typer.Exit(NoVariantError.exit_code)
+
+
+def make(
+    model: Annotated[Path, typer.Argument(help="A campaign file, or an ONNX file.")],
+    out: Annotated[Path, typer.Option(help="A folder for the variants, one folder each.")] = Path("variants"),
+    variant: Annotated[list[str] | None, typer.Option(help="Only this one; may be given again.")] = None,
+    calibration: Annotated[Path | None, typer.Option(help="For an ONNX file: samples for static int8.")] = None,
+    work: Work = None,
+    json_output: Json = False,
+) -> None:
+    """Make variants, and nothing else.
+
+    Example: burnish make model.onnx --variant int8-dynamic --out variants
+    """
+    from optimize.campaign import make_variants
+
+    with progress() as observer, terminable():
+        made, failures = make_variants(
+            model, variants=tuple(variant or ()), calibration=calibration, out=out, work=work, observer=observer
+        )
+    if json_output:
+        emit_json({"variants": made, "failures": failures})
+        return
+    for entry in made:
+        typer.echo(f"{entry['name']:<24} {entry['size_bytes'] / 1e6:8.2f} MB  {entry['path']}")
+    for failure in failures:
+        typer.echo(f"{failure['subject']:<24} {failure['kind']}: {failure['reason']}")
+
+
+def init(
+    folder: Annotated[Path, typer.Argument(help="Where to write campaign.yaml.")] = Path(),
+    json_output: Json = False,
+) -> None:
+    """Write a campaign file to start from, with every setting explained.
+
+    Example: burnish init my-model
+    """
+    from optimize.demo.prepare import write_template
+
+    path = write_template(folder)
+    if json_output:
+        emit_json({"campaign": str(path)})
+    else:
+        typer.echo(f"Wrote {path}. Name your model and samples in it, then: burnish run {path}")
+
+
+def _load(file: Path, level: str | None) -> "CampaignConfig":
+    from optimize.config import load_campaign
+    from registry.errors import InputError
+
+    config = load_campaign(file)
+    if level is None:
+        return config
+    if level not in ("quick", "standard"):
+        raise InputError(f"--level {level!r} is not a level of proof", hint="There are quick and standard.")
+    return config.model_copy(update={"level": level})

@@ -1,0 +1,106 @@
+"""What commands share: options that behave alike, one JSON document on stdout, progress on stderr."""
+
+import json
+import logging
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from optimize.campaign import Observer
+
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout; all else on stderr.")]
+
+
+def emit_json(document: Any) -> None:
+    """Writes the one JSON document of a command to stdout."""
+    sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+
+
+def say(text: str) -> None:
+    """Writes a line for people to stderr."""
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()
+
+
+@contextmanager
+def progress() -> Iterator["Observer"]:
+    """An observer of a campaign: a progress bar on a terminal, plain lines elsewhere; logs go the same way."""
+    _quiet_logs()
+    if not sys.stderr.isatty():
+        logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+        yield LineObserver()
+        return
+    from rich.console import Console
+    from rich.logging import RichHandler
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=console)])
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as bar:
+        yield BarObserver(bar)
+
+
+class LineObserver:
+    """One plain line for each thing that is done."""
+
+    def phase(self, name: str, total: int) -> None:
+        """Says that a phase of ``total`` units begins."""
+        say(f"{name}: {total}")
+
+    def done(self, subject: str, outcome: str) -> None:
+        """Says what became of one unit."""
+        say(f"  {subject}: {outcome}")
+
+
+class BarObserver:
+    """A bar for each phase, with a line above it for each thing that is done."""
+
+    def __init__(self, bar: Any) -> None:
+        self._bar = bar
+        self._task: Any = None
+
+    def phase(self, name: str, total: int) -> None:
+        """Begins the bar of a phase; the last one's goes."""
+        if self._task is not None:
+            self._bar.remove_task(self._task)
+        self._task = self._bar.add_task(name, total=total)
+
+    def done(self, subject: str, outcome: str) -> None:
+        """Moves the bar on, and says what became of one unit."""
+        self._bar.console.print(f"[green]·[/] {subject}: {outcome}", highlight=False)
+        self._bar.advance(self._task)
+
+
+def _quiet_logs() -> None:
+    for name in ("mlflow", "alembic", "matplotlib", "asyncio", "aiohttp", "httpx", "urllib3", "nncf", "onnxscript"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived; not an Exception, so that nothing on the way takes it for a failed variant."""
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """Turns SIGTERM into `Terminated`, so that servers are ended and the exit code says so."""
+
+    def on_term(signum: int, frame: Any) -> None:
+        raise Terminated
+
+    previous = signal.signal(signal.SIGTERM, on_term)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)

@@ -1,0 +1,32 @@
+"""``burnish report``: a campaign's report once more, and its results sent to MLflow."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from optimize.cli.output import Json, emit_json
+
+
+def report(
+    work: Annotated[Path, typer.Argument(help="The campaign's working folder.")] = Path("burnish-work"),
+    sync: Annotated[bool, typer.Option("--sync", help="Send the results to MLflow again.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown instead of the table.")] = False,
+    json_output: Json = False,
+) -> None:
+    """Show the report of the last campaign in a working folder, and write report.html anew.
+
+    Example: burnish report burnish-work --sync
+    """
+    from optimize import reporting
+    from registry.codec import to_jsonable
+
+    campaign = reporting.read_campaign(work)
+    path = reporting.write_report(campaign, work)
+    published = reporting.publish(campaign, work, uri=None) if sync else None
+    if json_output:
+        emit_json(reporting.summary(campaign, path, published) | {"campaign": to_jsonable(campaign)})
+    elif markdown:
+        typer.echo(reporting.as_markdown(campaign))
+    else:
+        reporting.show(campaign, path, published)

@@ -1,0 +1,93 @@
+"""``burnish serve`` and ``burnish bench``: one model on a real server, and load on any V2 endpoint."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from optimize.cli.output import Json, emit_json, say, terminable
+
+
+def serve(
+    model: Annotated[Path, typer.Argument(help="An ONNX file, an OpenVINO .xml, or a folder with either.")],
+    server: Annotated[str, typer.Option(help="mlserver or triton.")] = "mlserver",
+    precision: Annotated[str, typer.Option(help="OpenVINO: default or float32.")] = "default",
+    max_batch_size: Annotated[int, typer.Option(help="Most requests in a batch; 1 switches batching off.")] = 1,
+    max_batch_delay_ms: Annotated[float, typer.Option(help="How long a request may wait for company.")] = 0.0,
+    instances: Annotated[int, typer.Option(help="Triton: instances of the model.")] = 1,
+    parallel_workers: Annotated[int, typer.Option(help="MLServer: worker processes; 0 is none.")] = 0,
+    threads: Annotated[int, typer.Option(help="Threads of each engine session.")] = 1,
+    http_port: Annotated[int | None, typer.Option(help="REST port; a free one if not given.")] = None,
+    grpc_port: Annotated[int | None, typer.Option(help="gRPC port; a free one if not given.")] = None,
+    json_output: Json = False,
+) -> None:
+    """Serve one model on this machine, on loopback, until Ctrl-C.
+
+    Example: burnish serve model.onnx --server triton --http-port 8000
+    """
+    from optimize.config import ServingConfig
+    from optimize.serving import parse_serving, serve_model
+
+    profile = parse_serving(
+        ServingConfig,
+        server=server,
+        max_batch_size=max_batch_size,
+        max_batch_delay_ms=max_batch_delay_ms,
+        instances=instances,
+        parallel_workers=parallel_workers,
+        threads=threads,
+    )
+    with (
+        terminable(),
+        serve_model(model, profile, precision=precision, http_port=http_port, grpc_port=grpc_port) as served,
+    ):
+        if json_output:
+            emit_json(served.describe())
+        else:
+            typer.echo(f"{served.model} is ready: REST http://{served.rest}, gRPC {served.grpc}")
+            say(f"Try it: burnish bench {served.grpc} --model {served.model} --samples SAMPLES.npz   (Ctrl-C ends it)")
+        served.wait()
+
+
+def bench(
+    url: Annotated[str, typer.Argument(help="host:port of a V2 endpoint.")],
+    model: Annotated[str, typer.Option(help="The model's name there.")],
+    samples: Annotated[Path, typer.Option(help="An .npz file with one array per input.")],
+    protocol: Annotated[str, typer.Option(help="grpc or rest.")] = "grpc",
+    concurrency: Annotated[int | None, typer.Option(help="Closed loop with so many requests outstanding.")] = None,
+    rate: Annotated[float | None, typer.Option(help="Open loop with Poisson arrivals at so many a second.")] = None,
+    duration_s: Annotated[float, typer.Option(help="Length of one run.")] = 5.0,
+    runs: Annotated[int, typer.Option(help="Independent runs.")] = 3,
+    header: Annotated[list[str] | None, typer.Option(help="name=value, sent with each request.")] = None,
+    tls: Annotated[bool, typer.Option("--tls", help="Encrypt, and verify the server's certificate.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Keep the raw records in this folder.")] = None,
+    seed: Annotated[int, typer.Option(help="Of arrivals and payloads.")] = 0,
+    json_output: Json = False,
+) -> None:
+    """Measure any V2 endpoint: capacity in a closed loop, or latency at a rate in an open loop.
+
+    With neither --concurrency nor --rate it finds the closed-loop maximum and the saturation point first, then
+    measures latency at 0.8 of it.
+
+    Example: burnish bench 127.0.0.1:8001 --model digits --samples evaluation.npz --rate 100
+    """
+    from optimize.serving import bench_endpoint, show_bench
+
+    result = bench_endpoint(
+        url,
+        model=model,
+        samples=samples,
+        protocol=protocol,
+        concurrency=concurrency,
+        rate_rps=rate,
+        duration_s=duration_s,
+        runs=runs,
+        headers=header or [],
+        tls=tls,
+        out=out,
+        seed=seed,
+    )
+    if json_output:
+        emit_json(result)
+    else:
+        show_bench(result)

@@ -1,0 +1,66 @@
+"""What this host has, and what burnish will use of it."""
+
+import os
+from importlib.metadata import PackageNotFoundError, version
+
+from profiles.deploy.local import available_servers
+from profiles.measure.host import fingerprint_host, split_cpus
+from registry.errors import BurnishError
+from registry.tracking import open_tracker, tracking_location
+
+_ENGINES = {"onnxruntime": None, "openvino": "openvino", "torch": "torch", "optimum": "hf", "nncf": "openvino"}
+
+
+def diagnose() -> dict[str, dict[str, str]]:
+    """Findings by section: the host, engines, servers, tracking, and what is made of them. Nothing is changed."""
+    server_cpus, client_cpus, pinning = split_cpus()
+    host = fingerprint_host(pinning)
+    return {
+        "host": {
+            "cpu": host.cpu_model,
+            "cores": str(host.cores),
+            "memory": f"{host.memory_mb} MB",
+            "instructions": ", ".join(host.instruction_sets) or "none that engines make use of",
+            "gpu": ", ".join(host.gpus) or "none: paths for GPUs are there, and not exercised here",
+            "fingerprint": host.fingerprint,
+        },
+        "engines and tools": {name: _installed(name, extra) for name, extra in _ENGINES.items()},
+        "servers": dict(available_servers()),
+        "tracking": {"mlflow": _installed("mlflow", None), "store": _tracking()},
+        "burnish will": {
+            "pin servers to": f"CPU {', '.join(map(str, server_cpus))}",
+            "pin load to": f"CPU {', '.join(map(str, client_cpus))}",
+            "compute int8 by": _int8(host.instruction_sets),
+            "compute bfloat16": _bfloat16(host.instruction_sets),
+        },
+    }
+
+
+def _installed(name: str, extra: str | None) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return f"not installed: pip install 'burnish[{extra}]'" if extra else "not installed"
+
+
+def _tracking() -> str:
+    named = os.environ.get("MLFLOW_TRACKING_URI")
+    if not named:
+        return "SQLite in each campaign's working folder (MLFLOW_TRACKING_URI names another)"
+    try:
+        open_tracker(named, None).check()
+    except BurnishError as error:
+        return f"unreachable: {error.message}"
+    return f"{tracking_location(named)} answers"
+
+
+def _int8(instruction_sets: tuple[str, ...]) -> str:
+    if {"avx512_vnni", "avx_vnni", "amx_int8"} & set(instruction_sets):
+        return "VNNI instructions: U8S8 static quantization pays"
+    return "plain SIMD: int8 gains little here, and U8S8 may saturate (no VNNI)"
+
+
+def _bfloat16(instruction_sets: tuple[str, ...]) -> str:
+    if {"avx512_bf16", "amx_bf16"} & set(instruction_sets):
+        return "in OpenVINO by default: the CPU has it"
+    return "nowhere: the CPU has no bfloat16 instructions"

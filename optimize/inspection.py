@@ -1,0 +1,60 @@
+"""What a model file is: its tensors, operators, opsets and size. Nothing is run."""
+
+from collections import Counter
+from dataclasses import asdict
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from optimize.signature import read_signature
+from registry.errors import InputError
+
+
+def describe(model: Path) -> dict[str, Any]:
+    """The model as plain values: format, size, inputs, outputs, operators, parameters; opsets of an ONNX model.
+
+    Raises:
+        InputError: there is no such file, or it is neither ONNX nor OpenVINO IR.
+    """
+    if not model.is_file():
+        raise InputError(f"no model at {model}", hint="Give the path of an .onnx file or of an OpenVINO .xml.")
+    inputs, outputs = read_signature(model)
+    shared = {
+        "path": str(model),
+        "size_bytes": sum(file.stat().st_size for file in _files(model)),
+        "inputs": [asdict(spec) for spec in inputs],
+        "outputs": [asdict(spec) for spec in outputs],
+    }
+    return shared | (_describe_openvino(model) if model.suffix == ".xml" else _describe_onnx(model))
+
+
+def _files(model: Path) -> list[Path]:
+    beside = model.with_suffix(".bin")
+    return [model, beside] if model.suffix == ".xml" and beside.is_file() else [model]
+
+
+def _describe_onnx(model: Path) -> dict[str, Any]:
+    import onnx
+
+    proto = onnx.load(str(model), load_external_data=False)
+    operators = Counter(node.op_type for node in proto.graph.node)
+    return {
+        "format": "onnx",
+        "ir_version": proto.ir_version,
+        "opsets": {entry.domain: entry.version for entry in proto.opset_import},
+        "parameters": sum(prod(tensor.dims) for tensor in proto.graph.initializer),
+        "operators": dict(operators.most_common()),
+    }
+
+
+def _describe_openvino(model: Path) -> dict[str, Any]:
+    import openvino
+
+    nodes = openvino.Core().read_model(str(model)).get_ops()
+    constants = [node for node in nodes if node.get_type_name() == "Constant"]
+    operators = Counter(node.get_type_name() for node in nodes)
+    return {
+        "format": "openvino",
+        "parameters": sum(prod(node.get_output_shape(0)) for node in constants),
+        "operators": dict(operators.most_common()),
+    }

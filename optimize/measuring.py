@@ -1,0 +1,236 @@
+"""Serving candidates and measuring them in interleaved rounds, each result committed before the next begins."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from optimize.plan import Workspace
+from profiles.deploy.cluster import Cluster, Deployment
+from profiles.load.engine import LoadGenerator
+from profiles.load.payloads import encode_payloads
+from profiles.measure.capacity import find_capacity
+from profiles.measure.rounds import measure_in_round, round_order
+from registry.errors import BurnishError, ServerDiedError
+from registry.policy import DEFAULT_LOAD, loads_named
+from registry.records import (
+    Artifact,
+    Candidate,
+    Capacity,
+    Deployed,
+    Failure,
+    LoadProfile,
+    Round,
+    RunRecord,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Serving:
+    """A candidate with what serving and checking it takes.
+
+    Attributes:
+        artifact: the candidate's model.
+        files: the folder with its files.
+        answers: what it should answer for each sample (output name -> array), or None where an answer depends on its
+            neighbours in the batch and so cannot be foretold.
+    """
+
+    candidate: Candidate
+    artifact: Artifact
+    files: Path
+    answers: Mapping[str, NDArray[Any]] | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """What serving and measuring gave; a candidate that failed on the way is among the failures."""
+
+    deployed: tuple[Deployed, ...]
+    capacities: tuple[Capacity, ...]
+    rounds: tuple[Round, ...]
+    failures: tuple[Failure, ...]
+
+
+def measure(
+    workspace: Workspace,
+    cluster: Cluster,
+    servings: Sequence[Serving],
+    inputs: Mapping[str, NDArray[Any]],
+    samples_digest: str,
+) -> Measured:
+    """Serves every candidate that is not measured yet, and measures it in interleaved rounds.
+
+    All candidates stay deployed through all rounds, so that rounds alternate quickly; each waits idle while another is
+    measured. Servers and load generator are pinned to CPUs of their own.
+
+    Args:
+        workspace: the plan, and where results go.
+        cluster: where candidates are deployed.
+        servings: the candidates.
+        inputs: the evaluation samples, input name -> array of shape (samples, ...), that payloads are made of.
+        samples_digest: what identifies them.
+    """
+    plan = workspace.plan
+    with LoadGenerator(cpus=plan.client_cpus, work=plan.work) as generator:
+        hall = _Hall(workspace, cluster, generator, servings, inputs, samples_digest)
+        workspace.observer.phase("Measuring", len(servings) * (1 + plan.level.rounds))
+        try:
+            for serving in servings:
+                hall.attempt(serving, hall.find_capacity)
+            for number in range(plan.level.rounds):
+                order = round_order(plan.config.seed, number, [serving.candidate.id for serving in servings])
+                for position, candidate_id in enumerate(order):
+                    hall.attempt(hall.servings[candidate_id], _bound(hall.measure_round, number, position))
+        finally:
+            hall.undeploy_all()
+    return hall.measured()
+
+
+def _bound(method: Callable[[Serving, int, int], str], number: int, position: int) -> Callable[[Serving], str]:
+    return lambda serving: method(serving, number, position)
+
+
+class _Hall:
+    """What is deployed during one call of `measure`, and what has been found in it."""
+
+    def __init__(
+        self,
+        workspace: Workspace,
+        cluster: Cluster,
+        generator: LoadGenerator,
+        servings: Sequence[Serving],
+        inputs: Mapping[str, NDArray[Any]],
+        samples_digest: str,
+    ) -> None:
+        self.servings = {serving.candidate.id: serving for serving in servings}
+        self._workspace = workspace
+        self._plan = workspace.plan
+        self._cluster = cluster
+        self._generator = generator
+        self._inputs = inputs
+        self._loads = loads_named(self._plan.policy) or (DEFAULT_LOAD,)
+        self._shared = {
+            "host": self._plan.host.fingerprint,
+            "level": asdict(self._plan.level),
+            "samples": samples_digest,
+            "seed": self._plan.config.seed,
+        }
+        self._deployments: dict[str, Deployment] = {}
+        self._deployed: dict[str, Deployed] = {}
+        self._capacities: dict[str, Capacity] = {}
+        self._rounds: list[Round] = []
+        self._failures: dict[str, Failure] = {}
+
+    def attempt(self, serving: Serving, work: Callable[[Serving], str]) -> None:
+        """Does one piece of work on a candidate; a failure becomes its record, and the candidate is left out."""
+        name = serving.candidate.name
+        if serving.candidate.id in self._failures:
+            self._workspace.observer.done(name, "left out: it failed")
+            return
+        try:
+            outcome = work(serving)
+        except BurnishError as error:
+            phase = "measure" if serving.candidate.id in self._deployments else "deploy"
+            kind = "died" if isinstance(error, ServerDiedError) else "error"
+            first, _, rest = error.message.partition("\n")
+            self._failures[serving.candidate.id] = Failure(
+                subject=name, phase=phase, kind=kind, reason=first, detail=rest
+            )
+            self._undeploy(serving.candidate.id)
+            outcome = f"failed: {first}"
+        self._workspace.observer.done(name, outcome)
+
+    def find_capacity(self, serving: Serving) -> str:
+        """Where the candidate saturates."""
+        candidate_id = serving.candidate.id
+
+        def search() -> Capacity:
+            deployment = self._deployment(serving)
+            payloads = self._payloads(serving, deployment)
+            raw = self._workspace.folder("runs") / f"{candidate_id}-capacity"
+
+            def run(profile: LoadProfile) -> RunRecord:
+                return self._generator.run(
+                    deployment.target, payloads, profile, raw_path=raw, usage=deployment.usage, expected=None
+                )
+
+            return find_capacity(candidate_id, run, self._plan.level, seed=self._plan.config.seed)
+
+        components = {"candidate": candidate_id, **self._shared}
+        capacity, known = self._workspace.remember("Capacity", serving.candidate.name, components, search)
+        self._capacities[candidate_id] = capacity
+        self._deployed[candidate_id] = self._remembered_deployment(serving)
+        return f"saturates at {capacity.saturation_rps or 0:.0f} requests a second" + _reused(known)
+
+    def measure_round(self, serving: Serving, number: int, position: int) -> str:
+        """The candidate's runs in one round."""
+        candidate_id = serving.candidate.id
+
+        def run() -> Round:
+            deployment = self._deployment(serving)
+            return measure_in_round(
+                self._generator,
+                deployment,
+                self._payloads(serving, deployment),
+                self._capacities[candidate_id],
+                self._loads,
+                level=self._plan.level,
+                number=number,
+                position=position,
+                seed=self._plan.config.seed,
+                raw_dir=self._workspace.folder("runs"),
+                expected=serving.answers,
+            )
+
+        components = {"candidate": candidate_id, "loads": list(self._loads), "round": number, **self._shared}
+        made, known = self._workspace.remember("Round", serving.candidate.name, components, run)
+        self._rounds.append(made)
+        invalid = sum(not run.valid for run in made.runs)
+        return f"round {number + 1}" + (f", {invalid} invalid runs" if invalid else "") + _reused(known)
+
+    def undeploy_all(self) -> None:
+        """Ends all that is deployed."""
+        for candidate_id in list(self._deployments):
+            self._undeploy(candidate_id)
+
+    def measured(self) -> Measured:
+        """What has been found."""
+        return Measured(
+            deployed=tuple(self._deployed.values()),
+            capacities=tuple(self._capacities.values()),
+            rounds=tuple(self._rounds),
+            failures=tuple(self._failures.values()),
+        )
+
+    def _deployment(self, serving: Serving) -> Deployment:
+        candidate_id = serving.candidate.id
+        if candidate_id not in self._deployments:
+            timeout_s = self._plan.config.limits.load_timeout_s
+            deployment = self._cluster.deploy(serving.candidate, serving.artifact, serving.files, timeout_s=timeout_s)
+            self._deployments[candidate_id] = deployment
+        return self._deployments[candidate_id]
+
+    def _remembered_deployment(self, serving: Serving) -> Deployed:
+        def look() -> Deployed:
+            deployment = self._deployment(serving)
+            return Deployed(
+                candidate_id=serving.candidate.id, load_time_s=deployment.load_time_s, rendered=deployment.rendered
+            )
+
+        components = {"candidate": serving.candidate.id, "host": self._plan.host.fingerprint}
+        return self._workspace.remember("Deployed", serving.candidate.name, components, look)[0]
+
+    def _payloads(self, serving: Serving, deployment: Deployment) -> Any:
+        return encode_payloads(self._inputs, target=deployment.target, seed=self._plan.config.seed)
+
+    def _undeploy(self, candidate_id: str) -> None:
+        deployment = self._deployments.pop(candidate_id, None)
+        if deployment is not None:
+            deployment.undeploy()
+
+
+def _reused(known: bool) -> str:
+    return " (known)" if known else ""

@@ -1,0 +1,100 @@
+"""Where a campaign's outcome goes: its working folder, the terminal, the page, MLflow."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from registry import codec
+from registry.errors import InputError
+from registry.ports import Published
+from registry.records import Campaign
+from registry.tracking import open_tracker
+
+RECORD = "campaign.json"
+PAGE = "report.html"
+
+
+def write_campaign(campaign: Campaign, work: Path) -> Path:
+    """Writes the campaign's record into its working folder, whole or not at all."""
+    return _write(work / RECORD, codec.dumps(campaign))
+
+
+def read_campaign(work: Path) -> Campaign:
+    """The record of the last campaign in a working folder.
+
+    Raises:
+        InputError: there is none, or it cannot be read.
+    """
+    path = work / RECORD
+    if not path.is_file():
+        raise InputError(f"no finished campaign in {work}", hint="Run `burnish run CAMPAIGN` first, or name its --work.")
+    record = codec.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(record, Campaign):
+        raise InputError(f"{path} holds a {type(record).__name__}, not a campaign")
+    return record
+
+
+def write_report(campaign: Campaign, work: Path) -> Path:
+    """Writes the page into the working folder, whole or not at all."""
+    from registry.report.html import render_html
+
+    return _write(work / PAGE, render_html(campaign))
+
+
+def as_markdown(campaign: Campaign) -> str:
+    """The report as Markdown."""
+    from registry.report.markdown import render_markdown
+
+    return render_markdown(campaign)
+
+
+def publish(campaign: Campaign, work: Path, *, uri: str | None) -> Published:
+    """Records the campaign and its page in MLflow.
+
+    Raises:
+        UnreachableError: the tracking store does not answer; nothing is lost, the working folder holds it all.
+    """
+    return open_tracker(uri, work).publish(campaign, files={PAGE: work / PAGE})
+
+
+def show(campaign: Campaign, page: Path, published: Published | None) -> None:
+    """Prints the report in the terminal, and where the rest is."""
+    from rich.console import Console
+
+    from registry.report.terminal import render_terminal
+
+    console = Console()
+    render_terminal(campaign, console)
+    console.print(f"Report: {page}", highlight=False, soft_wrap=True)
+    if published is not None:
+        version = f", version {published.model_version} of {campaign.model_name!r}" if published.model_version else ""
+        console.print(f"MLflow: {published.location}{version}", highlight=False, soft_wrap=True)
+
+
+def summary(campaign: Campaign, page: Path, published: Published | None) -> dict[str, Any]:
+    """What a script wants to know of a campaign: the verdict, and where everything is."""
+    names = {candidate.id: candidate.name for candidate in campaign.candidates}
+    selected = campaign.verdict.selected
+    return {
+        "campaign_id": campaign.id,
+        "selected": names.get(selected) if selected else None,
+        "provisional": campaign.verdict.provisional,
+        "sentence": campaign.verdict.sentence,
+        "report": str(page),
+        "mlflow": None if published is None else _plain(published),
+    }
+
+
+def _plain(published: Published) -> dict[str, Any]:
+    return {
+        "location": published.location,
+        "runs": dict(published.runs),
+        "model_version": published.model_version,
+    }
+
+
+def _write(path: Path, text: str) -> Path:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+    return path
