@@ -1,0 +1,77 @@
+"""Candidate to MLServer's files."""
+
+import json
+from typing import Any
+
+from profiles.serving.naming import check_batching, session_settings
+from registry.errors import InputError
+from registry.records import Artifact, Candidate
+
+IMPLEMENTATION = "profiles.serving.runtime.SessionRuntime"
+GRPC_MAX_MESSAGE_BYTES = 2**31 - 1
+"""gRPC's own largest; MLServer's default is 4 MiB, which two images exceed."""
+
+
+def render_mlserver(
+    candidate: Candidate,
+    artifact: Artifact,
+    *,
+    model_name: str,
+    http_port: int,
+    grpc_port: int,
+    metrics_port: int,
+) -> dict[str, str]:
+    """``settings.json`` and ``<model_name>/model-settings.json``; the artifact's files belong beside the second.
+
+    Batching stands in ``parameters.extra``, where our runtime reads it, since Core 2 drops MLServer's own keys.
+    ``max_batch_size`` counts requests in MLServer, not rows.
+
+    Raises:
+        InputError: the candidate is not one for our MLServer runtime, its batches cannot be had, or its batching would
+            have no effect.
+    """
+    serving = candidate.serving
+    if (serving.server, serving.backend) != ("mlserver", "burnish"):
+        raise InputError(
+            f"{candidate.name!r} is for {serving.server} with {serving.backend}, not for our MLServer runtime"
+        )
+    if serving.instances != 1:
+        raise InputError(
+            f"{candidate.name!r} asks for {serving.instances} instances, which MLServer does not have",
+            hint="Set parallel_workers instead.",
+        )
+    check_batching(candidate, artifact)
+    settings = {
+        "debug": False,
+        "host": "127.0.0.1",
+        "http_port": http_port,
+        "grpc_port": grpc_port,
+        "metrics_port": metrics_port,
+        "grpc_max_message_length": GRPC_MAX_MESSAGE_BYTES,
+        "parallel_workers": serving.parallel_workers,
+    }
+    model = {
+        "name": model_name,
+        "implementation": IMPLEMENTATION,
+        "parameters": {"uri": f"./{artifact.entry}", "extra": {**session_settings(candidate), **_batching(candidate)}},
+    }
+    return {"settings.json": _json(settings), f"{model_name}/model-settings.json": _json(model)}
+
+
+def _batching(candidate: Candidate) -> dict[str, str]:
+    serving = candidate.serving
+    if serving.max_batch_size == 1:
+        return {}
+    if serving.max_batch_delay_ms <= 0:
+        raise InputError(
+            f"{candidate.name!r} asks for batches of {serving.max_batch_size} with no delay",
+            hint="MLServer batches only where it may wait: give it a max_batch_delay_ms above 0.",
+        )
+    return {
+        "max_batch_size": str(serving.max_batch_size),
+        "max_batch_time": f"{serving.max_batch_delay_ms / 1000:g}",
+    }
+
+
+def _json(content: dict[str, Any]) -> str:
+    return json.dumps(content, indent=2) + "\n"

@@ -1,0 +1,111 @@
+"""The model of Triton's Python backend around a session. A rendered ``model.py`` imports `TritonPythonModel` from here.
+
+Tensors cross by DLPack, without a copy on the way in. The backend's own ``as_numpy`` and ``Tensor(name, array)`` give
+wrong numbers, silently, under numpy 2; DLPack is right under numpy 1 and 2 both.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from profiles.serving.session import Session, SessionError, open_session
+
+Array = npt.NDArray[Any]
+
+
+class TritonPythonModel:
+    """Serves one ONNX or OpenVINO file with Triton's Python backend.
+
+    Keys of the config's ``parameters``: ``entry`` (the model file beside ``model.py``), ``engine``, ``precision``,
+    ``graph_level``, ``threads`` and ``providers`` (joined by commas).
+    """
+
+    def initialize(self, args: Mapping[str, str]) -> None:
+        """Opens the session that the model's config asks for.
+
+        Raises:
+            SessionError: the model cannot be opened.
+            KeyError: the config has no parameter ``entry``.
+        """
+        import triton_python_backend_utils as pb_utils
+
+        self._backend: Any = pb_utils
+        config = json.loads(args["model_config"])
+        self._outputs = [output["name"] for output in config["output"]]
+        self._batches = config.get("max_batch_size", 0) > 0
+        settings = {key: value["string_value"] for key, value in config["parameters"].items()}
+        folder = Path(args["model_repository"]) / args["model_version"]
+        self._session = _open(folder, settings)
+
+    def execute(self, requests: Sequence[Any]) -> list[Any]:
+        """One answer a request: Triton's batcher hands over several, which run as one batch.
+
+        Where the batch fails, each request is run alone, so that one bad request fails nobody else's.
+        """
+        arrays: list[dict[str, Array]] = [self._inputs(request) for request in requests]
+        if len(requests) == 1 or not self._batches:
+            return [self._alone(request, own) for request, own in zip(requests, arrays, strict=True)]
+        try:
+            answers = run_merged(self._session, arrays)
+        except (SessionError, ValueError):
+            return [self._alone(request, own) for request, own in zip(requests, arrays, strict=True)]
+        return [self._response(request, answer) for request, answer in zip(requests, answers, strict=True)]
+
+    def finalize(self) -> None:
+        """Lets go of the session."""
+        del self._session
+
+    def _inputs(self, request: Any) -> dict[str, Array]:
+        return {tensor.name(): np.from_dlpack(tensor) for tensor in request.inputs()}
+
+    def _alone(self, request: Any, arrays: Mapping[str, Array]) -> Any:
+        try:
+            return self._response(request, self._session.run(arrays))
+        except SessionError as error:
+            return self._backend.InferenceResponse(error=self._backend.TritonError(str(error)))
+
+    def _response(self, request: Any, answer: Mapping[str, Array]) -> Any:
+        wanted = set(request.requested_output_names())
+        tensors = [
+            self._backend.Tensor.from_dlpack(name, np.ascontiguousarray(answer[name]))
+            for name in self._outputs
+            if name in wanted
+        ]
+        return self._backend.InferenceResponse(output_tensors=tensors)
+
+
+def run_merged(session: Session, requests: Sequence[Mapping[str, Array]]) -> list[dict[str, Array]]:
+    """Each request's answer from one run of the session over all their rows.
+
+    Args:
+        session: whose every tensor has the batch as its first dimension.
+        requests: the inputs of each, by name; rows may differ in number between requests.
+
+    Raises:
+        SessionError: the merged batch does not fit the model, or the engine failed.
+        ValueError: the requests do not fit together.
+    """
+    names = list(requests[0])
+    answer = session.run({name: np.concatenate([request[name] for request in requests]) for name in names})
+    ends = np.cumsum([len(request[names[0]]) for request in requests])
+    wrong = {name: array.shape for name, array in answer.items() if array.shape[:1] != (ends[-1],)}
+    if wrong:
+        raise SessionError(f"{ends[-1]} rows went in, and outputs of other lengths came out: {wrong}")
+    parts = {name: np.split(array, ends[:-1]) for name, array in answer.items()}
+    return [{name: part[i] for name, part in parts.items()} for i in range(len(requests))]
+
+
+def _open(folder: Path, settings: Mapping[str, str]) -> Session:
+    providers = [name.strip() for name in settings.get("providers", "").split(",") if name.strip()]
+    return open_session(
+        folder / settings["entry"],
+        engine=settings.get("engine", "onnxruntime"),
+        precision=settings.get("precision", "default"),
+        graph_level=settings.get("graph_level", "all"),
+        threads=int(settings.get("threads", "1")),
+        providers=providers or None,
+    )
