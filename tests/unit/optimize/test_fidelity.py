@@ -1,0 +1,209 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from optimize.fidelity import (
+    compare_outputs,
+    drop_of_scores,
+    exact_bounds,
+    fidelity_components,
+    net_bounds,
+    rate,
+    row_cosines,
+    wilson,
+)
+from optimize.metrics import Metric, find_metric
+from registry.errors import InputError, StageError
+from registry.records import EngineSpec
+
+
+def scores(losses, gains, count):
+    before, after = np.ones(count), np.ones(count)
+    after[:losses] = 0
+    before[losses : losses + gains] = 0
+    return before, after
+
+
+def drop(losses, gains, count):
+    return drop_of_scores(*scores(losses, gains, count))
+
+
+@pytest.mark.parametrize(("count", "expected"), [(300, 3 / 300), (890, 3 / 890), (3000, 3 / 3000)])
+def test_zero_events_give_the_rule_of_three(count, expected):
+    assert drop(0, 0, count).high == pytest.approx(expected, rel=0.01)
+    assert rate(0, count).high == pytest.approx(expected, rel=0.01)
+
+
+def test_two_discordant_of_897_pass_a_limit_of_one_point():
+    assert drop(2, 0, 897).high < 0.01
+    assert drop(1, 1, 897).high < 0.01
+    assert drop(2, 0, 360).high > 0.01
+
+
+def test_symmetric_discordance_of_some_per_cent_is_no_drop():
+    estimate = drop(90, 90, 3000)
+    assert estimate.value == 0
+    assert estimate.high < 0.01
+
+
+def test_exact_bounds_are_those_of_clopper_and_pearson():
+    from scipy.stats import binomtest
+
+    interval = binomtest(4, 897).proportion_ci(0.90, method="exact")
+    assert exact_bounds(4, 897) == pytest.approx((interval.low, interval.high))
+    assert exact_bounds(5, 5)[1] == 1.0
+
+
+def test_wilson_is_scipys():
+    from scipy.stats import binomtest
+
+    interval = binomtest(871, 897).proportion_ci(0.95, method="wilson")
+    assert wilson(871, 897) == pytest.approx((interval.low, interval.high), abs=1e-6)
+    assert wilson(10, 10)[1] == 1.0
+
+
+@given(st.integers(1, 400), st.data())
+def test_more_losses_never_lower_the_bound(count, data):
+    losses = data.draw(st.integers(0, count - 1))
+    gains = data.draw(st.integers(0, count - losses - 1))
+    assert net_bounds(losses + 1, gains, count)[1] >= net_bounds(losses, gains, count)[1]
+
+
+@given(st.integers(1, 300), st.data())
+def test_losses_and_gains_mirror_each_other(count, data):
+    losses = data.draw(st.integers(0, count))
+    gains = data.draw(st.integers(0, count - losses))
+    low, high = net_bounds(losses, gains, count)
+    mirrored = net_bounds(gains, losses, count)
+    assert (low, high) == pytest.approx((-mirrored[1], -mirrored[0]))
+    assert low <= (losses - gains) / count <= high
+
+
+@pytest.mark.parametrize(("loss", "gain"), [(0.004, 0.0), (0.01, 0.004), (0.03, 0.03)])
+def test_the_pessimistic_end_holds_what_it_promises(loss, gain):
+    generator = np.random.default_rng(3)
+    drawn = generator.multinomial(897, [loss, gain, 1 - loss - gain], 300)
+    missed = sum(drop(int(b), int(c), 897).high < loss - gain for b, c, _ in drawn)
+    assert missed / 300 <= 0.08  # 5 % promised, and three standard errors of 300 trials
+
+
+def test_scores_that_are_no_counts_are_drawn_in_pairs():
+    generator = np.random.default_rng(0)
+    before = generator.normal(size=500)
+    estimate = drop_of_scores(before, before - 0.1 + generator.normal(scale=0.01, size=500))
+    assert estimate.low > 0.098
+    assert estimate.high < 0.102
+    assert estimate.method == "paired bootstrap"
+
+
+def test_equal_scores_that_are_no_counts_leave_room_too():
+    before = np.linspace(0, 2, 500)
+    assert drop_of_scores(before, before).high == pytest.approx(2 * 3 / 500, rel=0.01)
+
+
+def test_too_few_samples_leave_the_ends_open():
+    before = np.linspace(0, 2, 5)
+    assert drop_of_scores(before, before).high is None
+
+
+def logits(count=200, classes=4, seed=0):
+    return np.random.default_rng(seed).normal(size=(count, classes)).astype(np.float32)
+
+
+def test_classification():
+    reference = logits()
+    labels = reference.argmax(axis=1)
+    variant = reference.copy()
+    variant[3] = -variant[3]
+    got = compare_outputs({"y": reference}, {"y": variant}, labels, find_metric("accuracy"))
+    assert got["accuracy"].value == 0.995
+    assert got["accuracy_drop"].value == pytest.approx(0.005)
+    assert got["flip_rate"].value == 0.005
+    assert got["cosine"].value == pytest.approx(1 - 2 / 200)
+    assert got["max_abs_error"].value == pytest.approx(2 * np.abs(reference[3]).max(), rel=1e-6)
+
+
+def test_retrieval_counts_changed_finds_and_only_of_queries():
+    vectors = np.eye(6, dtype=np.float32)
+    vectors[:3] = vectors[3:] + 0.1
+    labels = np.array([3, 4, 5, -1, -1, -1])
+    other = vectors.copy()
+    other[0] = vectors[4]
+    got = compare_outputs({"e": vectors}, {"e": other}, labels, find_metric("recall_at_1"))
+    assert got["flip_rate"].value == pytest.approx(1 / 3)
+    assert got["accuracy"].runs == 3
+    assert got["accuracy_drop"].value == pytest.approx(1 / 3)
+
+
+def test_f1_has_an_interval_and_leaves_room_for_what_was_not_seen():
+    reference = logits()
+    labels = reference.argmax(axis=1)
+    got = compare_outputs({"y": reference}, {"y": reference.copy()}, labels, find_metric("f1"))
+    assert got["accuracy"].value == 1.0
+    assert got["accuracy_drop"].value == 0.0
+    assert 0.001 < got["accuracy_drop"].high < 0.1
+
+
+def test_a_metric_of_one_number_has_no_interval():
+    metric = Metric(name="mine", unit="1", score=lambda outputs, labels: 0.5)
+    got = compare_outputs({"y": logits()}, {"y": logits()}, None, metric)
+    assert got["accuracy_drop"].value == 0.0
+    assert got["accuracy_drop"].high is None
+
+
+def test_a_metric_that_scores_nothing_is_refused():
+    with pytest.raises(InputError, match="scores none"):
+        compare_outputs({"y": logits(3)}, {"y": logits(3)}, np.full(3, -100), find_metric("accuracy"))
+
+
+def damaged(value):
+    array = logits()
+    array[7, 1] = value
+    return {"y": array}
+
+
+@pytest.mark.parametrize(
+    ("variant", "text"),
+    [
+        ({"z": logits()}, "its outputs are"),
+        ({"y": logits()[:, :3]}, "has shape"),
+        (damaged(np.nan), "gives NaN in the output 'y' for 1 of 200 samples, first for sample 7"),
+        (damaged(np.inf), "overflows to infinity"),
+    ],
+)
+def test_answers_that_cannot_be_compared(variant, text):
+    with pytest.raises(StageError, match=text):
+        compare_outputs({"y": logits()}, variant, None, None)
+
+
+def test_infinities_that_the_baseline_has_too_are_no_fault():
+    got = compare_outputs(damaged(-np.inf), damaged(-np.inf), None, None)
+    assert got["cosine"].value == pytest.approx(1.0)
+    assert got["max_abs_error"].value == 0.0
+
+
+def test_integer_outputs_have_no_cosine():
+    classes = np.arange(20, dtype=np.int64)
+    assert set(compare_outputs({"y": classes}, {"y": classes}, None, None)) == {"max_abs_error"}
+
+
+def test_cosine_of_zero_rows_and_of_extremes():
+    a = np.array([[0.0, 0.0], [0.0, 0.0], [1e300, 1e300], [1e-300, 0.0], [1.0, 0.0]])
+    b = np.array([[0.0, 0.0], [1.0, 0.0], [1e-300, 1e-300], [1e300, 0.0], [-1.0, 0.0]])
+    assert row_cosines(a, b) == pytest.approx([1.0, 0.0, 1.0, 1.0, -1.0])
+
+
+@given(arrays(np.float64, (5, 3), elements=st.floats(-1e300, 1e300)))
+def test_cosine_with_itself_is_one(rows):
+    assert row_cosines(rows, rows) == pytest.approx(np.ones(5))
+
+
+def test_components_name_all_that_matters():
+    engine = EngineSpec(name="onnxruntime")
+    got = fidelity_components(
+        "v", engine, engine_version="1", instruction_set="avx2", batch_size=8, samples_digest="s", metric="accuracy"
+    )
+    assert got["engine"] == engine.key
+    assert got["batch_size"] == 8
