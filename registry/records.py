@@ -148,6 +148,10 @@ class Variant:
     notes: tuple[str, ...] = ()
 
 
+FailurePhase = Literal["source", "make", "fidelity", "screen", "deploy", "measure"]
+FailureKind = Literal["not_applicable", "screened_out", "error", "timeout", "memory", "died"]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failure:
     """A variant or candidate that could not be made, judged, served or measured, and why.
@@ -162,8 +166,8 @@ class Failure:
     """
 
     subject: str
-    phase: Literal["source", "make", "fidelity", "screen", "deploy", "measure"]
-    kind: Literal["not_applicable", "screened_out", "error", "timeout", "memory", "died"]
+    phase: FailurePhase
+    kind: FailureKind
     reason: str
     detail: str = ""
 
