@@ -1,0 +1,290 @@
+"""The language of constraints and objectives.
+
+::
+
+    constraint = metric ("<=" | ">=" | "<" | ">") number ["%"] ["rel"] ["at" load]
+    objective  = ("maximize" | "minimize") metric ["at" load]
+    load       = number ["%"] "saturation" | number "rps" | "concurrency" whole number
+
+``accuracy_drop <= 0.01`` is in the metric's unit, ``accuracy_drop <= 1% rel`` a fraction of the baseline's accuracy. A
+latency has a load (0.8 of saturation where none is written), and nothing else has one. Several objectives count in
+their order.
+"""
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Final, Literal, NoReturn, cast
+
+from registry.errors import PolicyError
+from registry.records import Constraint, Objective, Policy
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Metric:
+    """What the policy knows of a metric.
+
+    Attributes:
+        unit: as in `Estimate`.
+        needs_load: whether its value belongs to a load.
+        larger_is_better: which way is better.
+        label: what people read.
+    """
+
+    unit: str
+    needs_load: bool
+    larger_is_better: bool
+    label: str
+
+
+def _metric(unit: str, label: str, *, needs_load: bool = False, larger_is_better: bool = False) -> Metric:
+    return Metric(unit=unit, needs_load=needs_load, larger_is_better=larger_is_better, label=label)
+
+
+METRICS: Final[dict[str, Metric]] = {
+    "accuracy": _metric("fraction", "accuracy", larger_is_better=True),
+    "accuracy_drop": _metric("fraction", "accuracy drop"),
+    "flip_rate": _metric("fraction", "flip rate"),
+    "cosine": _metric("1", "cosine", larger_is_better=True),
+    "max_abs_error": _metric("1", "largest error"),
+    "max_throughput_rps": _metric("1/s", "maximum throughput", larger_is_better=True),
+    "saturation_rps": _metric("1/s", "saturation", larger_is_better=True),
+    "rss_mb": _metric("MB", "resident memory"),
+    "load_time_s": _metric("s", "load time"),
+    "cpu_s_per_1k": _metric("s", "CPU time per 1,000 requests"),
+    "size_mb": _metric("MB", "size"),
+    "latency_p50_ms": _metric("ms", "p50", needs_load=True),
+    "latency_p90_ms": _metric("ms", "p90", needs_load=True),
+    "latency_p95_ms": _metric("ms", "p95", needs_load=True),
+    "latency_p99_ms": _metric("ms", "p99", needs_load=True),
+    "service_p50_ms": _metric("ms", "service time p50", needs_load=True),
+}
+
+DEFAULT_LOAD: Final = "0.8 saturation"
+
+_OPERATORS = ("<=", ">=", "<", ">")
+_BETTER = {True: "maximize", False: "minimize"}
+_TOKEN = re.compile(
+    r"(?P<number>[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?)|(?P<percent>%)|(?P<operator>[<>=!≤≥]+)"
+    r"|(?P<word>[^\W\d][\w.@/-]*)|(?P<other>\S)"
+)
+
+
+def parse_policy(
+    constraints: Sequence[str], objective: str | Sequence[str], *, default_load: str = DEFAULT_LOAD
+) -> Policy:
+    """The policy that the lines say.
+
+    Args:
+        constraints: one line each, such as ``latency_p90_ms <= 50 at 0.8 saturation``.
+        objective: one line, such as ``maximize max_throughput_rps``, or several in falling order of weight.
+        default_load: the load of a latency that names none.
+
+    Raises:
+        PolicyError: a line is not understood; the message shows it with a mark under the wrong word.
+    """
+    lines = [objective] if isinstance(objective, str) else list(objective)
+    if not lines:
+        raise PolicyError(
+            "the policy has no objective", hint="Say what to make best, for example: maximize max_throughput_rps"
+        )
+    load = parse_load(default_load)
+    return Policy(
+        constraints=tuple(_constraint(_Line(line), load) for line in constraints),
+        objectives=tuple(_objective(_Line(line), load) for line in lines),
+    )
+
+
+def parse_load(text: str) -> str:
+    """The load in its one written form: ``0.8 saturation``, ``100 rps`` or ``concurrency 1``.
+
+    Raises:
+        PolicyError: the text names no load; the message marks the wrong word.
+    """
+    line = _Line(text)
+    load = _load(line)
+    line.expect_end("a load ends here")
+    return load
+
+
+def loads_named(policy: Policy) -> tuple[str, ...]:
+    """The loads that the policy's metrics must be measured at, each once, in the order they are named."""
+    named = [constraint.load for constraint in policy.constraints] + [objective.load for objective in policy.objectives]
+    return tuple(dict.fromkeys(load for load in named if load is not None))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Token:
+    kind: str
+    text: str
+    start: int
+    end: int
+
+
+class _Line:
+    """The words of a line, taken one by one; knows where each stands, to point at it."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text.strip()
+        self._tokens = [
+            _Token(kind=found.lastgroup or "other", text=found.group(), start=found.start(), end=found.end())
+            for found in _TOKEN.finditer(self.text)
+        ]
+        self._next = 0
+
+    @property
+    def token(self) -> _Token:
+        """The next word; past the end an empty one of kind ``end``."""
+        if self._next < len(self._tokens):
+            return self._tokens[self._next]
+        return _Token(kind="end", text="", start=len(self.text), end=len(self.text) + 1)
+
+    def take(self, kind: str, text: str | None = None) -> _Token | None:
+        """The next word if it is of this kind (and text), and goes past it."""
+        token = self.token
+        if token.kind != kind or text not in {None, token.text}:
+            return None
+        self._next += 1
+        return token
+
+    def expect_end(self, problem: str) -> None:
+        """Refuses what is left over."""
+        token = self.token
+        if token.kind != "end":
+            self.refuse(f"{problem}, but {token.text!r} follows", token)
+
+    def refuse(self, problem: str, token: _Token, *, hint: str | None = None) -> NoReturn:
+        """Raises a PolicyError that shows the line and marks the word."""
+        mark = " " * token.start + "^" * (token.end - token.start)
+        raise PolicyError(f"{problem}\n  {self.text}\n  {mark}", hint=hint)
+
+
+def _constraint(line: _Line, default_load: str) -> Constraint:
+    name, metric = _known_metric(line)
+    operator = line.take("operator")
+    if operator is None or operator.text not in _OPERATORS:
+        wrong = operator or line.token
+        near = {"≤": "<=", "≥": ">=", "=<": "<=", "=>": ">="}.get(wrong.text)
+        line.refuse("expected <=, >=, < or > after the metric", wrong, hint=f"Did you mean {near}?" if near else None)
+    limit, relative = _limit(line, metric)
+    load = _load_of(line, name, metric, default_load)
+    _end_of(line, metric)
+    return Constraint(
+        text=line.text,
+        metric=name,
+        op=cast(Literal["<=", ">=", "<", ">"], operator.text),
+        limit=limit,
+        relative=relative,
+        load=load,
+    )
+
+
+def _objective(line: _Line, default_load: str) -> Objective:
+    token = line.token
+    direction = line.take("word", "maximize") or line.take("word", "minimize")
+    if direction is None:
+        near = _nearest(token.text, _BETTER.values())
+        line.refuse("an objective begins with maximize or minimize", token, hint=_did_you_mean(near))
+    name, metric = _known_metric(line)
+    better = _BETTER[metric.larger_is_better]
+    if direction.text != better:
+        line.refuse(f"{name} is better the other way", direction, hint=f"Write: {better} {name}")
+    load = _load_of(line, name, metric, default_load)
+    _end_of(line, metric)
+    return Objective(
+        text=line.text, direction=cast(Literal["maximize", "minimize"], direction.text), metric=name, load=load
+    )
+
+
+def _known_metric(line: _Line) -> tuple[str, Metric]:
+    token = line.token
+    name = line.take("word")
+    if name is None:
+        line.refuse("expected a metric", token, hint=f"The metrics are: {', '.join(METRICS)}.")
+    if name.text not in METRICS:
+        near = _nearest(name.text, METRICS)
+        hint = _did_you_mean(near) or f"The metrics are: {', '.join(METRICS)}."
+        line.refuse(f"unknown metric {name.text!r}", name, hint=hint)
+    return name.text, METRICS[name.text]
+
+
+def _limit(line: _Line, metric: Metric) -> tuple[float, bool]:
+    token = line.token
+    number = line.take("number")
+    if number is None:
+        line.refuse("expected a number", token)
+    percent = line.take("percent")
+    relative = line.take("word", "rel") is not None
+    if percent and not relative and metric.unit != "fraction":
+        line.refuse(
+            f"a limit in percent needs something to be a part of; this metric is in {metric.unit}",
+            percent,
+            hint=f"Write {number.text}% rel for a part of the baseline's value.",
+        )
+    return _value(line, number, percent=percent is not None), relative
+
+
+def _value(line: _Line, number: _Token, *, percent: bool = False) -> float:
+    """The number; a percentage is divided in decimals, so that 2.3% is exactly what 0.023 is."""
+    value = float(Decimal(number.text) / 100 if percent else Decimal(number.text))
+    if value in {float("inf"), float("-inf")}:
+        line.refuse("the number is too large", number)
+    return value
+
+
+def _load_of(line: _Line, name: str, metric: Metric, default_load: str) -> str | None:
+    at = line.take("word", "at")
+    if at is None:
+        return default_load if metric.needs_load else None
+    if not metric.needs_load:
+        line.refuse(f"{name} belongs to no load", at, hint="Leave out what follows from here.")
+    return _load(line)
+
+
+def _load(line: _Line) -> str:
+    token = line.token
+    if line.take("word", "concurrency"):
+        return _concurrency(line)
+    number = line.take("number")
+    if number is None:
+        line.refuse("expected a load", token, hint="A load is like: 0.8 saturation, 100 rps or concurrency 1.")
+    percent = line.take("percent") is not None
+    value = _value(line, number, percent=percent)
+    unit = line.token
+    if line.take("word", "saturation"):
+        if not 0 < value <= 1:
+            line.refuse("a share of saturation is above 0 and at most 1", number)
+        return f"{value:g} saturation"
+    if line.take("word", "rps") and not percent:
+        if not value > 0:
+            line.refuse("a rate is above 0", number)
+        return f"{value:g} rps"
+    near = _nearest(unit.text, ["saturation", "rps"])
+    return line.refuse("expected saturation or rps after the number", unit, hint=_did_you_mean(near))
+
+
+def _concurrency(line: _Line) -> str:
+    token = line.token
+    number = line.take("number")
+    if number is None or not number.text.isdecimal() or int(number.text) < 1:
+        line.refuse("a concurrency is a whole number from 1 on", token)
+    return f"concurrency {int(number.text)}"
+
+
+def _end_of(line: _Line, metric: Metric) -> None:
+    token = line.token
+    if token.kind == "word" and token.text.lower() in {metric.unit.lower(), "ms", "s", "mb", "rps"}:
+        line.refuse(f"a limit is in {metric.unit}, as the metric's name says", token, hint="Leave out the unit.")
+    if token.kind == "word" and token.text.lower().startswith("rel"):
+        line.refuse(f"unexpected {token.text!r}", token, hint=_did_you_mean("rel"))
+    line.expect_end("the line should end here")
+
+
+def _nearest(word: str, names: Iterable[str]) -> str | None:
+    return next(iter(difflib.get_close_matches(word, list(names), n=1)), None)
+
+
+def _did_you_mean(near: str | None) -> str | None:
+    return f"Did you mean {near}?" if near else None
