@@ -1,0 +1,275 @@
+"""Stages that make int8 of float32: with ranges found at run time, or beforehand on samples."""
+
+import logging
+from pathlib import Path
+from typing import Any, Literal
+
+from optimize.calibration import Method, whole_batches, write_ranges
+from optimize.stages import onnx_files
+from optimize.stages.base import Context, Stage, StageInput, StageParams, StageResult
+from registry.errors import NotApplicableError
+
+logger = logging.getLogger(__name__)
+
+# Operators that ONNX Runtime computes fast with ranges found at run time. A Gemm becomes a MatMul first.
+_DYNAMIC_OPS = ("MatMul", "Gemm", "Attention", "LSTM")
+_WEIGHTED_OPS = ("Conv", "ConvTranspose", *_DYNAMIC_OPS)
+_MATMUL_OPS = ("MatMul", "Gemm")
+# Quantization per channel needs DequantizeLinear with an axis, which opset 13 brought.
+_LEAST_OPSET = 13
+
+
+class DynamicInt8Params(StageParams):
+    """Parameters of ``quantize.dynamic``.
+
+    Attributes:
+        ops: ``matmul`` is MatMul, Gemm, Attention and LSTM; ``all`` adds Conv.
+        per_channel: one scale for each output channel of a weight, else one for the whole weight.
+        reduce_range: 7-bit weights, for x86 CPUs without VNNI, where u8 times s8 sums overflow.
+    """
+
+    ops: Literal["matmul", "all"] = "matmul"
+    per_channel: bool = True
+    reduce_range: bool = False
+
+
+class DynamicInt8(Stage):
+    """Int8 weights (QInt8) and activations that are quantized (uint8) as they come, from the range of each batch.
+
+    Shapes and types of inputs and outputs stay. An answer depends on its neighbours in the batch, because a range is
+    taken over all of it. Convolutions are left in float32: their int8 form with run-time ranges (ConvInteger) ran at
+    0.14 to 0.44 times the speed of float32 on every network it was tried on. A model that is mostly convolutions is
+    therefore refused, unless ``ops`` is ``all``. Source: onnxruntime.quantization.quantize_dynamic.
+    """
+
+    name = "quantize.dynamic"
+    Params = DynamicInt8Params
+    batch_dependent = True
+    tools = ("onnx", "onnxruntime")
+    params: DynamicInt8Params
+
+    def requires(self, source: StageInput, context: Context) -> None:
+        """Looks for weights worth quantizing."""
+        model = onnx_files.load(source)
+        onnx_files.refuse_quantized(self.name, model)
+
+    def apply(self, source: StageInput, context: Context) -> StageResult:
+        """Prepares the graph, then quantizes."""
+        from onnx import TensorProto
+        from onnxruntime.quantization import QuantType, quantize_dynamic
+
+        ops = [*_DYNAMIC_OPS, "Conv"] if self.params.ops == "all" else list(_DYNAMIC_OPS)
+        with context.scratch() as scratch:
+            prepared, notes = prepare(source, scratch)
+            self._check_worth(prepared, ops)
+            quantize_dynamic(
+                prepared,
+                scratch / "int8.onnx",
+                op_types_to_quantize=ops,
+                per_channel=self.params.per_channel,
+                reduce_range=self.params.reduce_range,
+                weight_type=QuantType.QInt8,
+                use_external_data_format=is_large(scratch),
+                # Fused operators have no type inference; what is left in this graph is float32.
+                extra_options={"DefaultTensorType": TensorProto.FLOAT},
+            )
+            made = _load(scratch / "int8.onnx")
+        done = sum(
+            count
+            for name, count in onnx_files.op_counts(made).items()
+            if name in {"MatMulInteger", "ConvInteger", "QAttention", "DynamicQuantizeLSTM"}
+        )
+        if not done:
+            raise NotApplicableError(f"{self.name}: no node with constant weights that could be quantized")
+        return self.written(context, onnx_files.save(made, context.out), *notes, f"{done} nodes in int8")
+
+    def _check_worth(self, model: Any, ops: list[str]) -> None:
+        weights = onnx_files.weight_elements(model)
+        total = sum(weights[name] for name in _WEIGHTED_OPS)
+        mine = sum(weights[name] for name in ops)
+        if not mine and not total:
+            raise NotApplicableError(f"{self.name}: no {', '.join(ops)} with constant weights in this model")
+        # A convolution uses each weight at many places, so half of the weights is most of the work.
+        if mine < total / 2:
+            raise NotApplicableError(
+                f"{self.name}: {100 * (total - mine) / total:.0f} % of the weights are of convolutions, which are "
+                "slower in int8 with run-time ranges than in float32; the rest is not worth it",
+                hint="Take quantize.static, or quantize.dynamic with ops: all to make it nevertheless.",
+            )
+
+
+class StaticInt8Params(StageParams):
+    """Parameters of ``quantize.static``.
+
+    Attributes:
+        ops: ``matmul`` is MatMul and Gemm; ``weighted`` adds Conv; ``all`` is every operator that has an int8 form.
+            ``auto`` takes ``all`` for a convolutional net, ``weighted`` for one that attends, too, and ``matmul``
+            for a net without convolutions.
+        matmul_output: whether what a MatMul or Gemm gives is quantized; ``auto`` does so with ``ops`` all only.
+        method: how the range of an activation is found.
+        percentile: percent of values inside the range, for the method ``percentile``.
+        batch_size: samples fed at once, where the model does not fix the batch.
+        per_channel: one scale for each output channel of a weight, else one for the whole weight.
+        symmetric_activations: ranges of activations centred on zero.
+        reduce_range: 7-bit weights, for x86 CPUs without VNNI, where u8 times s8 sums overflow.
+    """
+
+    ops: Literal["auto", "matmul", "weighted", "all"] = "auto"
+    matmul_output: Literal["auto", "quantized", "float"] = "auto"
+    method: Method = "minmax"
+    percentile: float = 99.999
+    batch_size: int = 8
+    per_channel: bool = True
+    symmetric_activations: bool = False
+    reduce_range: bool = False
+
+
+class StaticInt8(Stage):
+    """Uint8 activations and int8 weights as explicit QuantizeLinear and DequantizeLinear pairs (QDQ, U8S8).
+
+    Ranges come from the calibration samples, so an answer does not depend on its neighbours. Shapes and types of
+    inputs and outputs stay. Transformers keep the outputs of their MatMuls in float32: on MiniLM that took the cosine
+    with float32 from .93 to .99 and was not slower. Source: onnxruntime.quantization.quantize_static after its
+    quant_pre_process.
+    """
+
+    name = "quantize.static"
+    Params = StaticInt8Params
+    needs_calibration = True
+    tools = ("onnx", "onnxruntime", "numpy")
+    params: StaticInt8Params
+
+    def requires(self, source: StageInput, context: Context) -> None:
+        """Looks whether the model is in float32."""
+        onnx_files.refuse_quantized(self.name, onnx_files.load(source))
+
+    def apply(self, source: StageInput, context: Context) -> StageResult:
+        """Prepares the graph, finds the ranges, then quantizes."""
+        assert context.calibration is not None  # the contract has looked
+        with context.scratch() as scratch:
+            prepared, notes = prepare(source, scratch)
+            ops, float_outputs = self._choose(prepared)
+            model_path, ranges = scratch / "prepared.onnx", scratch / "ranges.json"
+            write_ranges(
+                model_path,
+                whole_batches(context.calibration, source.inputs, wanted=self.params.batch_size),
+                ranges,
+                op_types=ops,
+                method=self.params.method,
+                percentile=self.params.percentile,
+                symmetric=self.params.symmetric_activations,
+                threads=context.threads,
+            )
+            made = self._quantize(prepared, ranges, scratch, ops, float_outputs)
+        done = onnx_files.op_counts(made)["DequantizeLinear"]
+        if not done:
+            raise NotApplicableError(f"{self.name}: no {', '.join(ops)} in this model that could be quantized")
+        told = f"{_told(ops)} in int8, outputs of MatMul in {'float32' if float_outputs else 'int8'}"
+        return self.written(context, onnx_files.save(made, context.out), *notes, told)
+
+    def _choose(self, model: Any) -> tuple[list[str], bool]:
+        counts = onnx_files.op_counts(model)
+        if not any(counts[name] for name in (*_MATMUL_OPS, "Conv", "ConvTranspose")):
+            raise NotApplicableError(f"{self.name}: no Conv, MatMul or Gemm in this model")
+        wanted = self.params.ops
+        if wanted == "auto":
+            attends, convolves = onnx_files.has_attention(model), counts["Conv"] + counts["ConvTranspose"] > 0
+            wanted = "matmul" if not convolves else "weighted" if attends else "all"
+        ops = {"matmul": _MATMUL_OPS, "weighted": (*_MATMUL_OPS, "Conv", "ConvTranspose"), "all": _all_ops()}[wanted]
+        output = self.params.matmul_output
+        return list(ops), output == "float" or (output == "auto" and wanted != "all")
+
+    def _quantize(self, model: Any, ranges: Path, scratch: Path, ops: list[str], float_outputs: bool) -> Any:
+        from onnx import TensorProto
+        from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
+
+        methods = {
+            "minmax": CalibrationMethod.MinMax,
+            "entropy": CalibrationMethod.Entropy,
+            "percentile": CalibrationMethod.Percentile,
+        }
+        quantize_static(
+            model,
+            scratch / "int8.onnx",
+            None,
+            calibration_cache_path=ranges,
+            calibrate_method=methods[self.params.method],
+            quant_format=QuantFormat.QDQ,
+            op_types_to_quantize=ops,
+            per_channel=self.params.per_channel,
+            reduce_range=self.params.reduce_range,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+            use_external_data_format=is_large(scratch),
+            extra_options={
+                "ActivationSymmetric": self.params.symmetric_activations,
+                "DefaultTensorType": TensorProto.FLOAT,
+                "OpTypesToExcludeOutputQuantization": list(_MATMUL_OPS) if float_outputs else [],
+            },
+        )
+        return _load(scratch / "int8.onnx")
+
+
+def prepare(source: StageInput, scratch: Path) -> tuple[Any, list[str]]:
+    """The model made ready for quantization, also written to ``prepared.onnx`` in ``scratch``, and notes on it.
+
+    Constant nodes become initializers, batch normalization is folded into convolutions, shapes are inferred, and an
+    opset below 13 is raised.
+
+    Raises:
+        NotApplicableError: the opset cannot be raised.
+    """
+    import onnx
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    notes = []
+    model = onnx_files.load(source)
+    opset = next((item.version for item in model.opset_import if item.domain in {"", "ai.onnx"}), _LEAST_OPSET)
+    if opset < _LEAST_OPSET:
+        model = _raised(model, opset)
+        notes.append(f"opset raised from {opset} to {_LEAST_OPSET}")
+    large = model.ByteSize() > 1_900_000_000
+    target = scratch / "prepared.onnx"
+    common = {"output_model_path": target, "save_as_external_data": large, "all_tensors_to_one_file": True}
+    given = onnx.ModelProto()
+    given.CopyFrom(model)
+    try:
+        quant_pre_process(given, auto_merge=True, **common)
+    except Exception as error:  # symbolic inference gives up with a bare Exception, and works without it, too
+        logger.debug("symbolic shape inference gave up: %s", error)
+        notes.append("shapes were inferred without symbolic inference, which gave up on this graph")
+        quant_pre_process(model, skip_symbolic_shape=True, **common)
+    return _load(target), notes
+
+
+def is_large(scratch: Path) -> bool:
+    """Whether the prepared model was too large for one file."""
+    return any(path.name.startswith("prepared.onnx.") or path.suffix == ".data" for path in scratch.iterdir())
+
+
+def _raised(model: Any, opset: int) -> Any:
+    import onnx.version_converter
+
+    try:
+        return onnx.version_converter.convert_version(model, _LEAST_OPSET)
+    except Exception as error:  # the converter raises RuntimeError and its own ConvertError, by build
+        raise NotApplicableError(
+            f"quantization per channel needs opset {_LEAST_OPSET}, and this model of opset {opset} cannot be raised: "
+            f"{str(error).strip().splitlines()[0][:200]}"
+        ) from error
+
+
+def _load(path: Path) -> Any:
+    import onnx
+
+    return onnx.load(str(path))
+
+
+def _all_ops() -> tuple[str, ...]:
+    from onnxruntime.quantization.registry import QDQRegistry, QLinearOpsRegistry
+
+    return tuple(sorted({*QDQRegistry, *QLinearOpsRegistry}))
+
+
+def _told(ops: list[str]) -> str:
+    return "all operators that have an int8 form" if len(ops) > 4 else ", ".join(ops)
