@@ -1,0 +1,221 @@
+"""Requests encoded once, before the load: the hot loop only writes bytes.
+
+Three encodings, chosen by the target: V2 gRPC with raw tensors, V2 REST with binary tensors (Triton), V2 REST as
+plain JSON (MLServer's REST takes nothing else). MLServer answers over gRPC with raw tensors where the request had
+them.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from registry.errors import InputError, UnreachableError
+from registry.records import Target
+
+HEADER_LENGTH = "Inference-Header-Content-Length"
+Arrays = Mapping[str, NDArray[Any]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Payload:
+    """One encoded request.
+
+    Attributes:
+        body: what is written.
+        headers: those of its encoding (REST); the target's own are not among them.
+        rows: which samples it holds, in their order.
+    """
+
+    body: bytes
+    headers: Mapping[str, str] = field(default_factory=dict)
+    rows: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Expected:
+    """The reference's answers, for checking replies while under load.
+
+    Attributes:
+        outputs: one mapping (output -> array) a payload, in the payloads' order.
+        absolute: largest absolute difference allowed beside the relative one.
+        relative: largest difference allowed, as a share of the expected value.
+    """
+
+    outputs: tuple[Arrays, ...]
+    absolute: float = 1e-3
+    relative: float = 1e-2
+
+    def matches(self, index: int, answer: Arrays) -> bool:
+        """Whether an answer to payload ``index`` is the expected one, in every expected output."""
+        return all(self._close(answer.get(name), array) for name, array in self.outputs[index].items())
+
+    def _close(self, answer: NDArray[Any] | None, expected: NDArray[Any]) -> bool:
+        if answer is None or answer.shape != expected.shape:
+            return False
+        if expected.dtype.kind not in "fc":
+            return bool(np.array_equal(answer, expected))
+        return bool(np.allclose(answer, expected, rtol=self.relative, atol=self.absolute, equal_nan=True))
+
+
+def expected_answers(
+    payloads: Sequence[Payload], outputs: Arrays, *, absolute: float = 1e-3, relative: float = 1e-2
+) -> Expected:
+    """What each payload's answer should be, from the reference's answers to all samples.
+
+    Args:
+        payloads: as `encode_payloads` gave them.
+        outputs: output -> (samples, ...) array of the reference.
+        absolute: see `Expected`.
+        relative: see `Expected`.
+    """
+    each = tuple({name: array[list(payload.rows)] for name, array in outputs.items()} for payload in payloads)
+    return Expected(outputs=each, absolute=absolute, relative=relative)
+
+
+def encode_payloads(
+    inputs: Arrays, *, target: Target, count: int = 32, rows: int = 1, seed: int = 0
+) -> tuple[Payload, ...]:
+    """Distinct requests from the user's samples, in an order of chance, encoded for the target.
+
+    Args:
+        inputs: input -> (samples, ...) array; all with the same number of samples.
+        target: says model, protocol and encoding.
+        count: how many (32 defeat a response cache); fewer where there are fewer samples.
+        rows: samples in each request.
+        seed: of the choice of samples.
+
+    Raises:
+        InputError: no samples, unequal numbers of them, a type that V2 does not know, or (JSON) a value that is not
+            finite.
+    """
+    samples = _sample_count(inputs)
+    order = np.random.default_rng(seed).permutation(samples)
+    distinct = max(1, min(count, samples // rows))
+    encode = _ENCODERS[target.protocol, target.binary and target.protocol == "rest"]
+    payloads = []
+    for start in range(0, distinct * rows, rows):
+        chosen = order[np.arange(start, start + rows) % samples]
+        body, headers = encode({name: _native(name, array[chosen]) for name, array in inputs.items()}, target.model)
+        payloads.append(Payload(body=body, headers=headers, rows=tuple(int(row) for row in chosen)))
+    return tuple(payloads)
+
+
+def decode_outputs(body: bytes, headers: Mapping[str, str], target: Target) -> dict[str, NDArray[Any]]:
+    """The tensors of a reply, by name.
+
+    Args:
+        body: the reply as it came.
+        headers: the reply's; `HEADER_LENGTH` among them says that tensors are binary.
+        target: says the protocol.
+
+    Raises:
+        UnreachableError: the reply is not one of V2.
+    """
+    try:
+        names, result = _grpc_result(body) if target.protocol == "grpc" else _rest_result(body, headers)
+        return {name: result.as_numpy(name) for name in names}
+    except Exception as error:
+        # Foreign bytes can break a foreign parser in any way.
+        raise UnreachableError(
+            f"the server at {target.url} answered with something that is no V2 reply: {body[:80]!r} ({error})",
+            hint="Check that the address is that of a V2 (Open Inference Protocol) endpoint.",
+        ) from error
+
+
+def _sample_count(inputs: Arrays) -> int:
+    counts = {name: len(array) for name, array in inputs.items()}
+    if not counts or min(counts.values()) == 0:
+        raise InputError(f"there are no samples to send: {counts}", hint="Give at least one sample for each input.")
+    if len(set(counts.values())) > 1:
+        raise InputError(f"inputs have unequal numbers of samples: {counts}")
+    return next(iter(counts.values()))
+
+
+def _native(name: str, array: NDArray[Any]) -> NDArray[Any]:
+    """The array as V2 has it: contiguous, strings as objects, of a type V2 knows."""
+    from tritonclient.utils import np_to_triton_dtype
+
+    if array.dtype.kind in "US":
+        array = array.astype(object)
+    if np_to_triton_dtype(array.dtype) is None:
+        raise InputError(f"input {name!r} has the type {array.dtype}, which the V2 protocol does not know")
+    return np.ascontiguousarray(array)
+
+
+def _encode_grpc(arrays: Arrays, model: str) -> tuple[bytes, dict[str, str]]:
+    from tritonclient.grpc import service_pb2
+    from tritonclient.utils import np_to_triton_dtype, serialize_byte_tensor
+
+    request = service_pb2.ModelInferRequest(model_name=model)
+    for name, array in arrays.items():
+        request.inputs.add(name=name, datatype=np_to_triton_dtype(array.dtype), shape=array.shape)
+        raw = serialize_byte_tensor(array).item() if array.dtype.kind == "O" else array.tobytes()
+        request.raw_input_contents.append(raw)
+    return request.SerializeToString(), {}
+
+
+def _encode_rest_binary(arrays: Arrays, model: str) -> tuple[bytes, dict[str, str]]:
+    from tritonclient.http import InferenceServerClient, InferInput
+    from tritonclient.utils import np_to_triton_dtype
+
+    tensors = []
+    for name, array in arrays.items():
+        tensor = InferInput(name, list(array.shape), np_to_triton_dtype(array.dtype))
+        tensor.set_data_from_numpy(array, binary_data=True)
+        tensors.append(tensor)
+    body, header_length = InferenceServerClient.generate_request_body(tensors)
+    return bytes(body), {"Content-Type": "application/octet-stream", HEADER_LENGTH: str(header_length)}
+
+
+def _encode_rest_json(arrays: Arrays, model: str) -> tuple[bytes, dict[str, str]]:
+    from tritonclient.utils import np_to_triton_dtype
+
+    tensors = [
+        {
+            "name": name,
+            "shape": list(array.shape),
+            "datatype": np_to_triton_dtype(array.dtype),
+            "data": [_json_scalar(value) for value in array.ravel().tolist()]
+            if array.dtype.kind == "O"
+            else array.ravel().tolist(),
+        }
+        for name, array in arrays.items()
+    ]
+    try:
+        text = json.dumps({"inputs": tensors}, separators=(",", ":"), allow_nan=False)
+    except ValueError as error:
+        raise InputError(
+            f"samples hold NaN or infinite values, which JSON cannot carry ({error})",
+            hint="Use gRPC, or binary tensors, or clean the samples.",
+        ) from error
+    return text.encode(), {"Content-Type": "application/json"}
+
+
+def _json_scalar(value: Any) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)
+
+
+_ENCODERS = {
+    ("grpc", False): _encode_grpc,
+    ("rest", True): _encode_rest_binary,
+    ("rest", False): _encode_rest_json,
+}
+
+
+def _grpc_result(body: bytes) -> tuple[list[str], Any]:
+    from tritonclient.grpc import InferResult, service_pb2
+
+    response = service_pb2.ModelInferResponse.FromString(body)
+    return [output.name for output in response.outputs], InferResult(response)
+
+
+def _rest_result(body: bytes, headers: Mapping[str, str]) -> tuple[list[str], Any]:
+    from tritonclient.http import InferResult
+
+    length = {name.lower(): value for name, value in headers.items()}.get(HEADER_LENGTH.lower())
+    result = InferResult.from_response_body(body, False, None if length is None else int(length))
+    return [output["name"] for output in result.get_response()["outputs"]], result

@@ -1,0 +1,291 @@
+"""One load, from its warm-up to its last answer, on the event loop of this process.
+
+Open loop: every arrival has an absolute due time, is sent then whatever came back so far, and its latency counts
+from then. Closed loop: a fixed number of requests is outstanding. Both warm up by the same load that follows.
+"""
+
+import asyncio
+import itertools
+import time
+from array import array
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from profiles.load.alarm import Alarm
+from profiles.load.arrivals import schedule_ns
+from profiles.load.payloads import Payload
+from profiles.load.recording import NS_PER_S, Trace
+from profiles.load.transports import Reply, Status, Transport
+from registry.errors import UnreachableError
+from registry.records import ClosedLoop, LoadProfile, OpenLoop
+
+LEAD_NS = 5_000_000
+# A connection that is refused fails in microseconds; without a pause a closed loop would spin on it.
+RETRY_PAUSE_S = 0.02
+HOPELESS_ERRORS = 50
+HOPELESS_S = 1.0
+# A client that is behind its schedule must still read its answers.
+SENDS_WITHOUT_READING = 8
+SAMPLES_A_WINDOW = 400
+UNANSWERED = -1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kept:
+    """A reply kept for checking, and the payload it answers."""
+
+    payload: int
+    reply: Reply
+
+
+@dataclass(slots=True, kw_only=True)
+class Offered:
+    """What a load left behind.
+
+    Attributes:
+        trace: every request.
+        start_ns: where the window begins, on ``time.perf_counter_ns``.
+        end_ns: where it ends.
+        samples: (time, in flight) at instants of chance.
+        kept: replies spread over the window.
+        first_error: what the server said to the first failed request, or empty.
+    """
+
+    trace: Trace
+    start_ns: int
+    end_ns: int
+    samples: tuple[tuple[int, int], ...]
+    kept: tuple[Kept, ...]
+    first_error: str
+
+
+@dataclass(slots=True)
+class _Log:
+    """Times by request, in flat arrays: 29 bytes a request, appended as they are due."""
+
+    intended: "array[int]" = field(default_factory=lambda: array("q"))
+    sent: "array[int]" = field(default_factory=lambda: array("q"))
+    done: "array[int]" = field(default_factory=lambda: array("q"))
+    status: "array[int]" = field(default_factory=lambda: array("b"))
+    payload: "array[int]" = field(default_factory=lambda: array("i"))
+
+    def append(self, due_ns: int, payload: int, status: int) -> int:
+        """Books a request; returns its index."""
+        self.intended.append(due_ns)
+        self.sent.append(due_ns)
+        self.done.append(due_ns)
+        self.status.append(status)
+        self.payload.append(payload)
+        return len(self.status) - 1
+
+    def trace(self) -> Trace:
+        """All of it as numpy arrays."""
+        return Trace(
+            intended_ns=np.array(self.intended, dtype=np.int64),
+            sent_ns=np.array(self.sent, dtype=np.int64),
+            done_ns=np.array(self.done, dtype=np.int64),
+            status=np.array(self.status, dtype=np.int8),
+            payload=np.array(self.payload, dtype=np.int32),
+        )
+
+
+class Window:
+    """Offers one load through a transport; made for one use.
+
+    Args:
+        transport: open, and known to answer.
+        payloads: rotated in an order of chance.
+        profile: what to offer.
+        keep: most replies to keep for checking.
+        on_begin: called when the window begins.
+        on_end: called when it ends, before the last answers.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        payloads: tuple[Payload, ...],
+        profile: LoadProfile,
+        *,
+        keep: int = 0,
+        on_begin: Callable[[], None] = lambda: None,
+        on_end: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._transport = transport
+        self._payloads = payloads
+        self._profile = profile
+        self._keep = keep
+        self._on_begin = on_begin
+        self._on_end = on_end
+        self._timeout_ns = int(profile.timeout_s * NS_PER_S)
+        self._log = _Log()
+        self._rotation = itertools.cycle(np.random.default_rng(profile.seed).permutation(len(payloads)).tolist())
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._in_flight = 0
+        self._samples: list[tuple[int, int]] = []
+        self._kept: list[Kept] = []
+        self._first_error = ""
+        self._refused = 0
+        self._refused_since_ns = 0
+        self._bug: BaseException | None = None
+
+    async def run(self) -> Offered:
+        """Offers the load and waits for its answers, at most the timeout beyond the window's end.
+
+        Raises:
+            UnreachableError: the server is gone: connections fail without one success for a second.
+        """
+        self._alarm = Alarm(asyncio.get_running_loop())
+        begin_ns = time.perf_counter_ns() + LEAD_NS
+        self._start_ns = begin_ns + int(self._profile.warmup_s * NS_PER_S)
+        self._end_ns = self._start_ns + int(self._profile.duration_s * NS_PER_S)
+        self._next_kept_ns = self._start_ns
+        watch = [asyncio.create_task(self._mark()), asyncio.create_task(self._sample())]
+        try:
+            load = self._profile.load
+            await (self._closed(load) if isinstance(load, ClosedLoop) else self._open(load, begin_ns))
+            await self._drain()
+            self._check_hope()
+        finally:
+            for task in [*watch, *self._tasks]:
+                task.cancel()
+            await asyncio.gather(*watch, *self._tasks, return_exceptions=True)
+            self._alarm.close()
+        return Offered(
+            trace=self._log.trace(),
+            start_ns=self._start_ns,
+            end_ns=self._end_ns,
+            samples=tuple(self._samples),
+            kept=tuple(self._kept),
+            first_error=self._first_error,
+        )
+
+    # --- the two loads ---
+
+    async def _open(self, load: OpenLoop, begin_ns: int) -> None:
+        length_s = (self._end_ns - begin_ns) / NS_PER_S
+        due = schedule_ns(load.rate_rps, length_s, arrivals=load.arrivals, seed=self._profile.seed)
+        unread = 0
+        for due_ns in (due + begin_ns).tolist():
+            if due_ns > time.perf_counter_ns():
+                await self._alarm.until(due_ns)
+                unread = 0
+            elif (unread := unread + 1) >= SENDS_WITHOUT_READING:
+                await asyncio.sleep(0)
+                unread = 0
+            self._arrive(due_ns)
+            self._check_hope()
+
+    def _arrive(self, due_ns: int) -> None:
+        """Sends what is due, or books it as dropped: it is never delayed in silence."""
+        if self._in_flight >= self._profile.max_in_flight:
+            self._log.append(due_ns, next(self._rotation), Status.DROPPED)
+            return
+        self._in_flight += 1
+        self._start(self._send_one(due_ns))
+
+    async def _send_one(self, due_ns: int) -> None:
+        try:
+            await self._send(due_ns)
+        finally:
+            self._in_flight -= 1
+
+    async def _closed(self, load: ClosedLoop) -> None:
+        for _ in range(load.concurrency):
+            self._start(self._keep_sending())
+        while self._tasks:
+            await asyncio.wait(self._tasks, timeout=0.1, return_when=asyncio.FIRST_COMPLETED)
+            self._check_hope()
+            if time.perf_counter_ns() >= self._end_ns:
+                return
+
+    async def _keep_sending(self) -> None:
+        while (now_ns := time.perf_counter_ns()) < self._end_ns:
+            if await self._send(now_ns) == Status.CONNECTION:
+                await asyncio.sleep(RETRY_PAUSE_S)
+
+    # --- one request ---
+
+    def _start(self, sending: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(sending)
+        # The loop itself holds tasks only weakly.
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            self._bug = task.exception()
+
+    async def _send(self, due_ns: int) -> Status:
+        payload = next(self._rotation)
+        index = self._log.append(due_ns, payload, UNANSWERED)
+        sent_ns = time.perf_counter_ns()
+        self._log.sent[index] = sent_ns
+        left_s = max(0.001, (due_ns + self._timeout_ns - sent_ns) / NS_PER_S)
+        reply = await self._transport.infer(self._payloads[payload], left_s)
+        done_ns = time.perf_counter_ns()
+        self._log.done[index] = done_ns
+        late = done_ns - due_ns > self._timeout_ns
+        self._log.status[index] = Status.TIMEOUT if late and reply.status == Status.OK else reply.status
+        if reply.status == Status.OK:
+            self._refused = 0
+            if done_ns >= self._next_kept_ns:
+                self._keep_reply(payload, reply, done_ns)
+        else:
+            self._note_failure(reply, done_ns)
+        return reply.status
+
+    def _keep_reply(self, payload: int, reply: Reply, done_ns: int) -> None:
+        if len(self._kept) >= self._keep or done_ns >= self._end_ns:
+            return
+        self._kept.append(Kept(payload=payload, reply=reply))
+        self._next_kept_ns = done_ns + (self._end_ns - self._start_ns) // self._keep
+
+    def _note_failure(self, reply: Reply, done_ns: int) -> None:
+        self._first_error = self._first_error or reply.message
+        if reply.status == Status.CONNECTION:
+            if self._refused == 0:
+                self._refused_since_ns = done_ns
+            self._refused += 1
+
+    def _check_hope(self) -> None:
+        if self._bug is not None:
+            raise self._bug
+        if self._refused < HOPELESS_ERRORS:
+            return
+        if time.perf_counter_ns() - self._refused_since_ns > HOPELESS_S * NS_PER_S:
+            raise UnreachableError(
+                f"the server stopped answering while under load: {self._first_error}",
+                hint="Look at the server's log.",
+            )
+
+    # --- beside the load ---
+
+    async def _drain(self) -> None:
+        """Waits for what is in flight; what is still unanswered a moment after its timeout is given up."""
+        if self._tasks:
+            left_s = (self._end_ns + self._timeout_ns - time.perf_counter_ns()) / NS_PER_S
+            await asyncio.wait(self._tasks, timeout=max(0.0, left_s) + 0.5)
+        now_ns = time.perf_counter_ns()
+        for index, status in enumerate(self._log.status):
+            if status == UNANSWERED:
+                self._log.status[index] = Status.TIMEOUT
+                self._log.done[index] = now_ns
+
+    async def _mark(self) -> None:
+        for when_ns, mark in ((self._start_ns, self._on_begin), (self._end_ns, self._on_end)):
+            await asyncio.sleep(max(0.0, (when_ns - time.perf_counter_ns()) / NS_PER_S))
+            mark()
+
+    async def _sample(self) -> None:
+        """Counts what is in flight at instants of chance, which see averages as time does (PASTA)."""
+        await asyncio.sleep(max(0.0, (self._start_ns - time.perf_counter_ns()) / NS_PER_S))
+        mean_s = max(0.005, self._profile.duration_s / SAMPLES_A_WINDOW)
+        chance = np.random.default_rng(self._profile.seed)
+        while (now_ns := time.perf_counter_ns()) < self._end_ns:
+            self._samples.append((now_ns, self._transport.in_flight))
+            await asyncio.sleep(chance.exponential(mean_s))

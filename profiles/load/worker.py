@@ -1,0 +1,194 @@
+"""The load generator's own process: ``python -m profiles.load.worker [CPU ...]``, pinned to the CPUs given.
+
+Jobs come as JSON lines on stdin, events go as JSON lines to stdout; arrays go to the path the job names. When stdin
+closes, because the parent closed it or died, the process ends, whatever it is doing.
+"""
+
+import asyncio
+import gc
+import json
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+from profiles.load.payloads import Payload
+from profiles.load.recording import save_arrays
+from profiles.load.transports import Status, Transport, make_transport
+from profiles.load.window import Kept, Offered, Window
+from registry.codec import from_jsonable
+from registry.errors import BurnishError, UnreachableError
+from registry.records import ClosedLoop, LoadProfile, OpenLoop, Target
+
+FIRST_ANSWER_S = 30.0
+CONNECT_S = 10.0
+MOST_KEPT_BYTES = 64_000_000
+
+
+def main() -> None:
+    """Serves jobs until stdin closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the parent decides
+    if sys.argv[1:]:
+        # Before any other thread is there: only threads started from now on inherit it.
+        os.sched_setaffinity(0, map(int, sys.argv[1:]))
+    events = _events()
+    jobs: queue.SimpleQueue[str] = queue.SimpleQueue()
+    threading.Thread(target=_read_jobs, args=(jobs,), daemon=True).start()
+    _say(events, {"event": "ready"})
+    while True:
+        job = json.loads(jobs.get())
+        try:
+            _say(events, {"event": "done", **asyncio.run(_serve(job, events))})
+        except BurnishError as error:
+            _say(events, {"event": "failed", "kind": error.kind, "message": error.message, "hint": error.hint})
+
+
+def _events() -> TextIO:
+    """The real stdout; whatever a library prints goes to stderr instead."""
+    events = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    return events
+
+
+def _say(events: TextIO, event: dict[str, Any]) -> None:
+    events.write(json.dumps(event) + "\n")
+    events.flush()
+
+
+def _read_jobs(jobs: "queue.SimpleQueue[str]") -> None:
+    for line in sys.stdin:
+        jobs.put(line)
+    os._exit(0)
+
+
+async def _serve(job: dict[str, Any], events: TextIO) -> dict[str, Any]:
+    target = from_jsonable(Target, job["target"])
+    profile = from_jsonable(LoadProfile, job["profile"])
+    payloads = _read_payloads(job["payloads"])
+    transport = make_transport(target, _connections(profile.load))
+    witness = _Witness(events)
+    try:
+        await transport.open(CONNECT_S)
+        await _first_answer(transport, payloads, target, max(FIRST_ANSWER_S, profile.timeout_s))
+        window = Window(transport, payloads, profile, keep=job["keep"], on_begin=witness.begin, on_end=witness.end)
+        gc.collect()
+        gc.freeze()
+        gc.disable()
+        try:
+            offered = await window.run()
+        finally:
+            gc.enable()
+            gc.unfreeze()
+    finally:
+        await transport.close()
+    return _report(job, offered, witness)
+
+
+def _connections(load: ClosedLoop | OpenLoop) -> int:
+    """Connections of gRPC: one a loop up to 16, eight for an open loop, so that none carries many streams."""
+    return min(load.concurrency, 16) if isinstance(load, ClosedLoop) else 8
+
+
+async def _first_answer(transport: Transport, payloads: tuple[Payload, ...], target: Target, timeout_s: float) -> None:
+    """Returns after one good answer on the wire.
+
+    Raises:
+        UnreachableError: with the server's own message.
+    """
+    reply = await transport.infer(payloads[0], timeout_s)
+    if reply.status != Status.OK:
+        raise UnreachableError(
+            f"{target.protocol} request for model {target.model!r} at {target.url} failed: {reply.message}",
+            hint="Check the address, the model's name, and that inputs have the model's names, shapes and types.",
+        )
+
+
+class _Witness:
+    """Sees what the client and the machine spent between the window's ends, and tells the parent of both."""
+
+    def __init__(self, events: TextIO) -> None:
+        self._events = events
+        self.client_cpu = 0.0
+        self.steal = 0.0
+        self._at: tuple[int, int, tuple[int, int]] | None = None
+
+    def begin(self) -> None:
+        self._at = (time.perf_counter_ns(), time.process_time_ns(), machine_ticks())
+        _say(self._events, {"event": "begin"})
+
+    def end(self) -> None:
+        assert self._at is not None
+        wall_ns, cpu_ns, (stolen, total) = self._at
+        self.client_cpu = (time.process_time_ns() - cpu_ns) / max(1, time.perf_counter_ns() - wall_ns)
+        stolen_now, total_now = machine_ticks()
+        self.steal = (stolen_now - stolen) / max(1, total_now - total)
+        _say(self._events, {"event": "end"})
+
+
+def machine_ticks() -> tuple[int, int]:
+    """(stolen, all) clock ticks of the machine's CPUs so far, from /proc/stat; zeros where there is none."""
+    try:
+        with Path("/proc/stat").open(encoding="ascii") as file:
+            ticks = [int(field) for field in file.readline().split()[1:9]]
+    except OSError:
+        return 0, 0
+    return ticks[7], sum(ticks)
+
+
+def _read_payloads(job: dict[str, Any]) -> tuple[Payload, ...]:
+    content = Path(job["path"]).read_bytes()
+    return tuple(
+        Payload(body=content[start : start + size], headers=headers) for start, size, headers in job["entries"]
+    )
+
+
+def _report(job: dict[str, Any], offered: Offered, witness: _Witness) -> dict[str, Any]:
+    recording = offered.trace.window(
+        offered.start_ns,
+        offered.end_ns,
+        samples=offered.samples,
+        client_cpu=witness.client_cpu,
+        steal=witness.steal,
+        first_error=offered.first_error,
+    )
+    save_arrays(Path(job["raw"]), recording)
+    return {
+        "replies": _write_replies(Path(job["replies"]), offered.kept),
+        "recording": {
+            name: getattr(recording, name)
+            for name in (
+                "window_s",
+                "answered",
+                "answered_share",
+                "in_flight_start",
+                "in_flight_end",
+                "sampled",
+                "recorded",
+                "client_cpu",
+                "steal",
+                "first_error",
+            )
+        },
+    }
+
+
+def _write_replies(path: Path, kept: tuple[Kept, ...]) -> list[list[Any]]:
+    """Writes the kept replies one after the other; returns (payload, start, size, headers) of each."""
+    entries: list[list[Any]] = []
+    start = 0
+    with path.open("wb") as file:
+        for one in kept:
+            if start + len(one.reply.body) > MOST_KEPT_BYTES:
+                break
+            file.write(one.reply.body)
+            entries.append([one.payload, start, len(one.reply.body), dict(one.reply.headers)])
+            start += len(one.reply.body)
+    return entries
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""A candidate against the baseline, from interleaved pairs: one pair a round, the log-ratio its statistic.
+
+A shared machine drifts; the two of a pair stand close together in time and share the drift, which the ratio cancels.
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+
+from profiles.measure.percentiles import CONFIDENCE, t_half_width
+from registry.records import Comparison, Estimate
+
+Word = Literal["faster", "equivalent", "slower", "undecided"]
+
+SMALLEST_FLOOR = 0.02
+# Exact enumeration of sign flips says something at 5 % from six rounds on (2 / 2^6), and is cheap up to fifteen.
+FEWEST_TO_PERMUTE, MOST_TO_PERMUTE = 6, 15
+
+
+def larger_is_better(metric: str) -> bool:
+    """Whether more of the metric is faster: true for rates, false for times and costs."""
+    return metric.endswith("_rps")
+
+
+def compare_pairs(
+    pairs: Sequence[tuple[float, float]],
+    *,
+    candidate_id: str,
+    baseline_id: str,
+    metric: str,
+    load: str | None,
+    noise_floor: float = SMALLEST_FLOOR,
+    confidence: float = CONFIDENCE,
+) -> Comparison:
+    """The comparison of a candidate with the baseline over rounds in which both have a value.
+
+    Args:
+        pairs: (candidate, baseline) of each round, both positive, in the metric's unit.
+        candidate_id: who is compared.
+        baseline_id: with whom.
+        metric: the metric's name; its direction follows from it.
+        load: the load it belongs to.
+        noise_floor: relative difference below which nothing is called a difference.
+        confidence: of the interval.
+
+    Raises:
+        ValueError: there are no pairs, or a value is not positive.
+    """
+    if not pairs:
+        raise ValueError("a comparison over no rounds")
+    if min(itertools.chain.from_iterable(pairs)) <= 0:
+        raise ValueError(f"ratios of {metric} need positive values, not {list(pairs)}")
+    logs = np.log([candidate / baseline for candidate, baseline in pairs])
+    ratio = _ratio(logs, confidence)
+    return Comparison(
+        candidate_id=candidate_id,
+        baseline_id=baseline_id,
+        metric=metric,
+        load=load,
+        ratio=ratio,
+        noise_floor=noise_floor,
+        word=_word(ratio, logs, noise_floor, larger_is_better(metric), confidence),
+    )
+
+
+def noise_floor(pairs: Sequence[tuple[float, float]]) -> float:
+    """The largest relative difference between two runs of the same thing, at least 2 %.
+
+    Args:
+        pairs: both values of each A/A pair; those that are not positive are left out.
+    """
+    logs = [abs(math.log(one / other)) for one, other in pairs if one > 0 and other > 0]
+    return max([SMALLEST_FLOOR, *(math.expm1(log) for log in logs)])
+
+
+def sign_flip_p(logs: Sequence[float]) -> float:
+    """The exact two-sided p-value of the hypothesis that the log-ratios are symmetric about zero.
+
+    Enumerates all ``2^n`` sign patterns, so it is meant for at most fifteen values.
+    """
+    values = np.asarray(logs, dtype=np.float64)
+    signs = np.array(list(itertools.product((1.0, -1.0), repeat=len(values))))
+    sums = np.abs(signs @ values)
+    observed = abs(float(values.sum()))
+    return float(np.mean(sums >= observed * (1 - 1e-12)))
+
+
+def _ratio(logs: "np.ndarray[tuple[int], np.dtype[np.float64]]", confidence: float) -> Estimate:
+    centre, rounds = float(logs.mean()), len(logs)
+    if rounds == 1:
+        return Estimate(value=math.exp(centre), low=None, high=None, runs=1, method="single pair", unit="1")
+    half = t_half_width(logs, confidence)
+    low, high = math.exp(centre - half), math.exp(centre + half)
+    return Estimate(value=math.exp(centre), low=low, high=high, runs=rounds, method="t over paired rounds", unit="1")
+
+
+def _word(
+    ratio: Estimate,
+    logs: "np.ndarray[tuple[int], np.dtype[np.float64]]",
+    floor: float,
+    larger_better: bool,
+    confidence: float,
+) -> Word:
+    if ratio.low is None or ratio.high is None:
+        return "undecided"
+    above, below = ratio.low > 1 + floor, ratio.high < 1 / (1 + floor)
+    if above or below:
+        if not _flips_agree(logs, confidence):
+            return "undecided"
+        return "faster" if above == larger_better else "slower"
+    inside = ratio.low >= 1 / (1 + floor) and ratio.high <= 1 + floor
+    return "equivalent" if inside else "undecided"
+
+
+def _flips_agree(logs: "np.ndarray[tuple[int], np.dtype[np.float64]]", confidence: float) -> bool:
+    if not FEWEST_TO_PERMUTE <= len(logs) <= MOST_TO_PERMUTE:
+        return True
+    return sign_flip_p(logs.tolist()) <= 1 - confidence

@@ -1,0 +1,112 @@
+"""Percentiles when the sample earns them, and intervals over independent runs.
+
+One definition everywhere: nearest rank, ``sorted[ceil(n p) - 1]`` (numpy's ``inverted_cdf``), so that every printed
+percentile is a value that was measured.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from registry.records import Estimate
+
+# Ten values beyond the percentile: p99 is printed from 1,000 requests on, p90 from 100 on. The p50 asks for ten on
+# either side of it. Convention of the house (rule 3 of the design).
+EARNED: Mapping[int, int] = {50: 20, 90: 100, 95: 200, 99: 1000}
+# One run of several says something of its own from a third of that on (three values beyond the percentile).
+EARNED_IN_RUN: Mapping[int, int] = {percentile: math.ceil(count / 3) for percentile, count in EARNED.items()}
+CONFIDENCE = 0.95
+
+
+def nearest_rank(values: NDArray[np.float64] | Sequence[float], percentile: float) -> float:
+    """The smallest measured value that at least ``percentile`` per cent of the values do not exceed.
+
+    Raises:
+        ValueError: there are no values.
+    """
+    if len(values) == 0:
+        raise ValueError("a percentile of no values")
+    return float(np.percentile(np.asarray(values), percentile, method="inverted_cdf"))
+
+
+def is_earned(percentile: int, count: int, *, in_run: bool = False) -> bool:
+    """Whether ``count`` requests suffice to print the percentile.
+
+    Args:
+        percentile: one of 50, 90, 95, 99; any other is never earned.
+        count: requests behind it.
+        in_run: whether it is one of several runs that are to be pooled, for which a third suffices.
+    """
+    needed = EARNED_IN_RUN if in_run else EARNED
+    return percentile in needed and count >= needed[percentile]
+
+
+def estimate_over_runs(
+    values: Sequence[float], pooled: float | None, unit: str, *, log: bool = True, confidence: float = CONFIDENCE
+) -> Estimate:
+    """An estimate whose interval is a t-interval over independent runs, the unit of replication.
+
+    Requests inside a run depend on each other, so an interval over requests is too narrow by a factor; runs do not.
+    The interval is centred on the pooled value, since the mean of percentiles of short runs is biased low.
+
+    Args:
+        values: one value a run, in ``unit``.
+        pooled: the value over all runs together, or None for the mean (geometric where ``log``).
+        unit: the unit of all of them.
+        log: whether the spread is that of the logarithms, as fits latencies and rates; where a value is not
+            positive the spread is taken as it stands.
+        confidence: of the two-sided interval.
+
+    Raises:
+        ValueError: there are no values.
+    """
+    if not values:
+        raise ValueError("an estimate over no runs")
+    log = log and min(values) > 0 and (pooled is None or pooled > 0)
+    points = np.log(values) if log else np.asarray(values, dtype=np.float64)
+    centre = float(points.mean()) if pooled is None else (math.log(pooled) if log else pooled)
+    back = math.exp if log else float
+    runs = len(values)
+    if runs == 1:
+        return Estimate(value=back(centre), low=None, high=None, runs=1, method="single run", unit=unit)
+    half = t_half_width(points, confidence)
+    low, value, high = back(centre - half), back(centre), back(centre + half)
+    return Estimate(value=value, low=low, high=high, runs=runs, method="t over runs", unit=unit)
+
+
+def t_half_width(points: NDArray[np.float64], confidence: float = CONFIDENCE) -> float:
+    """Half the width of Student's interval for the mean of at least two points."""
+    from scipy import stats
+
+    spread = float(points.std(ddof=1)) / math.sqrt(len(points))
+    return float(stats.t.ppf((1 + confidence) / 2, len(points) - 1)) * spread
+
+
+def early_stopping_passes(misses: int, count: int, percentile: float, confidence: float = CONFIDENCE) -> bool:
+    """Whether ``misses`` over-latency requests of ``count`` prove that the percentile keeps its limit.
+
+    The rule of MLPerf's LoadGen (inference rules, appendix on early stopping, with d = 0): passed when a server
+    that just fails the percentile would show so few misses with a probability of at most ``1 - confidence``.
+
+    Args:
+        misses: requests over the limit, failed ones among them.
+        count: all requests.
+        percentile: in per cent (99 for p99).
+        confidence: of the verdict.
+    """
+    from scipy import stats
+
+    return bool(stats.binom.cdf(misses, count, 1 - percentile / 100) <= 1 - confidence)
+
+
+def requests_to_pass(misses: int, percentile: float, confidence: float = CONFIDENCE) -> int:
+    """The fewest requests with which `early_stopping_passes` at this many misses."""
+    low, high = misses, max(1, misses)
+    while not early_stopping_passes(misses, high, percentile, confidence):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if early_stopping_passes(misses, middle, percentile, confidence) else (middle, high)
+    return high

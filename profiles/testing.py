@@ -1,0 +1,418 @@
+"""For tests: a fake of a whole V2 server with a latency law, the same laws in virtual time, and contract suites.
+
+A law is a plain object that says, at each arrival, how long the answer takes. `FakeV2Server` sleeps that long;
+`simulate` only computes with it, so that a minute of load takes milliseconds.
+"""
+
+import asyncio
+import heapq
+import json
+import math
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Coroutine, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from types import TracebackType
+from typing import Any, Literal, Protocol, Self, TypeVar
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from profiles.load.arrivals import schedule_ns
+from profiles.load.payloads import HEADER_LENGTH, encode_payloads
+from profiles.load.recording import NS_PER_S, Recording, Trace
+from profiles.load.transports import Status, Transport, make_transport
+from registry.errors import UnreachableError
+from registry.records import ClosedLoop, LoadProfile, Target
+
+T = TypeVar("T")
+
+# --- latency laws ------------------------------------------------------------------------------------------------
+
+
+class Law(Protocol):
+    """How long answers take."""
+
+    def delay_s(self, at_s: float) -> float:
+        """From an arrival at ``at_s`` (rising from call to call) to its answer."""
+
+
+@dataclass(slots=True)
+class Fixed:
+    """Every answer takes the same time, however many are asked for."""
+
+    latency_s: float
+
+    def delay_s(self, at_s: float) -> float:
+        """The same each time."""
+        return self.latency_s
+
+
+@dataclass(slots=True)
+class Exponential:
+    """Answers take exponential times, independent of each other and of the load."""
+
+    mean_s: float
+    seed: int = 0
+    _chance: np.random.Generator = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._chance = np.random.default_rng(self.seed)
+
+    def delay_s(self, at_s: float) -> float:
+        """An exponential time."""
+        return float(self._chance.exponential(self.mean_s))
+
+
+@dataclass(slots=True)
+class Queue:
+    """Workers that take requests in their order of arrival: M/M/n or M/D/n under Poisson arrivals.
+
+    Attributes:
+        service_s: mean time of service.
+        workers: how many serve at once; capacity is ``workers / service_s``.
+        service: whether the times of service are all equal, or exponential.
+        seed: of the exponential times.
+    """
+
+    service_s: float
+    workers: int = 1
+    service: Literal["fixed", "exponential"] = "fixed"
+    seed: int = 0
+    _free_at: list[float] = field(init=False)
+    _chance: np.random.Generator = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._free_at = [0.0] * self.workers
+        self._chance = np.random.default_rng(self.seed)
+
+    def delay_s(self, at_s: float) -> float:
+        """Waiting and service together."""
+        took = self.service_s if self.service == "fixed" else float(self._chance.exponential(self.service_s))
+        done = max(at_s, heapq.heappop(self._free_at)) + took
+        heapq.heappush(self._free_at, done)
+        return done - at_s
+
+
+@dataclass(slots=True)
+class Stall:
+    """Another law, frozen once: what arrives in the freeze waits until it ends.
+
+    Attributes:
+        law: what holds otherwise.
+        from_s: when the freeze begins.
+        for_s: how long it lasts.
+    """
+
+    law: Law
+    from_s: float
+    for_s: float
+
+    def delay_s(self, at_s: float) -> float:
+        """As the law has it, after the freeze."""
+        end_s = self.from_s + self.for_s
+        start_s = end_s if self.from_s <= at_s < end_s else at_s
+        return start_s - at_s + self.law.delay_s(start_s)
+
+
+def simulate(law: Law, profile: LoadProfile) -> Recording:
+    """What a perfect client would record of a server with this law, computed in virtual time."""
+    length_s = profile.warmup_s + profile.duration_s
+    if isinstance(profile.load, ClosedLoop):
+        sent, done = _simulate_closed(law, profile.load.concurrency, length_s)
+    else:
+        load = profile.load
+        sent = schedule_ns(load.rate_rps, length_s, arrivals=load.arrivals, seed=profile.seed) / NS_PER_S
+        done = np.array([at + law.delay_s(at) for at in sent.tolist()])
+    late = done - sent > profile.timeout_s
+    trace = Trace(
+        intended_ns=_ns(sent),
+        sent_ns=_ns(sent),
+        done_ns=_ns(np.where(late, sent + profile.timeout_s, done)),
+        status=np.where(late, Status.TIMEOUT, Status.OK).astype(np.int8),
+        payload=np.zeros(len(sent), dtype=np.int32),
+    )
+    return trace.window(int(profile.warmup_s * NS_PER_S), int(length_s * NS_PER_S))
+
+
+def _simulate_closed(law: Law, concurrency: int, length_s: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    sent, done = [], []
+    free = [0.0] * concurrency
+    while free[0] < length_s:
+        at_s = heapq.heappop(free)
+        sent.append(at_s)
+        done.append(at_s + law.delay_s(at_s))
+        heapq.heappush(free, done[-1])
+    return np.array(sent), np.array(done)
+
+
+def _ns(seconds: NDArray[np.float64]) -> NDArray[np.int64]:
+    return np.round(seconds * NS_PER_S).astype(np.int64)
+
+
+# --- the fake server ---------------------------------------------------------------------------------------------
+
+
+class FakeV2Server:
+    """A V2 server on loopback, REST and gRPC, that sums each row of its first input into the output ``sum``.
+
+    Used as a context manager; the law's clock starts with it. It answers liveness, readiness, metadata and
+    inference of one model, over REST as JSON and with binary tensors.
+
+    Args:
+        law: how long answers take.
+        model: the model's name; any other is not found.
+        fail_every: each so many-th inference is answered with an error of the server; 0 for none.
+        wrong_every: each so many-th inference is answered with a wrong sum; 0 for none.
+        binary: whether REST takes binary tensors, as Triton's does.
+    """
+
+    def __init__(
+        self,
+        law: Law | None = None,
+        *,
+        model: str = "m",
+        fail_every: int = 0,
+        wrong_every: int = 0,
+        binary: bool = True,
+    ) -> None:
+        self.law = law or Fixed(0.0)
+        self.model = model
+        self.asked = 0
+        self.last_headers: dict[str, str] = {}
+        self._fail_every = fail_every
+        self._wrong_every = wrong_every
+        self._binary = binary
+        self._started_s = 0.0
+        self._ports: dict[str, int] = {}
+
+    def __enter__(self) -> Self:
+        _on_server_loop(self._start())
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Ends it at once, as a crash would; a second call does nothing."""
+        if self._ports:
+            self._ports = {}
+            _on_server_loop(self._stop())
+
+    def target(self, protocol: Literal["grpc", "rest"]) -> Target:
+        """Where it listens."""
+        binary = self._binary and protocol == "rest"
+        return Target(url=f"127.0.0.1:{self._ports[protocol]}", protocol=protocol, model=self.model, binary=binary)
+
+    # --- its life ---
+
+    async def _start(self) -> None:
+        import grpc
+        from aiohttp import web
+
+        app = web.Application(client_max_size=1 << 30)
+        app.router.add_get("/{path:.*}", self._rest_get)
+        app.router.add_post("/v2/models/{model}/infer", self._rest_infer)
+        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0, handler_cancellation=True)
+        await self._runner.setup()
+        site = web.TCPSite(self._runner, "127.0.0.1", 0)
+        await site.start()
+        self._grpc = grpc.aio.server(options=[("grpc.max_receive_message_length", -1)])
+        handlers = {
+            name: grpc.unary_unary_rpc_method_handler(method)
+            for name, method in {
+                "ModelInfer": self._grpc_infer,
+                "ModelReady": self._grpc_ready,
+                "ServerReady": self._grpc_ready,
+                "ServerLive": self._grpc_ready,
+            }.items()
+        }
+        generic = grpc.method_handlers_generic_handler("inference.GRPCInferenceService", handlers)
+        self._grpc.add_generic_rpc_handlers((generic,))
+        grpc_port = self._grpc.add_insecure_port("127.0.0.1:0")
+        await self._grpc.start()
+        self._ports = {"rest": self._runner.addresses[0][1], "grpc": grpc_port}
+        self._started_s = time.perf_counter()
+
+    async def _stop(self) -> None:
+        await self._grpc.stop(grace=0)
+        await self._runner.cleanup()
+
+    # --- its answers ---
+
+    async def _answer(self, arrays: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
+        """The sum of each row, after the law's delay.
+
+        Raises:
+            UnreachableError: it is this request's turn to fail.
+        """
+        self.asked += 1
+        count = self.asked
+        delay_s = self.law.delay_s(time.perf_counter() - self._started_s)
+        if delay_s > 0:
+            await asyncio.sleep(delay_s)
+        if self._fail_every and count % self._fail_every == 0:
+            raise UnreachableError("the model fell over")
+        first = next(iter(arrays.values()))
+        sums = first.reshape(len(first), -1).sum(axis=1, dtype=np.float32, keepdims=True)
+        wrong = self._wrong_every and count % self._wrong_every == 0
+        return np.asarray(sums + 1000 if wrong else sums, dtype=np.float32)
+
+    async def _rest_get(self, request: Any) -> Any:
+        from aiohttp import web
+
+        path = f"/{request.match_info['path']}"
+        about_model = path.startswith("/v2/models/")
+        if path not in {"/v2", "/v2/health/live", "/v2/health/ready"} and not (
+            about_model and path.split("/")[3] == self.model
+        ):
+            return web.json_response({"error": f"no such thing: {path}"}, status=404)
+        return web.json_response({"name": self.model if about_model else "fake", "extensions": ["binary_tensor_data"]})
+
+    async def _rest_infer(self, request: Any) -> Any:
+        from aiohttp import web
+
+        body = await request.read()
+        self.last_headers = {name.lower(): value for name, value in request.headers.items()}
+        length = request.headers.get(HEADER_LENGTH)
+        if request.match_info["model"] != self.model:
+            return web.json_response({"error": f"unknown model {request.match_info['model']!r}"}, status=404)
+        if length is not None and not self._binary:
+            return web.json_response({"error": "binary tensors are not supported"}, status=400)
+        try:
+            sums = await self._answer(_rest_arrays(body, len(body) if length is None else int(length)))
+        except UnreachableError as error:
+            return web.json_response({"error": str(error)}, status=500)
+        tensor: dict[str, Any] = {"name": "sum", "datatype": "FP32", "shape": list(sums.shape)}
+        if length is None:
+            tensor["data"] = sums.ravel().tolist()
+            return web.json_response({"model_name": self.model, "outputs": [tensor]})
+        tensor["parameters"] = {"binary_data_size": sums.nbytes}
+        head = json.dumps({"model_name": self.model, "outputs": [tensor]}).encode()
+        return web.Response(body=head + sums.tobytes(), headers={HEADER_LENGTH: str(len(head))})
+
+    async def _grpc_infer(self, body: bytes, context: Any) -> bytes:
+        import grpc
+        from tritonclient.grpc import service_pb2
+
+        self.last_headers = {name: str(value) for name, value in context.invocation_metadata()}
+        request = service_pb2.ModelInferRequest.FromString(body)
+        if request.model_name != self.model:
+            await context.abort(grpc.StatusCode.NOT_FOUND, f"unknown model {request.model_name!r}")
+        arrays = {
+            tensor.name: np.frombuffer(raw, dtype=_numpy_type(tensor.datatype)).reshape(tensor.shape)
+            for tensor, raw in zip(request.inputs, request.raw_input_contents, strict=True)
+        }
+        try:
+            sums = await self._answer(arrays)
+        except UnreachableError as error:
+            await context.abort(grpc.StatusCode.INTERNAL, str(error))
+        response = service_pb2.ModelInferResponse(model_name=self.model, raw_output_contents=[sums.tobytes()])
+        response.outputs.add(name="sum", datatype="FP32", shape=sums.shape)
+        return bytes(response.SerializeToString())
+
+    async def _grpc_ready(self, body: bytes, context: Any) -> bytes:
+        # Field 1, true: the three messages of readiness and liveness look alike.
+        return b"\x08\x01"
+
+
+def _rest_arrays(body: bytes, header_length: int) -> dict[str, NDArray[Any]]:
+    arrays, start = {}, header_length
+    for tensor in json.loads(body[:header_length])["inputs"]:
+        kind, shape = _numpy_type(tensor["datatype"]), tensor["shape"]
+        if "data" in tensor:
+            arrays[tensor["name"]] = np.array(tensor["data"], dtype=kind).reshape(shape)
+            continue
+        array = np.frombuffer(body, dtype=kind, count=math.prod(shape), offset=start).reshape(shape)
+        arrays[tensor["name"]] = array
+        start += array.nbytes
+    return arrays
+
+
+def _numpy_type(datatype: str) -> Any:
+    from tritonclient.utils import triton_to_np_dtype
+
+    return triton_to_np_dtype(datatype)
+
+
+@cache
+def _server_loop() -> asyncio.AbstractEventLoop:
+    """One event loop in one thread for all fake servers: gRPC's asyncio side wants no second one."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="fake-v2-servers", daemon=True).start()
+    return loop
+
+
+def _on_server_loop(work: Coroutine[Any, Any, T]) -> T:
+    return asyncio.run_coroutine_threadsafe(work, _server_loop()).result(timeout=20)
+
+
+# --- contracts ---------------------------------------------------------------------------------------------------
+
+
+class TransportContract(ABC):
+    """What every transport keeps; inherit, and say which protocol the transport under test speaks."""
+
+    @property
+    @abstractmethod
+    def protocol(self) -> Literal["grpc", "rest"]:
+        """The protocol under test."""
+
+    def transport(self, target: Target) -> Transport:
+        """The transport under test, not yet open."""
+        return make_transport(target, connections=2)
+
+    def ask(self, target: Target, *, timeout_s: float = 5.0) -> tuple[Any, int]:
+        """One request, sent and answered: its reply, and the requests in flight after it."""
+
+        async def one() -> tuple[Any, int]:
+            transport = self.transport(target)
+            try:
+                await transport.open(2.0)
+                reply = await transport.infer(
+                    encode_payloads({"x": np.ones((1, 3), "f4")}, target=target)[0], timeout_s
+                )
+                return reply, transport.in_flight
+            finally:
+                await transport.close()
+
+        return asyncio.run(one())
+
+    def test_brings_an_answer_back(self) -> None:
+        """The bytes of a good answer arrive."""
+        with FakeV2Server() as server:
+            reply, in_flight = self.ask(server.target(self.protocol))
+        assert reply.status == Status.OK
+        assert reply.body
+        assert in_flight == 0
+
+    def test_says_what_the_server_said(self) -> None:
+        """An error of the server is a status with its message, and no exception."""
+        with FakeV2Server(fail_every=1) as server:
+            reply, in_flight = self.ask(server.target(self.protocol))
+        assert reply.status == Status.STATUS
+        assert "the model fell over" in reply.message
+        assert in_flight == 0
+
+    def test_gives_up_in_time(self) -> None:
+        """A slow answer is a timeout, and no exception."""
+        with FakeV2Server(Fixed(5.0)) as server:
+            began = time.perf_counter()
+            reply, in_flight = self.ask(server.target(self.protocol), timeout_s=0.2)
+        assert reply.status == Status.TIMEOUT
+        assert time.perf_counter() - began < 3
+        assert in_flight == 0
+
+    def test_refused_connection(self) -> None:
+        """Where nobody listens it is a connection error, or `UnreachableError` from opening."""
+        with FakeV2Server() as server:
+            target = server.target(self.protocol)
+        with pytest.raises(UnreachableError):
+            reply, _ = self.ask(target)
+            assert reply.status == Status.CONNECTION
+            raise UnreachableError(reply.message)
