@@ -1,5 +1,6 @@
 """What a campaign is to make, serve and measure, decided before anything heavy begins."""
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from registry.ports import Store
 from registry.records import Host, Policy, Recipe, ServingProfile
 
 R = TypeVar("R")
+logger = logging.getLogger(__name__)
 
 
 class Observer(Protocol):
@@ -105,6 +107,8 @@ class Workspace:
         found = self.ledger.find(kind, components)
         if found is not None:
             return found, True
+        if (why := self.ledger.why(kind, subject, components)) is not None:
+            logger.info(why)
         return self.ledger.commit(kind, subject, components, make()), False
 
 

@@ -1,5 +1,6 @@
 """Where a campaign's outcome goes: its working folder, the terminal, the page, MLflow."""
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,14 @@ def read_campaign(work: Path) -> Campaign:
     if not isinstance(record, Campaign):
         raise InputError(f"{path} holds a {type(record).__name__}, not a campaign")
     return record
+
+
+def begun(work: Path, campaign_id: str) -> str | None:
+    """When the campaign of this id began, if the working folder holds its record."""
+    with contextlib.suppress(InputError):
+        campaign = read_campaign(work)
+        return campaign.started_at if campaign.id == campaign_id else None
+    return None
 
 
 def write_report(campaign: Campaign, work: Path) -> Path:

@@ -1,0 +1,336 @@
+"""A campaign from end to end: its phases in order, the verdict, and where the outcome goes."""
+
+import contextlib
+import shutil
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from optimize import reporting
+from optimize.config import CampaignConfig, SamplesConfig, SourceConfig, load_campaign
+from optimize.fidelity import load_outputs
+from optimize.judging import Judged, choose_served, judge_variants, screen_variants
+from optimize.making import make_sources
+from optimize.making import make_variants as make_all
+from optimize.measuring import Measured, Serving, measure
+from optimize.plan import Observer, Plan, Workspace, plan, plan_id
+from optimize.samples import Samples, check_fit, load_samples
+from profiles.deploy.local import LocalCluster, server_version
+from profiles.deploy.reaper import reap
+from profiles.measure.rounds import compare_rounds, reduce_rounds
+from registry.codec import digest, to_jsonable
+from registry.errors import InputError
+from registry.ledger import Ledger
+from registry.ports import Published
+from registry.records import (
+    Campaign,
+    Candidate,
+    Comparison,
+    Failure,
+    Measurement,
+    Round,
+    ServingProfile,
+    Source,
+    Variant,
+)
+from registry.selection import metric_table, select
+from registry.store import FolderStore
+from registry.tracking import open_tracker
+
+_PACKAGES = (
+    "burnish", "mlflow", "mlserver", "nncf", "numpy", "nvidia-pytriton", "onnx", "onnxruntime", "onnxscript", "openvino",
+    "optimum", "optimum-onnx", "torch", "transformers", "tritonclient",
+)  # fmt: skip
+
+
+def run_campaign(
+    config: CampaignConfig, *, base: Path, work: Path, observer: Observer
+) -> tuple[Campaign, Path, Published]:
+    """Runs a campaign, or goes on with it where it stopped.
+
+    Args:
+        config: the campaign file.
+        base: the folder that its paths are relative to.
+        work: the working folder; every result in it that is still valid is reused.
+        observer: told what is done.
+
+    Returns:
+        The campaign's record, the page of its report, and what MLflow made of it.
+
+    Raises:
+        InputError: the configuration or the samples do not fit.
+        UnreachableError: the tracking store does not answer. Before the work this costs nothing; after it nothing is
+            lost, and `burnish report --sync` sends it later.
+    """
+    planned = plan(config, base=base, work=work)
+    planned.work.mkdir(parents=True, exist_ok=True)
+    tracker = open_tracker(config.registry.tracking_uri, planned.work)
+    tracker.check()
+    with _workspace(planned, observer) as workspace:
+        campaign = _campaign(workspace)
+        reporting.write_campaign(campaign, planned.work)
+        page = reporting.write_report(campaign, planned.work)
+    observer.phase("Recording", 1)
+    published = reporting.publish(campaign, planned.work, uri=config.registry.tracking_uri)
+    observer.done("MLflow", published.location)
+    return campaign, page, published
+
+
+@contextlib.contextmanager
+def _workspace(planned: Plan, observer: Observer) -> Iterator[Workspace]:
+    """The places of the working folder, with the leftovers of a killed run ended and removed."""
+    with Ledger.open(planned.work / "ledger.jsonl") as ledger:
+        reap(planned.work)
+        shutil.rmtree(planned.work / "tmp", ignore_errors=True)
+        yield Workspace(plan=planned, store=FolderStore(planned.work), ledger=ledger, observer=observer)
+
+
+def _campaign(workspace: Workspace) -> Campaign:
+    planned = workspace.plan
+    started_at = datetime.now(UTC).isoformat(timespec="seconds")
+    samples = planned.config.samples
+    evaluation = load_samples(planned.path(samples.evaluation))
+    calibration = None if samples.calibration is None else load_samples(planned.path(samples.calibration))
+    sources, failures = make_sources(workspace)
+    sources, unfit = _fitting(sources, evaluation)
+    variants, unmade = make_all(workspace, sources, calibration)
+    judged, misjudged = judge_variants(workspace, variants, evaluation)
+    timed, untimed = screen_variants(workspace, judged)
+    served, unserved = choose_served(workspace, timed)
+    servings = _servings(workspace, served)
+    with LocalCluster(planned.work, server_cpus=planned.server_cpus) as cluster:
+        measured = measure(workspace, cluster, servings, evaluation.inputs, evaluation.digest)
+    everything = [*failures, *unfit, *unmade, *misjudged, *untimed, *unserved, *measured.failures]
+    return _assembled(workspace, started_at, evaluation, sources, variants, timed, servings, measured, everything)
+
+
+def _fitting(sources: Sequence[Source], evaluation: Samples) -> tuple[list[Source], list[Failure]]:
+    """The sources whose inputs the samples fit; all of them are judged on the same samples.
+
+    Raises:
+        InputError: they do not fit the first source, which is the baseline's.
+    """
+    fitting: list[Source] = []
+    failures: list[Failure] = []
+    for source in sources:
+        try:
+            check_fit(evaluation.inputs, source.artifact.inputs, where="the evaluation samples")
+        except InputError as error:
+            if not fitting:
+                raise
+            failures.append(Failure(subject=source.name, phase="source", kind="error", reason=error.message))
+            continue
+        fitting.append(source)
+    return fitting, failures
+
+
+def _servings(workspace: Workspace, served: Sequence[Judged]) -> list[Serving]:
+    """Every variant worth serving, under every serving profile."""
+    versions = {profile.server: server_version(profile.server) for profile in workspace.plan.profiles}
+    servings = []
+    for profile in workspace.plan.profiles:
+        for one in served:
+            fidelity = one.fidelities.get(profile.max_batch_size) or next(iter(one.fidelities.values()))
+            answers = None if one.variant.batch_dependent else load_outputs(next(iter(one.answers.values())))
+            servings.append(
+                Serving(
+                    candidate=_candidate(one, profile, fidelity.engine_version, versions[profile.server]),
+                    artifact=one.variant.artifact,
+                    files=workspace.store.path(one.variant.artifact),
+                    answers=answers,
+                )
+            )
+    return servings
+
+
+def _candidate(one: Judged, profile: ServingProfile, engine_version: str, serving_version: str) -> Candidate:
+    identity = {
+        "variant": one.variant.id,
+        "engine": to_jsonable(one.engine),
+        "engine_version": engine_version,
+        "serving": to_jsonable(profile),
+        "server_version": serving_version,
+    }
+    return Candidate(
+        id=digest(identity),
+        name=f"{one.name} @ {profile.key}",
+        variant_id=one.variant.id,
+        variant_name=one.name,
+        engine=one.engine,
+        engine_version=engine_version,
+        serving=profile,
+        server_version=serving_version,
+    )
+
+
+def _assembled(
+    workspace: Workspace,
+    started_at: str,
+    evaluation: Samples,
+    sources: Sequence[Source],
+    variants: Sequence[Variant],
+    judged: Sequence[Judged],
+    servings: Sequence[Serving],
+    measured: Measured,
+    failures: Sequence[Failure],
+) -> Campaign:
+    planned = workspace.plan
+    candidates = [serving.candidate for serving in servings]
+    fidelities = [fidelity for one in judged for fidelity in one.fidelities.values()]
+    measurements = _measurements(planned, candidates, measured)
+    comparisons = _comparisons(candidates, measured)
+    verdict = select(
+        policy=planned.policy,
+        candidates=candidates,
+        variants=variants,
+        metrics=metric_table(candidates, measurements, fidelities, variants),
+        comparisons=comparisons,
+        failures=failures,
+        baseline_id=candidates[0].id,
+        provisional=planned.level.provisional,
+    )
+    identity = plan_id(
+        planned, sources=tuple(source.digest for source in sources), samples_digest=evaluation.digest
+    )
+    return Campaign(
+        id=identity,
+        name=planned.config.name,
+        model_name=planned.config.registry.model_name or planned.config.name,
+        level=planned.level.name,
+        seed=planned.config.seed,
+        started_at=reporting.begun(planned.work, identity) or started_at,
+        host=planned.host,
+        versions=_versions(),
+        samples_digest=evaluation.digest,
+        task_metric=planned.config.metric,
+        sources=tuple(sources),
+        variants=tuple(variants),
+        fidelities=tuple(fidelities),
+        screenings=tuple(one.screening for one in judged if one.screening is not None),
+        candidates=tuple(candidates),
+        capacities=measured.capacities,
+        rounds=measured.rounds,
+        measurements=tuple(measurements),
+        comparisons=tuple(comparisons),
+        failures=tuple(failures),
+        rendered={one.candidate_id: one.rendered for one in measured.deployed},
+        artifacts={variant.id: str(workspace.store.path(variant.artifact)) for variant in variants},
+        verdict=verdict,
+    )
+
+
+def _measurements(planned: Plan, candidates: Sequence[Candidate], measured: Measured) -> list[Measurement]:
+    capacities = {capacity.candidate_id: capacity for capacity in measured.capacities}
+    load_times = {one.candidate_id: one.load_time_s for one in measured.deployed}
+    found: list[Measurement] = []
+    for candidate in candidates:
+        rounds = _rounds_of(candidate, measured)
+        if not rounds:
+            continue
+        found += reduce_rounds(
+            candidate.id,
+            rounds,
+            capacities[candidate.id],
+            raw_root=planned.work,
+            level=planned.level,
+            load_time_s=load_times[candidate.id],
+        )
+    return found
+
+
+def _comparisons(candidates: Sequence[Candidate], measured: Measured) -> list[Comparison]:
+    """Each candidate against the baseline under the same serving profile; numbers of two servers are never paired."""
+    baselines = {}
+    for candidate in candidates:
+        baselines.setdefault(candidate.serving.key, candidate)
+    found: list[Comparison] = []
+    for candidate in candidates:
+        baseline = baselines[candidate.serving.key]
+        if candidate.id != baseline.id:
+            found += compare_rounds(_rounds_of(candidate, measured), _rounds_of(baseline, measured))
+    return found
+
+
+def _rounds_of(candidate: Candidate, measured: Measured) -> list[Round]:
+    return [one for one in measured.rounds if one.candidate_id == candidate.id]
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in _PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
+
+
+# --- variants only ---------------------------------------------------------------------------------------------
+
+
+def make_variants(
+    model: Path,
+    *,
+    variants: tuple[str, ...],
+    calibration: Path | None,
+    out: Path,
+    work: Path | None,
+    observer: Observer,
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Makes variants and copies each into a folder of its own.
+
+    Args:
+        model: a campaign file, or an ONNX file.
+        variants: names of presets to make, or none for all that the campaign names.
+        calibration: for an ONNX file: the samples that static quantization takes its ranges from.
+        out: the folder that gets one folder a variant.
+        work: the working folder, or None for ``burnish-work`` beside the model.
+        observer: told what is done.
+
+    Returns:
+        The variants (name, path of the entry file, size, notes) and the failures, as plain values.
+
+    Raises:
+        InputError: the model or a preset cannot be taken.
+    """
+    config = _config_for(model, variants, calibration)
+    planned = plan(config, base=model.parent, work=work or model.parent / "burnish-work")
+    with _workspace(planned, observer) as workspace:
+        given = config.samples.calibration
+        samples = None if given is None else load_samples(planned.path(given))
+        sources, failures = make_sources(workspace)
+        made, unmade = make_all(workspace, sources, samples)
+        placed = [_placed(workspace, variant, out) for variant in made]
+    return placed, [to_jsonable(failure) for failure in (*failures, *unmade)]
+
+
+def _config_for(model: Path, variants: tuple[str, ...], calibration: Path | None) -> CampaignConfig:
+    if model.suffix in {".yaml", ".yml"}:
+        config = load_campaign(model)
+        return config.model_copy(update={"variants": variants}) if variants else config
+    if not model.is_file():
+        raise InputError(f"no model at {model}", hint="Give an ONNX file, or a campaign file.")
+    calibrating = None if calibration is None else str(calibration.resolve())
+    fields: dict[str, Any] = {"variants": variants} if variants else {}
+    return CampaignConfig(
+        name="model",
+        sources=(SourceConfig(onnx=model.name),),
+        # Nothing is judged here, so that no held-out samples are needed; the model stands in for their file.
+        samples=SamplesConfig(evaluation=model.name, calibration=calibrating),
+        **fields,
+    )
+
+
+def _placed(workspace: Workspace, variant: Variant, out: Path) -> dict[str, Any]:
+    """Copies a variant to its folder; one that is there already is replaced."""
+    folder = out / variant.name.replace("/", "-")
+    if folder.exists():
+        shutil.rmtree(folder)
+    shutil.copytree(workspace.store.path(variant.artifact), folder)
+    return {
+        "name": variant.name,
+        "id": variant.id,
+        "path": str(folder / variant.artifact.entry),
+        "size_bytes": variant.artifact.size_bytes,
+        "notes": list(variant.notes),
+    }

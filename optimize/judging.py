@@ -1,0 +1,262 @@
+"""Fidelity and in-process time of every variant in every engine, and which of them are worth serving."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+
+from optimize.engines.local import ChildFailure, Limits
+from optimize.fidelity import fidelity_components, measure_fidelity
+from optimize.plan import Workspace
+from optimize.recipes import engine_label
+from optimize.samples import Samples
+from optimize.screening import screen_variant
+from profiles.measure.host import widest_instruction_set
+from registry.codec import digest
+from registry.errors import BurnishError, NotApplicableError
+from registry.records import EngineSpec, Failure, FailureKind, FailurePhase, Fidelity, Policy, Screening, Variant
+from registry.selection import judge
+
+# Which constraints can be judged before anything is served.
+_METRICS_OF_FIDELITY = frozenset({"accuracy", "accuracy_drop", "flip_rate", "cosine", "max_abs_error"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Judged:
+    """A variant in one engine, with what is known of it before it is served.
+
+    Attributes:
+        name: what people read: the variant's name, and the precision where its recipe has several engines.
+        fidelities: batch size -> how it answers at that size.
+        answers: batch size -> file with its answers to the evaluation samples.
+        screening: its in-process time, or None where it has not been timed.
+    """
+
+    name: str
+    variant: Variant
+    engine: EngineSpec
+    fidelities: Mapping[int, Fidelity]
+    answers: Mapping[int, Path]
+    screening: Screening | None = None
+
+
+def judge_variants(
+    workspace: Workspace, variants: Sequence[Variant], evaluation: Samples
+) -> tuple[list[Judged], list[Failure]]:
+    """How every variant answers in each engine it is meant for, against the first, which is the baseline.
+
+    A variant whose answers depend on their neighbours in the batch is judged at each batch size it will be served at;
+    any other once, at the largest.
+
+    Raises:
+        BurnishError: the baseline itself cannot be run or judged; there is then nothing to compare with.
+    """
+    pairs = [(variant, engine) for variant in variants for engine in variant.recipe.engines]
+    workspace.observer.phase("Judging answers", len(pairs))
+    judged: list[Judged] = []
+    failures: list[Failure] = []
+    for variant, engine in pairs:
+        name = _name(variant, engine)
+        baseline = judged[0] if judged else None
+        try:
+            found = _judge_one(workspace, variant, engine, evaluation, baseline)
+        except BurnishError as error:
+            if baseline is None:
+                raise
+            failures.append(failure_of(name, "fidelity", error))
+            workspace.observer.done(name, f"failed: {failures[-1].reason}")
+            continue
+        judged.append(found)
+        workspace.observer.done(name, _sentence(next(iter(found.fidelities.values()))))
+    return judged, failures
+
+
+def _judge_one(
+    workspace: Workspace, variant: Variant, engine: EngineSpec, evaluation: Samples, baseline: Judged | None
+) -> Judged:
+    served = sorted({profile.max_batch_size for profile in workspace.plan.profiles})
+    sizes = served if variant.batch_dependent else served[-1:]
+    reference = None if baseline is None else next(iter(baseline.answers.values()))
+    fidelities, answers = {}, {}
+    for size in sizes:
+        fidelities[size], answers[size] = _fidelity(workspace, variant, engine, size, evaluation, reference)
+    return Judged(
+        name=_name(variant, engine), variant=variant, engine=engine, fidelities=fidelities, answers=answers
+    )
+
+
+def _fidelity(
+    workspace: Workspace,
+    variant: Variant,
+    engine: EngineSpec,
+    batch_size: int,
+    evaluation: Samples,
+    reference: Path | None,
+) -> tuple[Fidelity, Path]:
+    plan = workspace.plan
+    instruction_set = widest_instruction_set(plan.host)
+    components = fidelity_components(
+        variant.id,
+        engine,
+        engine_version=version(engine.name),
+        instruction_set=instruction_set,
+        batch_size=batch_size,
+        samples_digest=evaluation.digest,
+        metric=plan.config.metric,
+        seed=plan.config.seed,
+    )
+    components["reference"] = "itself" if reference is None else reference.stem
+    answers = workspace.folder("outputs") / f"{digest(components)}.npz"
+
+    def evaluate() -> Fidelity:
+        return measure_fidelity(
+            variant.id,
+            workspace.store.path(variant.artifact) / variant.artifact.entry,
+            engine,
+            samples=plan.path(plan.config.samples.evaluation),
+            samples_digest=evaluation.digest,
+            out=answers,
+            reference=reference,
+            metric=plan.config.metric,
+            batch_size=batch_size,
+            instruction_set=instruction_set,
+            threads=plan.host.cores,
+            seed=plan.config.seed,
+            limits=limits_of(workspace),
+            python_path=plan.base,
+        )
+
+    fidelity, known = workspace.remember("Fidelity", _name(variant, engine), components, evaluate)
+    if known and not answers.is_file():
+        evaluate()  # the record stays; measuring also needs the answers, to check replies against
+    return fidelity, answers
+
+
+def screen_variants(workspace: Workspace, judged: Sequence[Judged]) -> tuple[list[Judged], list[Failure]]:
+    """The same, each with its in-process time; one that could not be timed is a failure instead."""
+    workspace.observer.phase("Timing in process", len(judged))
+    timed: list[Judged] = []
+    failures: list[Failure] = []
+    for one in judged:
+        try:
+            timed.append(_screen_one(workspace, one))
+            outcome = ", ".join(
+                f"{estimate.value:.2f} ms ({name.removeprefix('inprocess_ms.')})"
+                for name, estimate in timed[-1].screening.metrics.items()  # type: ignore[union-attr]
+            )
+        except BurnishError as error:
+            failures.append(failure_of(one.name, "screen", error))
+            outcome = f"failed: {failures[-1].reason}"
+        workspace.observer.done(one.name, outcome)
+    return timed, failures
+
+
+def _screen_one(workspace: Workspace, one: Judged) -> Judged:
+    plan = workspace.plan
+    profile = plan.profiles[0]
+    sizes = tuple(sorted({1, profile.max_batch_size}))
+    components = {
+        "variant": one.variant.id,
+        "engine": one.engine.key,
+        "engine_version": version(one.engine.name),
+        "host": plan.host.fingerprint,
+        "batch_sizes": list(sizes),
+        "threads": profile.threads,
+        "budget_s": plan.level.screen_s,
+        "samples": next(iter(one.fidelities.values())).samples_digest,
+    }
+
+    def time_it() -> Screening:
+        return screen_variant(
+            one.variant.id,
+            workspace.store.path(one.variant.artifact) / one.variant.artifact.entry,
+            one.engine,
+            samples=plan.path(plan.config.samples.evaluation),
+            batch_sizes=sizes,
+            threads=profile.threads,
+            budget_s=plan.level.screen_s,
+            cpus=plan.server_cpus,
+            limits=limits_of(workspace),
+        )
+
+    screening, _ = workspace.remember("Screening", one.name, components, time_it)
+    return replace(one, screening=screening)
+
+
+def choose_served(
+    workspace: Workspace, judged: Sequence[Judged]
+) -> tuple[list[Judged], list[Failure]]:
+    """The variants worth serving: the baseline, and the fastest in process of those that answer well enough.
+
+    The rest become failures of kind ``screened_out`` that say why.
+    """
+    baseline, *others = judged
+    policy, most = workspace.plan.policy, workspace.plan.level.served
+    reference = next(iter(baseline.fidelities.values()))
+    failures, able = [], []
+    for one in others:
+        reason = _too_unlike(policy, one, reference)
+        if reason is None:
+            able.append(one)
+        else:
+            failures.append(Failure(subject=one.name, phase="screen", kind="screened_out", reason=reason))
+    able.sort(key=_ms_a_row)
+    served, rest = able[:most], able[most:]
+    for one in rest:
+        reason = (
+            f"{_ms_a_row(one):.2f} ms a row in process; the {most} served "
+            f"take {_ms_a_row(served[0]):.2f} to {_ms_a_row(served[-1]):.2f} ms"
+        )
+        failures.append(Failure(subject=one.name, phase="screen", kind="screened_out", reason=reason))
+    return [baseline, *served], failures
+
+
+def _too_unlike(policy: Policy, one: Judged, reference: Fidelity) -> str | None:
+    """Why no candidate of this variant could meet the policy's limits on its answers, or None."""
+    wanted = {(name, None): estimate for name, estimate in reference.metrics.items()}
+    for constraint in policy.constraints:
+        if constraint.metric not in _METRICS_OF_FIDELITY:
+            continue
+        outcomes = [
+            judge(constraint, {(name, None): estimate for name, estimate in fidelity.metrics.items()}, wanted)
+            for fidelity in one.fidelities.values()
+        ]
+        if all(outcome.outcome == "fail" for outcome in outcomes):
+            return outcomes[0].reason
+    return None
+
+
+def _ms_a_row(one: Judged) -> float:
+    """Time for one row, in ms, at the batch size where it is smallest: what a saturated server comes near to."""
+    metrics = one.screening.metrics if one.screening else {}
+    return min(estimate.value / int(name.rpartition("_")[2]) for name, estimate in metrics.items())
+
+
+def limits_of(workspace: Workspace) -> Limits:
+    """What a child process of this campaign may take."""
+    limits = workspace.plan.config.limits
+    return Limits(timeout_s=limits.timeout_s, memory_mb=limits.memory_mb)
+
+
+def failure_of(subject: str, phase: FailurePhase, error: BurnishError) -> Failure:
+    """The record of an error that stopped one variant."""
+    kind: FailureKind = "error"
+    detail = ""
+    if isinstance(error, ChildFailure):
+        kind, detail = error.kind, error.log
+    elif isinstance(error, NotApplicableError):
+        kind = "not_applicable"
+    reason, _, rest = error.message.partition("\n")
+    return Failure(subject=subject, phase=phase, kind=kind, reason=reason, detail=detail or rest)
+
+
+def _name(variant: Variant, engine: EngineSpec) -> str:
+    label = engine_label(engine, variant.recipe)
+    return f"{variant.name}.{label}" if label else variant.name
+
+
+def _sentence(fidelity: Fidelity) -> str:
+    accuracy, drop = fidelity.metrics.get("accuracy"), fidelity.metrics.get("accuracy_drop")
+    if accuracy is None or drop is None:
+        return "judged"
+    return f"{fidelity.task_metric} {accuracy.value:.4f}, drop {drop.value:+.4f}"

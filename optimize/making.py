@@ -1,0 +1,171 @@
+"""Sources and variants: each made in a child process, kept in the store, and not made again."""
+
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+from optimize.config import SourceConfig
+from optimize.engines.local import run_in_child
+from optimize.judging import failure_of, limits_of
+from optimize.plan import Plan, Workspace
+from optimize.recipes import apply_recipe, needs_calibration, tool_versions, variant_id
+from optimize.samples import Samples, load_samples
+from optimize.sources import load_huggingface, load_onnx, load_torch, source_components
+from optimize.stages.base import StageInput, input_of
+from registry import codec
+from registry.errors import BurnishError, NotApplicableError
+from registry.records import Failure, Recipe, Source, TensorSpec, Variant
+
+
+def make_sources(workspace: Workspace) -> tuple[list[Source], list[Failure]]:
+    """The campaign's sources as float32 artifacts.
+
+    Raises:
+        BurnishError: the first source, which is the baseline's, cannot be had.
+    """
+    configs = workspace.plan.config.sources
+    workspace.observer.phase("Sources", len(configs))
+    sources: list[Source] = []
+    failures: list[Failure] = []
+    for config in configs:
+        try:
+            source, known = _make_source(workspace, config)
+        except BurnishError as error:
+            if not sources:
+                raise
+            failures.append(failure_of(config.name, "source", error))
+            workspace.observer.done(config.name, f"failed: {error.message}")
+            continue
+        sources.append(source)
+        megabytes = source.artifact.size_bytes / 1e6
+        workspace.observer.done(config.name, f"{megabytes:.2f} MB" + (" (known)" if known else ""))
+    return sources, failures
+
+
+def _make_source(workspace: Workspace, config: SourceConfig) -> tuple[Source, bool]:
+    raise NotImplementedError
+
+
+def make_variants(
+    workspace: Workspace, sources: Sequence[Source], calibration: Samples | None
+) -> tuple[list[Variant], list[Failure]]:
+    """Every recipe applied to every source; a recipe that cannot apply is a failure with its reason.
+
+    Raises:
+        BurnishError: the baseline, the first source's float32, cannot be made.
+    """
+    work = [(source, recipe) for source in sources for recipe in workspace.plan.recipes]
+    workspace.observer.phase("Making variants", len(work))
+    variants: list[Variant] = []
+    failures: list[Failure] = []
+    for source, recipe in work:
+        name = f"{source.name}/{recipe.name}" if workspace.plan.several_sources else recipe.name
+        try:
+            made = _make_variant(workspace, source, recipe, name, calibration)
+        except BurnishError as error:
+            if not variants:
+                raise
+            made = failure_of(name, "make", error)
+        if isinstance(made, Failure):
+            failures.append(made)
+            workspace.observer.done(name, f"{made.kind.replace('_', ' ')}: {made.reason}")
+        else:
+            variants.append(made)
+            workspace.observer.done(name, f"{made.artifact.size_bytes / 1e6:.2f} MB")
+    return variants, failures
+
+
+def _make_variant(
+    workspace: Workspace, source: Source, recipe: Recipe, name: str, calibration: Samples | None
+) -> Variant | Failure:
+    """The variant, or the failure that says why the recipe cannot apply; both are remembered.
+
+    Raises:
+        BurnishError: it failed in another way, which the next run tries again.
+    """
+    calibrated = calibration.digest if calibration is not None and needs_calibration(recipe) else None
+    versions = tool_versions(recipe)
+    identity = variant_id(source.digest, recipe, calibrated, workspace.plan.config.seed, versions)
+
+    def make() -> Variant | Failure:
+        begin = monotonic()
+        with tempfile.TemporaryDirectory(prefix="make-", dir=workspace.folder("tmp")) as scratch:
+            arguments = {
+                "recipe": codec.to_jsonable(recipe),
+                "source": codec.to_jsonable(source),
+                "files": str(workspace.store.path(source.artifact)),
+                "calibration": _path(workspace.plan) if calibrated else None,
+                "seed": workspace.plan.config.seed,
+                "threads": workspace.plan.host.cores,
+                "work": scratch,
+            }
+            try:
+                made = run_in_child("optimize.making:make_here", arguments, limits=limits_of(workspace))
+            except NotApplicableError as error:
+                return failure_of(name, "make", error)
+            artifact = workspace.store.add(
+                Path(made["folder"]),
+                format=made["format"],
+                entry=made["entry"],
+                inputs=tuple(codec.from_jsonable(TensorSpec, spec) for spec in made["inputs"]),
+                outputs=tuple(codec.from_jsonable(TensorSpec, spec) for spec in made["outputs"]),
+            )
+        return Variant(
+            id=identity,
+            name=name,
+            source=source.name,
+            source_digest=source.digest,
+            recipe=recipe,
+            calibration_digest=calibrated,
+            seed=workspace.plan.config.seed,
+            tool_versions=versions,
+            artifact=artifact,
+            signature_changed=made["signature_changed"],
+            batch_dependent=made["batch_dependent"],
+            made_in_s=round(monotonic() - begin, 3),
+            notes=tuple(made["notes"]),
+        )
+
+    components = {"variant": identity, "name": name, "tools": versions, "calibration": calibrated}
+    return workspace.remember("Variant", name, components, make)[0]
+
+
+def _path(plan: Plan) -> str | None:
+    given = plan.config.samples.calibration
+    return None if given is None else str(plan.path(given))
+
+
+def make_here(
+    *,
+    recipe: Mapping[str, Any],
+    source: Mapping[str, Any],
+    files: str,
+    calibration: str | None,
+    seed: int,
+    threads: int,
+    work: str,
+) -> dict[str, Any]:
+    """Applies a recipe in this process; the child's side of `make_variants`, with records as plain JSON values."""
+    from_source = codec.from_jsonable(Source, source)
+    made = apply_recipe(
+        codec.from_jsonable(Recipe, recipe),
+        input_of(from_source.artifact, Path(files)),
+        calibration=None if calibration is None else load_samples(Path(calibration)).inputs,
+        seed=seed,
+        threads=threads,
+        work=Path(work),
+    )
+    return {
+        "folder": str(made.folder),
+        "entry": made.entry,
+        "format": made.format,
+        "inputs": [codec.to_jsonable(spec) for spec in made.inputs],
+        "outputs": [codec.to_jsonable(spec) for spec in made.outputs],
+        "notes": list(made.notes),
+        "batch_dependent": made.batch_dependent,
+        "signature_changed": made.signature_changed,
+    }
