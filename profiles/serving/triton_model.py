@@ -1,7 +1,7 @@
 """The model of Triton's Python backend around a session. A rendered ``model.py`` imports `TritonPythonModel` from here.
 
-Tensors cross by DLPack, without a copy on the way in. The backend's own ``as_numpy`` and ``Tensor(name, array)`` give
-wrong numbers, silently, under numpy 2; DLPack is right under numpy 1 and 2 both.
+The Python backend of Triton 2.51 (24.10) is built for numpy 1: beside numpy 2 its tensors hold wrong numbers, and no
+error says so. Its other way, DLPack, ends the process with tensors of numpy 1. So numpy 2 is refused at the start.
 """
 
 import json
@@ -28,9 +28,11 @@ class TritonPythonModel:
         """Opens the session that the model's config asks for.
 
         Raises:
+            RuntimeError: numpy 2 is installed, with which every answer would be wrong.
             SessionError: the model cannot be opened.
             KeyError: the config has no parameter ``entry``.
         """
+        refuse_numpy_2(np.__version__)
         import triton_python_backend_utils as pb_utils
 
         self._backend: Any = pb_utils
@@ -60,7 +62,7 @@ class TritonPythonModel:
         del self._session
 
     def _inputs(self, request: Any) -> dict[str, Array]:
-        return {tensor.name(): np.from_dlpack(tensor) for tensor in request.inputs()}
+        return {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
 
     def _alone(self, request: Any, arrays: Mapping[str, Array]) -> Any:
         try:
@@ -71,11 +73,22 @@ class TritonPythonModel:
     def _response(self, request: Any, answer: Mapping[str, Array]) -> Any:
         wanted = set(request.requested_output_names())
         tensors = [
-            self._backend.Tensor.from_dlpack(name, np.ascontiguousarray(answer[name]))
-            for name in self._outputs
-            if name in wanted
+            self._backend.Tensor(name, np.ascontiguousarray(answer[name])) for name in self._outputs if name in wanted
         ]
         return self._backend.InferenceResponse(output_tensors=tensors)
+
+
+def refuse_numpy_2(version: str) -> None:
+    """Returns when this version of numpy is one that Triton's Python backend was built for.
+
+    Raises:
+        RuntimeError: it is 2 or later.
+    """
+    if int(version.split(".", 1)[0]) >= 2:
+        raise RuntimeError(
+            f"numpy {version} is installed; with it Triton's Python backend gives wrong numbers. "
+            "Install 'numpy<2' beside the server."
+        )
 
 
 def run_merged(session: Session, requests: Sequence[Mapping[str, Array]]) -> list[dict[str, Array]]:
