@@ -1,0 +1,99 @@
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from optimize.cli import main
+from tests.doubles.models import mlp, write_onnx
+
+COMMANDS = ("demo", "init", "inspect", "make", "run", "serve", "bench", "report", "doctor")
+
+
+def burnish(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["burnish", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    code = caught.value.code
+    assert isinstance(code, int)
+    return code
+
+
+def test_help_lists_every_command(monkeypatch, capsys):
+    assert burnish(monkeypatch, "--help") == 0
+    listed = capsys.readouterr().out
+    assert all(command in listed for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_an_example(monkeypatch, capsys, command: str):
+    assert burnish(monkeypatch, command, "--help") == 0
+    shown = capsys.readouterr().out
+    assert f"Example: burnish {command}" in shown
+    assert "--json" in shown
+
+
+def test_a_wrong_option_is_exit_2_and_json_on_stdout(monkeypatch, capsys):
+    assert burnish(monkeypatch, "inspect", "--colour", "--json") == 2
+    told = capsys.readouterr()
+    error = json.loads(told.out)["error"]
+    assert "--colour" in error["message"]
+    assert set(error) == {"kind", "message", "hint"}
+
+
+def test_an_error_for_people_goes_to_stderr(monkeypatch, capsys, tmp_path: Path):
+    assert burnish(monkeypatch, "run", str(tmp_path / "none.yaml")) == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert "none.yaml" in told.err
+    assert "Traceback" not in told.err
+
+
+def test_init_writes_once(monkeypatch, capsys, tmp_path: Path):
+    assert burnish(monkeypatch, "init", str(tmp_path / "new"), "--json") == 0
+    written = Path(json.loads(capsys.readouterr().out)["campaign"])
+    before = written.read_text()
+    assert burnish(monkeypatch, "init", str(tmp_path / "new")) == 2
+    assert written.read_text() == before
+
+
+def test_inspect_shows_the_tensors(monkeypatch, capsys, tmp_path: Path):
+    model = tmp_path / write_onnx(mlp(), tmp_path).entry
+    assert burnish(monkeypatch, "inspect", str(model), "--json") == 0
+    described = json.loads(capsys.readouterr().out)
+    assert described["format"] == "onnx"
+    assert described["inputs"][0]["dtype"] == "float32"
+    assert described["parameters"] > 0
+
+
+@pytest.mark.parametrize("content", [b"", b"not a model", b"\x80\x04\x95"])
+def test_inspect_of_what_is_no_model(monkeypatch, capsys, tmp_path: Path, content: bytes):
+    (tmp_path / "model.onnx").write_bytes(content)
+    assert burnish(monkeypatch, "inspect", str(tmp_path / "model.onnx")) == 2
+    assert "not an ONNX model" in capsys.readouterr().err
+
+
+def test_a_level_that_is_none(monkeypatch, capsys, tmp_path: Path):
+    burnish(monkeypatch, "init", str(tmp_path))
+    assert burnish(monkeypatch, "run", str(tmp_path / "campaign.yaml"), "--level", "best") == 2
+    assert "best" in capsys.readouterr().err
+
+
+def test_a_report_of_an_empty_folder(monkeypatch, capsys, tmp_path: Path):
+    assert burnish(monkeypatch, "report", str(tmp_path), "--json") == 2
+    assert "no finished campaign" in json.loads(capsys.readouterr().out)["error"]["message"]
+
+
+def test_doctor_says_what_the_host_has(monkeypatch, capsys):
+    assert burnish(monkeypatch, "doctor", "--json") == 0
+    findings = json.loads(capsys.readouterr().out)
+    assert int(findings["host"]["cores"]) >= 1
+    assert {"mlserver", "triton"} <= set(findings["servers"])
+
+
+def test_a_namesake_of_a_package_is_refused(monkeypatch, capsys, tmp_path: Path):
+    import profiles
+
+    monkeypatch.setattr(profiles, "__path__", [str(tmp_path / "profiles")])
+    assert burnish(monkeypatch, "--help") == 2
+    assert "different places" in capsys.readouterr().err
