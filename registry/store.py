@@ -2,9 +2,9 @@
 
 Layout under the root::
 
-    artifacts/<digest>/<files>    read-only copies of the files
-    artifacts/<digest>.json       the artifact's record; written last, so that what has one is complete
-    tmp/<pid>-<random>/           what a running process is copying; held by a lock, removed once its owner is gone
+    artifacts/<digest>/<files>             read-only copies of the files
+    artifacts/<digest>.json                the artifact's record; written last, so that what has one is complete
+    artifacts/.incoming/<pid>-<random>/    what a process is copying; locked by it, removed once it is gone
 """
 
 import errno
@@ -46,12 +46,12 @@ class FolderStore:
         """
         self.root = root.absolute()
         self._artifacts = self.root / "artifacts"
-        self._tmp = self.root / "tmp"
+        self._incoming = self._artifacts / ".incoming"
         self._verified: dict[str, tuple[tuple[int, int], ...]] = {}
         with self._refusals():
             self._artifacts.mkdir(parents=True, exist_ok=True)
-            self._tmp.mkdir(exist_ok=True)
-            for leftover in sorted(self._tmp.iterdir()):
+            self._incoming.mkdir(exist_ok=True)
+            for leftover in sorted(self._incoming.iterdir()):
                 _remove_if_abandoned(leftover)
 
     def add(
@@ -78,7 +78,7 @@ class FolderStore:
                 f"{folder} holds no file {entry!r} for an engine to open",
                 hint=f"It holds: {', '.join(sorted(sources)[:10]) or 'nothing'}.",
             )
-        with self._refusals(), _workplace(self._tmp) as workplace:
+        with self._refusals(), _workplace(self._incoming) as workplace:
             files = _copy(sources, workplace / "files")
             artifact = Artifact(
                 digest=_digest(files), format=format, entry=entry, files=files, inputs=inputs, outputs=outputs

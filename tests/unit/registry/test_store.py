@@ -51,7 +51,7 @@ def test_an_artifact_is_addressed_by_its_content(store, folder):
     assert path == store.root / "artifacts" / artifact.digest
     assert (path / "sub" / "weights.bin").read_bytes() == b"weights"
     assert (path / "sub" / "weights.bin").stat().st_mode & 0o777 == 0o444
-    assert not list((store.root / "tmp").iterdir())
+    assert not list((store.root / "artifacts" / ".incoming").iterdir())
 
 
 def test_the_copy_does_not_follow_the_original(store, folder):
@@ -63,7 +63,7 @@ def test_the_copy_does_not_follow_the_original(store, folder):
 def test_the_same_bytes_twice_are_one(store, folder):
     first = add(store, folder)
     assert add(store, folder) == first
-    assert len(list((store.root / "artifacts").iterdir())) == 2
+    assert len(list((store.root / "artifacts").glob("[!.]*"))) == 2
 
 
 def test_the_same_bytes_as_something_else_are_refused(store, folder):
@@ -77,7 +77,7 @@ def test_an_entry_must_be_there(store, folder):
         add(store, folder, entry="m.xml")
     with pytest.raises(InputError, match="is not a folder"):
         add(store, folder / "nothing")
-    assert not list((store.root / "artifacts").iterdir())
+    assert not list((store.root / "artifacts").glob("[!.]*"))
 
 
 @pytest.mark.parametrize("name", ["model.data", "folder"])
@@ -88,8 +88,8 @@ def test_links_that_lead_out_are_refused(store, folder, tmp_path, name):
     (folder / name).symlink_to(outside / "secret" if name == "model.data" else outside)
     with pytest.raises(InputError, match=rf"{name} is a link that leads out of its folder"):
         add(store, folder)
-    assert not list((store.root / "artifacts").iterdir())
-    assert not list((store.root / "tmp").iterdir())
+    assert not list((store.root / "artifacts").glob("[!.]*"))
+    assert not list((store.root / "artifacts" / ".incoming").iterdir())
 
 
 def test_links_inside_become_files_and_broken_ones_are_refused(store, folder):
@@ -196,7 +196,7 @@ def test_leftovers_of_killed_processes_go_and_those_of_live_ones_stay(tmp_path):
         from pathlib import Path
         from registry.store import FolderStore, _workplace
         store = FolderStore(Path(sys.argv[1]))
-        with _workplace(store.root / "tmp") as place:
+        with _workplace(store.root / "artifacts" / ".incoming") as place:
             (place / "half").write_text("x")
             print("there", flush=True)
             sys.stdin.readline()
@@ -213,11 +213,11 @@ def test_leftovers_of_killed_processes_go_and_those_of_live_ones_stay(tmp_path):
         try:
             assert child.stdout.readline() == "there\n"
             FolderStore(root)
-            assert len(list((root / "tmp").iterdir())) == 1
+            assert len(list((root / "artifacts" / ".incoming").iterdir())) == 1
         finally:
             child.kill()
     FolderStore(root)
-    assert not list((root / "tmp").iterdir())
+    assert not list((root / "artifacts" / ".incoming").iterdir())
 
 
 def test_processes_that_add_the_same_bytes_at_once_all_succeed(tmp_path, folder):
@@ -244,7 +244,7 @@ def test_processes_that_add_the_same_bytes_at_once_all_succeed(tmp_path, folder)
     digests = {child.communicate()[0] for child in children}
     assert [child.returncode for child in children] == [0, 0, 0]
     assert len(digests) == 1
-    assert not list((tmp_path / "store" / "tmp").iterdir())
+    assert not list((tmp_path / "store" / "artifacts" / ".incoming").iterdir())
 
 
 def test_a_store_that_cannot_be_written_is_unreachable(tmp_path, store, folder, monkeypatch):
@@ -258,5 +258,5 @@ def test_a_store_that_cannot_be_written_is_unreachable(tmp_path, store, folder, 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(UnreachableError, match="No space left on device"):
         add(store, folder)
-    assert not list((store.root / "tmp").iterdir())
-    assert not list((store.root / "artifacts").iterdir())
+    assert not list((store.root / "artifacts" / ".incoming").iterdir())
+    assert not list((store.root / "artifacts").glob("[!.]*"))
