@@ -72,18 +72,17 @@ def decimals(estimate: Estimate) -> int:
     """Decimal places that the interval earns; negative means tens, hundreds and so on.
 
     So many that the half width of the interval shows `INTERVAL_FIGURES`, but the largest number in it no more than
-    `MOST_FIGURES` and the value at least one. What was counted shows whole, or `DEFAULT_FIGURES` of a fraction.
+    `MOST_FIGURES`. What was counted shows whole, or `DEFAULT_FIGURES` of a fraction.
     """
     ends = [abs(end) for end in (estimate.low, estimate.value, estimate.high) if end is not None]
     most = MOST_FIGURES - 1 - _magnitude(max(ends))
     width = half_width(estimate)
-    if estimate.method == "exact" and estimate.value.is_integer():
+    if estimate.method == "exact" and float(estimate.value).is_integer():
         return 0
     if estimate.method == "exact" or width is None:
         return min(_MOST_DECIMALS, DEFAULT_FIGURES - 1 - _magnitude(estimate.value))
     earned = INTERVAL_FIGURES - 1 - _magnitude(width) if width > _SMALLEST_WIDTH else most
-    least = -_magnitude(estimate.value) if estimate.value else earned
-    return min(_MOST_DECIMALS, max(least, min(earned, most)))
+    return min(_MOST_DECIMALS, earned, most)
 
 
 def half_width(estimate: Estimate) -> float | None:

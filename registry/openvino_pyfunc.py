@@ -1,0 +1,42 @@
+"""An OpenVINO model behind MLflow's ``pyfunc``; MLflow copies this file beside the model and loads it from there.
+
+It stands alone: only numpy and openvino are imported, and nothing is unpickled.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+class OpenVinoModel:
+    """Answers ``predict`` with an OpenVINO model compiled for the CPU."""
+
+    def __init__(self, entry: Path) -> None:
+        import openvino
+
+        self._compiled = openvino.Core().compile_model(str(entry), "CPU")
+        self._inputs = [port.get_any_name() for port in self._compiled.inputs]
+        self._outputs = [port.get_any_name() for port in self._compiled.outputs]
+
+    def predict(self, model_input: Any, params: dict[str, Any] | None = None) -> dict[str, Any]:
+        """The model's outputs by name.
+
+        Args:
+            model_input: an array for a model of one input, else a mapping of input name to array.
+            params: not used; MLflow passes it.
+
+        Raises:
+            ValueError: an array was given, and the model has several inputs.
+        """
+        if not isinstance(model_input, dict):
+            if len(self._inputs) != 1:
+                raise ValueError(f"the model has the inputs {self._inputs}: pass a dict of name to array")
+            model_input = {self._inputs[0]: np.asarray(model_input)}
+        answers = self._compiled({name: model_input[name] for name in self._inputs})
+        return {name: answers[index] for index, name in enumerate(self._outputs)}
+
+
+def _load_pyfunc(path: str) -> OpenVinoModel:
+    """MLflow's entry: ``path`` is the artifact's folder, which holds one ``.xml``."""
+    return OpenVinoModel(next(iter(sorted(Path(path).glob("*.xml")))))

@@ -1,0 +1,331 @@
+"""Campaigns in a real MLflow: the embedded store and a server."""
+
+import dataclasses
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from mlflow import MlflowClient
+from onnx import TensorProto, helper, numpy_helper
+
+from registry import codec
+from registry.errors import InputError, UnreachableError
+from registry.mlflow_tracking import MlflowTracker
+from registry.records import Artifact, ArtifactFile, Campaign, TensorSpec
+from registry.tracking import embedded_uri, open_tracker
+from tests.doubles import campaigns
+
+pytestmark = [
+    pytest.mark.slow,
+    # MLflow's own libraries, not our use of them.
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
+SAMPLE = np.linspace(-1, 1, 12, dtype=np.float32).reshape(3, 4)
+SPECS = {
+    "inputs": (TensorSpec(name="x", dtype="float32", shape=("batch", 4)),),
+    "outputs": (TensorSpec(name="y", dtype="float32", shape=("batch", 2)),),
+}
+
+
+def write_onnx(folder: Path, seed: int) -> None:
+    """A tiny matrix product, its weights in a file beside it."""
+    weights = np.random.default_rng(seed).normal(size=(4, 2)).astype(np.float32)
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "w"], ["y"])],
+        "tiny",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 4])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 2])],
+        [numpy_helper.from_array(weights, "w")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    onnx.save_model(model, folder / "model.onnx", save_as_external_data=True, location="weights.bin", size_threshold=0)
+
+
+def write_openvino(folder: Path, seed: int) -> None:
+    """The same as an OpenVINO model."""
+    openvino = pytest.importorskip("openvino")
+    write_onnx(folder, seed)
+    openvino.save_model(openvino.convert_model(folder / "model.onnx"), folder / "model.xml", compress_to_fp16=False)
+    (folder / "model.onnx").unlink()
+    (folder / "weights.bin").unlink()
+
+
+def real_artifact(folder: Path, form: str) -> Artifact:
+    files = [
+        ArtifactFile(
+            path=path.name, sha256=hashlib.sha256(path.read_bytes()).hexdigest(), size_bytes=path.stat().st_size
+        )
+        for path in sorted(folder.iterdir())
+    ]
+    lines = "".join(f"{file.sha256}  {file.path}\n" for file in files)
+    return Artifact(
+        digest=hashlib.sha256(lines.encode()).hexdigest(),
+        format="onnx" if form == "onnx" else "openvino",
+        entry="model.onnx" if form == "onnx" else "model.xml",
+        files=tuple(files),
+        **SPECS,
+    )
+
+
+@pytest.fixture
+def campaign(tmp_path: Path) -> Campaign:
+    """The made-up campaign, its variants real models."""
+    made = campaigns.campaign()
+    variants, places = [], {}
+    for seed, variant in enumerate(made.variants):
+        folder = tmp_path / "artifacts" / variant.id
+        folder.mkdir(parents=True)
+        (write_onnx if variant.artifact.format == "onnx" else write_openvino)(folder, seed)
+        variants.append(dataclasses.replace(variant, artifact=real_artifact(folder, variant.artifact.format)))
+        places[variant.id] = str(folder)
+    return dataclasses.replace(made, variants=tuple(variants), artifacts=places, versions={"burnish": "0.1.0"})
+
+
+@pytest.fixture
+def report(tmp_path: Path) -> Path:
+    path = tmp_path / "report.html"
+    path.write_text("<!doctype html><title>report</title>")
+    return path
+
+
+@pytest.fixture(params=["sqlite", "server"])
+def uri(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "sqlite":
+        return embedded_uri(tmp_path / "work")
+    return str(request.getfixturevalue("mlflow_server"))
+
+
+@pytest.fixture
+def own_name(campaign: Campaign, request: pytest.FixtureRequest) -> Campaign:
+    """The campaign under a model name of its own, as the server is shared."""
+    digest = codec.digest(request.node.nodeid)
+    return dataclasses.replace(campaign, model_name=f"digits-{digest}")
+
+
+@pytest.fixture
+def default_store(uri: str) -> Iterator[None]:
+    """MLflow's loaders read from its default store."""
+    mlflow.set_tracking_uri(uri)
+    yield
+    mlflow.set_tracking_uri(None)
+
+
+def runs_of(client: MlflowClient, campaign: Campaign) -> list[mlflow.entities.Run]:
+    experiment = client.get_experiment_by_name(f"burnish/{campaign.model_name}")
+    return list(client.search_runs([experiment.experiment_id]))
+
+
+def artifacts_of(client: MlflowClient, run_id: str, folder: str = "") -> set[str]:
+    found: set[str] = set()
+    for item in client.list_artifacts(run_id, folder or None):
+        found |= artifacts_of(client, run_id, item.path) if item.is_dir else {item.path}
+    return found
+
+
+def test_a_campaign_is_a_parent_run_with_a_child_for_each_candidate(
+    uri: str, own_name: Campaign, report: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    began = time.monotonic()
+    published = MlflowTracker(uri, tmp_path / "work").publish(own_name, files={"report.html": report})
+    took_s = time.monotonic() - began
+    assert took_s < 60, f"publishing took {took_s:.1f} s"
+    assert capfd.readouterr().out == ""
+
+    client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+    runs = {run.info.run_id: run for run in runs_of(client, own_name)}
+    assert set(runs) == set(published.runs.values())
+    assert {run.info.status for run in runs.values()} == {"FINISHED"}
+    parent = runs[published.runs[own_name.id]]
+    assert parent.data.tags["burnish.campaign_id"] == own_name.id
+    assert parent.data.tags["burnish.failures.not_applicable"] == "1"
+    assert parent.data.params["host.fingerprint"] == own_name.host.fingerprint
+    assert {"campaign.json", "failures.json", "host.json", "report.html"} <= artifacts_of(client, parent.info.run_id)
+
+    for candidate in own_name.candidates:
+        child = runs[published.runs[candidate.id]]
+        assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
+        assert child.data.params["variant"] == candidate.variant_name
+        assert child.data.params["server"] == candidate.serving.server
+        rendered = {f"rendered/{path}" for path in own_name.rendered[candidate.id]}
+        assert artifacts_of(client, child.info.run_id) == rendered
+
+    winner = runs[published.runs[campaigns.STATIC_TRITON.id]]
+    assert winner.data.tags["burnish.verdict"] == "selected"
+    assert winner.data.metrics["max_throughput_rps"] == 1236.9
+    assert winner.data.metrics["max_throughput_rps_low"] == pytest.approx(1222.1)
+    assert winner.data.metrics["latency_p90_ms.at_0.8_saturation"] == pytest.approx(17.283)
+    curve = client.get_metric_history(winner.info.run_id, "curve.latency_p90_ms")
+    assert [point.step for point in sorted(curve, key=lambda point: point.step)] == [245, 491, 736, 981, 1104, 1202]
+    unknown = runs[published.runs[campaigns.OPENVINO_TRITON.id]]
+    assert unknown.data.tags["burnish.verdict"] == "unknown"
+    assert "invalid" in unknown.data.tags["burnish.reason"]
+
+
+def test_no_environment_variable_reaches_a_run(
+    uri: str, own_name: Campaign, report: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BURNISH_TEST_SECRET", "do-not-record-me")
+    published = MlflowTracker(uri, tmp_path / "work").publish(own_name, files={"report.html": report})
+    client = MlflowClient(tracking_uri=uri)
+    for run in runs_of(client, own_name):
+        assert "do-not-record-me" not in json.dumps(run.to_dictionary())
+    text = Path(client.download_artifacts(published.runs[own_name.id], "host.json", str(tmp_path))).read_text()
+    assert "do-not-record-me" not in text
+    assert json.loads(text)["host"]["cpu_model"] == own_name.host.cpu_model
+
+
+@pytest.mark.usefixtures("default_store")
+def test_variants_load_back_and_answer_as_their_files_do(
+    uri: str, own_name: Campaign, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    published = MlflowTracker(uri, tmp_path / "work").publish(own_name, files={})
+    client = MlflowClient(tracking_uri=uri)
+    for candidate in own_name.candidates:
+        run = client.get_run(published.runs[candidate.id])
+        assert run.inputs.model_inputs, "the run links to no model"
+        model_id = run.inputs.model_inputs[0].model_id
+        model = client.get_logged_model(model_id)
+        assert model.tags["burnish.variant_id"] == candidate.variant_id
+        place = Path(own_name.artifacts[candidate.variant_id])
+        answer = mlflow.pyfunc.load_model(f"models:/{model_id}")
+        assert answer.metadata.signature is not None
+        assert answer.input_example is not None
+        shown = answer.predict({"x": SAMPLE})
+        if candidate.engine.name == "onnxruntime":
+            session = onnxruntime.InferenceSession(place / "model.onnx", providers=["CPUExecutionProvider"])
+            expected = session.run(["y"], {"x": SAMPLE})[0]
+            loaded = mlflow.onnx.load_model(f"models:/{model_id}")
+            assert [node.op_type for node in loaded.graph.node] == ["MatMul"]
+            np.testing.assert_array_equal(shown["y"], expected)
+        else:
+            import openvino
+
+            expected = openvino.Core().compile_model(str(place / "model.xml"), "CPU")({"x": SAMPLE})[0]
+            np.testing.assert_array_equal(shown["y"], expected)
+
+
+@pytest.mark.usefixtures("default_store")
+def test_the_logged_files_are_those_that_were_measured(uri: str, own_name: Campaign, tmp_path: Path) -> None:
+    published = MlflowTracker(uri, tmp_path / "work").publish(own_name, files={})
+    assert published.model_version is not None
+    local = mlflow.artifacts.download_artifacts(f"models:/{own_name.model_name}/{published.model_version}")
+    place = Path(own_name.artifacts[campaigns.STATIC.id])
+    for path in place.iterdir():
+        assert (Path(local) / path.name).read_bytes() == path.read_bytes()
+
+
+def test_the_winner_becomes_a_version_without_an_alias(uri: str, own_name: Campaign, tmp_path: Path) -> None:
+    default_before = mlflow.get_tracking_uri()
+    published = MlflowTracker(uri, tmp_path / "work").publish(own_name, files={})
+    assert mlflow.get_tracking_uri() == default_before
+    client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+    version = client.get_model_version(own_name.model_name, published.model_version)
+    assert version.tags["burnish.candidate_id"] == campaigns.STATIC_TRITON.id
+    assert version.tags["burnish.provisional"] == "true"
+    assert version.run_id == published.runs[campaigns.STATIC_TRITON.id]
+    assert version.source.startswith("models:/m-")
+    assert list(version.aliases) == []
+
+
+def test_without_a_winner_nothing_is_registered(uri: str, own_name: Campaign, tmp_path: Path) -> None:
+    nothing = dataclasses.replace(own_name, verdict=campaigns.no_winner())
+    assert MlflowTracker(uri, tmp_path / "work").publish(nothing, files={}).model_version is None
+    client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+    assert list(client.search_model_versions(f"name = '{own_name.model_name}'")) == []
+
+
+def test_the_same_campaign_twice_is_one(uri: str, own_name: Campaign, report: Path, tmp_path: Path) -> None:
+    first = MlflowTracker(uri, tmp_path / "work").publish(own_name, files={"report.html": report})
+    again = MlflowTracker(uri, tmp_path / "work").publish(own_name, files={"report.html": report})
+    assert again == first
+    client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+    assert len(runs_of(client, own_name)) == 1 + len(own_name.candidates)
+    assert len(list(client.search_model_versions(f"name = '{own_name.model_name}'"))) == 1
+
+
+@pytest.mark.parametrize("fails_at", ["set_terminated", "log_batch", "finalize_logged_model", "log_artifacts"])
+@pytest.mark.parametrize("calls", [1, 3])
+def test_a_try_that_was_interrupted_is_replaced(
+    own_name: Campaign, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails_at: str, calls: int
+) -> None:
+    uri = embedded_uri(tmp_path / "work")
+    left = iter(range(calls - 1))
+    real: Callable[..., object] = getattr(MlflowClient, fails_at)
+
+    def until_killed(self: MlflowClient, *args: object, **kwargs: object) -> object:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return real(self, *args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(MlflowClient, fails_at, until_killed)
+        with pytest.raises(KeyboardInterrupt):
+            MlflowTracker(uri, tmp_path / "work").publish(own_name, files={})
+
+    published = MlflowTracker(uri, tmp_path / "work").publish(own_name, files={})
+    client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+    assert {run.info.run_id for run in runs_of(client, own_name)} == set(published.runs.values())
+    assert len(published.runs) == 1 + len(own_name.candidates)
+    experiment = client.get_experiment_by_name(f"burnish/{own_name.model_name}")
+    models = list(client.search_logged_models([experiment.experiment_id]))
+    assert sorted(model.tags["burnish.variant_id"] for model in models) == sorted(
+        {candidate.variant_id for candidate in own_name.candidates}
+    )
+    assert published.model_version == "1"
+
+
+def test_a_campaign_measured_anew_takes_the_place_of_the_earlier(own_name: Campaign, tmp_path: Path) -> None:
+    uri = embedded_uri(tmp_path / "work")
+    tracker = MlflowTracker(uri, tmp_path / "work")
+    first = tracker.publish(own_name, files={})
+    anew = dataclasses.replace(own_name, verdict=campaigns.no_winner())
+    second = tracker.publish(anew, files={})
+    client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+    assert set(first.runs.values()).isdisjoint(second.runs.values())
+    assert {run.info.run_id for run in runs_of(client, own_name)} == set(second.runs.values())
+
+
+def test_a_variant_that_is_not_on_this_machine_is_recorded_without_a_model(
+    own_name: Campaign, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    bare = dataclasses.replace(own_name, artifacts={})
+    published = open_tracker(None, tmp_path / "work").publish(bare, files={})
+    assert published.model_version is None
+    assert "not on this machine" in caplog.text
+
+
+def test_a_dead_server_is_named_within_seconds(tmp_path: Path) -> None:
+    began = time.monotonic()
+    with pytest.raises(UnreachableError) as caught:
+        MlflowTracker("http://ann:s3cret@127.0.0.1:9", tmp_path).check()
+    assert time.monotonic() - began < 15
+    assert "127.0.0.1:9" in caught.value.message
+    assert "s3cret" not in str(caught.value)
+    assert caught.value.hint is not None
+
+
+def test_a_dead_database_is_named_within_seconds(tmp_path: Path) -> None:
+    began = time.monotonic()
+    with pytest.raises(UnreachableError, match=r"postgresql://\*\*\*@127\.0\.0\.1:9/mlflow"):
+        MlflowTracker("postgresql://ann:s3cret@127.0.0.1:9/mlflow", tmp_path).check()
+    assert time.monotonic() - began < 15
+
+
+@pytest.mark.parametrize("name", ["a/b", "", "it's", "a:b"])
+def test_a_name_that_no_registered_model_may_have_is_refused(campaign: Campaign, tmp_path: Path, name: str) -> None:
+    with pytest.raises(InputError, match="registered model"):
+        MlflowTracker(embedded_uri(tmp_path), tmp_path).publish(
+            dataclasses.replace(campaign, model_name=name), files={}
+        )
+    assert not (tmp_path / "mlflow.db").exists()
