@@ -165,7 +165,7 @@ class Stage(ABC):
         """The stage with all its parameters, defaults included."""
         return StageCall(name=self.name, params=self.params.model_dump(mode="json"))
 
-    def requires(self, source: StageInput, context: Context) -> None:
+    def requires(self, source: StageInput, context: Context) -> None:  # noqa: B027 - nothing to require is right, too
         """Returns when the stage applies to the model; override it where that can be told cheaply.
 
         Raises:
@@ -278,9 +278,7 @@ def _validated(stage: str, model: type[StageParams], given: Mapping[str, Scalar]
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"]) or "parameters"
-        raise InputError(
-            f"the stage {stage} does not take {first['input']!r} for {where!r}: {first['msg']}"
-        ) from error
+        raise InputError(f"the stage {stage} does not take {first['input']!r} for {where!r}: {first['msg']}") from error
 
 
 def _check_kept(stage: str, side: str, before: tuple[TensorSpec, ...], after: tuple[TensorSpec, ...]) -> None:

@@ -87,8 +87,12 @@ def refuse_quantized(stage: str, model: Any) -> None:
     """
     import onnx
 
-    done = sorted(name for name in op_counts(model) if "Quantize" in name or name.startswith(("QLinear", "MatMulNBits")))
+    done = sorted(
+        name for name in op_counts(model) if "Quantize" in name or name.startswith(("QLinear", "MatMulNBits"))
+    )
     if done:
-        raise NotApplicableError(f"{stage} takes a float32 model, and this one is quantized already ({', '.join(done)})")
+        raise NotApplicableError(
+            f"{stage} takes a float32 model, and this one is quantized already ({', '.join(done)})"
+        )
     if any(tensor.data_type == onnx.TensorProto.FLOAT16 for tensor in model.graph.initializer):
         raise NotApplicableError(f"{stage} takes a float32 model, and this one has float16 weights")

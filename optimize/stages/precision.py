@@ -26,9 +26,7 @@ class Float16(Stage):
 
         model = onnx_files.load(source)
         clipped = _beyond_float16(model)
-        made = convert_float_to_float16(
-            model, keep_io_types=True, disable_shape_infer=model.ByteSize() > 1_900_000_000
-        )
+        made = convert_float_to_float16(model, keep_io_types=True, disable_shape_infer=model.ByteSize() > 1_900_000_000)
         notes = [f"{clipped} weights beyond float16's range were clipped to it"] if clipped else []
         return self.written(context, onnx_files.save(made, context.out), *notes)
 

@@ -17,6 +17,7 @@ _WEIGHTED_OPS = ("Conv", "ConvTranspose", *_DYNAMIC_OPS)
 _MATMUL_OPS = ("MatMul", "Gemm")
 # Quantization per channel needs DequantizeLinear with an axis, which opset 13 brought.
 _LEAST_OPSET = 13
+_PREPARED_WEIGHTS = "prepared.onnx.data"
 
 
 class DynamicInt8Params(StageParams):
@@ -230,7 +231,12 @@ def prepare(source: StageInput, scratch: Path) -> tuple[Any, list[str]]:
         notes.append(f"opset raised from {opset} to {_LEAST_OPSET}")
     large = model.ByteSize() > 1_900_000_000
     target = scratch / "prepared.onnx"
-    common = {"output_model_path": target, "save_as_external_data": large, "all_tensors_to_one_file": True}
+    common = {
+        "output_model_path": target,
+        "save_as_external_data": large,
+        "all_tensors_to_one_file": True,
+        "external_data_location": _PREPARED_WEIGHTS,
+    }
     given = onnx.ModelProto()
     given.CopyFrom(model)
     try:
@@ -244,7 +250,7 @@ def prepare(source: StageInput, scratch: Path) -> tuple[Any, list[str]]:
 
 def is_large(scratch: Path) -> bool:
     """Whether the prepared model was too large for one file."""
-    return any(path.name.startswith("prepared.onnx.") or path.suffix == ".data" for path in scratch.iterdir())
+    return (scratch / _PREPARED_WEIGHTS).exists()
 
 
 def _raised(model: Any, opset: int) -> Any:

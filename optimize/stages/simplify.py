@@ -94,9 +94,7 @@ def optimize_with_ort(source: Path, target: Path, *, level: str, threads: int) -
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = getattr(
-        onnxruntime.GraphOptimizationLevel, f"ORT_ENABLE_{level.upper()}"
-    )
+    options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, f"ORT_ENABLE_{level.upper()}")
     options.optimized_model_filepath = str(target)
     options.intra_op_num_threads = threads
     options.log_severity_level = 3

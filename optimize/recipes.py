@@ -1,0 +1,254 @@
+"""Recipes: ordered stages and the engines that their outcome is meant for, by name or from the user's own words."""
+
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from optimize.stages import make_stage
+from optimize.stages.base import Context, Format, StageInput
+from registry import codec
+from registry.errors import InputError, NotApplicableError
+from registry.records import EngineSpec, Recipe, StageCall, TensorSpec
+
+BASELINE = "float32"
+
+_ORT = EngineSpec(name="onnxruntime")
+_OPENVINO = EngineSpec(name="openvino", precision="float32")
+_OPENVINO_DEFAULT = EngineSpec(name="openvino", precision="default")
+# Where the CPU has one of these, OpenVINO computes a float32 model in bfloat16 unless it is told otherwise.
+_BFLOAT16_SETS = frozenset({"avx512_bf16", "amx_bf16"})
+_PRESETS = {
+    "float32": (),
+    "ort-optimized": (StageCall(name="simplify.ort"),),
+    "fused": (StageCall(name="simplify.transformer"),),
+    "int8-dynamic": (StageCall(name="quantize.dynamic"),),
+    "int8-static": (StageCall(name="quantize.static"),),
+    "float16": (StageCall(name="precision.float16"),),
+    "openvino": (StageCall(name="convert.openvino"),),
+    "openvino-int8": (StageCall(name="convert.openvino"), StageCall(name="quantize.openvino")),
+}
+
+
+def preset_names() -> tuple[str, ...]:
+    """The names of the shipped recipes, the baseline first."""
+    return tuple(_PRESETS)
+
+
+def recipe(name: str, *, instruction_sets: Sequence[str] = ()) -> Recipe:
+    """A shipped recipe, with the engines that make a difference on this CPU.
+
+    Args:
+        name: one of `preset_names`.
+        instruction_sets: those of the CPU (``avx512_vnni``, ``avx512_bf16``, ...).
+
+    Raises:
+        InputError: there is no such recipe.
+    """
+    if name not in _PRESETS:
+        raise _unknown("recipe", name, preset_names())
+    stages = _PRESETS[name]
+    takes_openvino = any(call.name.endswith(".openvino") for call in stages)
+    engines = openvino_engines(instruction_sets) if takes_openvino else (_ORT,)
+    return Recipe(name=name, stages=stages, engines=engines)
+
+
+def openvino_engines(instruction_sets: Sequence[str]) -> tuple[EngineSpec, ...]:
+    """OpenVINO held to float32 and, where its default differs from that on this CPU, at its default as well."""
+    if _BFLOAT16_SETS.intersection(instruction_sets):
+        return (_OPENVINO, _OPENVINO_DEFAULT)
+    return (_OPENVINO,)
+
+
+def recipe_from_mapping(content: Mapping[str, Any], *, instruction_sets: Sequence[str] = ()) -> Recipe:
+    """The user's own recipe: ``{name, stages: [{name: quantize.static, <parameter>: ...}], engine}``.
+
+    A stage without parameters may be just its name. ``engine`` is ``onnxruntime`` or ``openvino``; without it, the
+    stages decide. Stages and parameters are validated here, before anything is made.
+
+    Raises:
+        InputError: a key, stage, parameter or engine is unknown, or a value does not fit.
+    """
+    known = ("name", "stages", "engine")
+    for key in content:
+        if key not in known:
+            raise _unknown("key of a recipe", str(key), known)
+    name = content.get("name")
+    if not isinstance(name, str) or not name.strip():
+        raise InputError(f"a recipe needs a name, not {name!r}")
+    given = content.get("stages", [])
+    if not isinstance(given, list | tuple):
+        raise InputError(f"the recipe {name!r}: stages are a list, not {given!r}")
+    stages = tuple(_call(name, item) for item in given)
+    for call in stages:
+        make_stage(call)
+    return Recipe(name=name, stages=stages, engines=_engines(name, content.get("engine"), stages, instruction_sets))
+
+
+def engine_label(engine: EngineSpec, recipe: Recipe) -> str:
+    """What tells this engine of the recipe from its others: ``float32`` or ``bfloat16``; empty where it is alone."""
+    if len(recipe.engines) < 2:
+        return ""
+    return "float32" if engine.precision == "float32" else "bfloat16"
+
+
+def needs_calibration(recipe: Recipe) -> bool:
+    """Whether a stage of the recipe takes samples."""
+    return any(make_stage(call).needs_calibration for call in recipe.stages)
+
+
+def tool_versions(recipe: Recipe) -> dict[str, str]:
+    """The installed versions of the packages that the recipe's stages name; ``absent`` where one is missing."""
+    packages = sorted({tool for call in recipe.stages for tool in make_stage(call).tools})
+    return {package: _version(package) for package in packages}
+
+
+def variant_id(
+    source_digest: str,
+    recipe: Recipe,
+    calibration_digest: str | None,
+    seed: int,
+    tool_versions: Mapping[str, str],
+) -> str:
+    """The variant's id: the first 16 hex digits of SHA-256 over all that decides its bytes.
+
+    That is the source, each stage with its version and all its parameters (defaults, too), the calibration samples if
+    a stage takes any, the seed, and the versions of tools. The recipe's name and engines are not part of it.
+    """
+    stages = [make_stage(call) for call in recipe.stages]
+    return codec.digest(
+        {
+            "source": source_digest,
+            "stages": [
+                {"name": stage.name, "version": stage.version, "params": dict(stage.call.params)} for stage in stages
+            ],
+            "calibration": calibration_digest if any(stage.needs_calibration for stage in stages) else None,
+            "seed": seed,
+            "tools": dict(tool_versions),
+        }
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Made:
+    """What a recipe made of a source.
+
+    Attributes:
+        folder: where the files are; the source's own folder where no stage changed anything.
+        entry: the file in it that an engine opens.
+        notes: what the stages have to say, each with the stage's name before it.
+        batch_dependent: whether an answer depends on its neighbours in the batch.
+        signature_changed: whether names, types or shapes of inputs or outputs differ from the source's by a stage
+            that declares so.
+    """
+
+    folder: Path
+    entry: str
+    format: Format
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    notes: tuple[str, ...]
+    batch_dependent: bool
+    signature_changed: bool
+
+
+def apply_recipe(
+    recipe: Recipe,
+    source: StageInput,
+    *,
+    calibration: Mapping[str, NDArray[Any]] | None,
+    seed: int,
+    threads: int,
+    work: Path,
+    on_stage: Callable[[str], None] = lambda name: None,
+) -> Made:
+    """Runs the recipe's stages in order, each in a folder of its own inside ``work``.
+
+    Args:
+        recipe: what to do.
+        source: the model to start from; its folder is not written to.
+        calibration: input name -> samples of shape (samples, ...), or None.
+        seed: of every random choice.
+        threads: how many a library may use.
+        work: an existing folder; what is left of an earlier try in it must be removed first.
+        on_stage: told the name of each stage before it starts.
+
+    Raises:
+        NotApplicableError: a stage does not apply to this model.
+        StageError: a stage failed.
+        InputError: an unknown stage or parameter, or samples that do not fit.
+    """
+    current, notes, batch_dependent, signature_changed = source, [], False, False
+    for position, call in enumerate(recipe.stages, start=1):
+        on_stage(call.name)
+        stage = make_stage(call)
+        out = work / f"{position}-{call.name}"
+        out.mkdir()
+        result = stage(current, Context(out=out, calibration=calibration, seed=seed, threads=threads))
+        notes += [f"{stage.name}: {note}" for note in result.notes]
+        if result.changed:
+            batch_dependent = batch_dependent or stage.batch_dependent
+            signature_changed = signature_changed or stage.changes_signature
+        current = StageInput(
+            folder=result.folder,
+            entry=result.entry,
+            format=result.format,
+            inputs=result.inputs,
+            outputs=result.outputs,
+        )
+    if recipe.stages and current.folder == source.folder:
+        raise NotApplicableError(f"no stage of the recipe {recipe.name!r} changes this model: {'; '.join(notes)}")
+    return Made(
+        folder=current.folder,
+        entry=current.entry,
+        format=current.format,
+        inputs=current.inputs,
+        outputs=current.outputs,
+        notes=tuple(notes),
+        batch_dependent=batch_dependent,
+        signature_changed=signature_changed,
+    )
+
+
+def _call(recipe_name: str, item: Any) -> StageCall:
+    if isinstance(item, str):
+        return StageCall(name=item)
+    if not isinstance(item, Mapping) or not isinstance(item.get("name"), str):
+        raise InputError(
+            f"the recipe {recipe_name!r}: a stage is its name, or a mapping with its name and parameters, not {item!r}"
+        )
+    return StageCall(name=item["name"], params={key: value for key, value in item.items() if key != "name"})
+
+
+def _engines(
+    recipe_name: str, engine: Any, stages: tuple[StageCall, ...], instruction_sets: Sequence[str]
+) -> tuple[EngineSpec, ...]:
+    made_for = "openvino" if any(call.name == "convert.openvino" for call in stages) else "onnxruntime"
+    chosen = made_for if engine is None else engine
+    if chosen not in {"onnxruntime", "openvino"}:
+        raise _unknown(f"engine of the recipe {recipe_name!r}:", str(chosen), ("onnxruntime", "openvino"))
+    if made_for == "openvino" and chosen == "onnxruntime":
+        raise InputError(
+            f"the recipe {recipe_name!r} converts to OpenVINO, which the engine onnxruntime cannot run",
+            hint="Leave out the engine, or write engine: openvino.",
+        )
+    return openvino_engines(instruction_sets) if chosen == "openvino" else (_ORT,)
+
+
+def _unknown(what: str, name: str, known: Sequence[str]) -> InputError:
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    listed = f"There are: {', '.join(known)}."
+    return InputError(
+        f"there is no {what} {name!r}", hint=f"Did you mean {nearest[0]!r}? {listed}" if nearest else listed
+    )
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "absent"

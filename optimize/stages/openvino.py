@@ -1,0 +1,149 @@
+"""Stages for OpenVINO: ONNX to its intermediate representation (IR), and that to int8 through nncf."""
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from optimize.calibration import whole_batches
+from optimize.stages.base import Context, Stage, StageInput, StageParams, StageResult
+from registry.errors import MissingExtraError, NotApplicableError
+
+ENTRY = "model.xml"
+
+
+class ToOpenVino(Stage):
+    """The model as OpenVINO IR, weights in float32 as they were.
+
+    Names and types of inputs and outputs stay, and so do their ranks; symbolic dimensions lose their names. Source:
+    openvino.convert_model.
+    """
+
+    name = "convert.openvino"
+    tools = ("openvino",)
+
+    def requires(self, source: StageInput, context: Context) -> None:
+        """Looks whether OpenVINO is installed."""
+        _import("openvino", self.name)
+
+    def apply(self, source: StageInput, context: Context) -> StageResult:
+        """Converts; an operator that OpenVINO does not know makes the model one it cannot take."""
+        openvino = _import("openvino", self.name)
+        try:
+            model = openvino.convert_model(str(source.path))
+        except RuntimeError as error:
+            raise NotApplicableError(f"OpenVINO cannot convert the model: {_reason(error)}") from error
+        for port, spec in zip((*model.inputs, *model.outputs), (*source.inputs, *source.outputs), strict=True):
+            # A tensor may carry several names; the one that requests use must be the only one.
+            if port.get_names() != {spec.name}:
+                port.get_tensor().set_names({spec.name})
+        openvino.save_model(model, str(context.out / ENTRY), compress_to_fp16=False)
+        return self.written(context, ENTRY)
+
+
+class OpenVinoInt8Params(StageParams):
+    """Parameters of ``quantize.openvino``.
+
+    Attributes:
+        preset: ``mixed`` quantizes weights around zero and activations with an offset; ``performance`` both around
+            zero.
+        model_type: ``transformer`` treats attention as nncf knows it; ``auto`` does so where the graph attends.
+        subset_size: most batches of samples that are used.
+        batch_size: samples fed at once, where the model does not fix the batch; nncf's statistics are meant for 1.
+        fast_bias_correction: whether biases are corrected by the faster of nncf's two ways.
+    """
+
+    preset: Literal["mixed", "performance"] = "mixed"
+    model_type: Literal["auto", "transformer", "none"] = "auto"
+    subset_size: int = 300
+    batch_size: int = 1
+    fast_bias_correction: bool = True
+
+
+class OpenVinoInt8(Stage):
+    """Int8 weights and activations as FakeQuantize nodes that OpenVINO fuses, calibrated on samples.
+
+    Names, types and ranks of inputs and outputs stay. nncf chooses its own number of threads. Source: nncf.quantize.
+    """
+
+    name = "quantize.openvino"
+    Params = OpenVinoInt8Params
+    formats = ("openvino",)
+    needs_calibration = True
+    tools = ("nncf", "openvino", "numpy")
+    params: OpenVinoInt8Params
+
+    def requires(self, source: StageInput, context: Context) -> None:
+        """Looks whether nncf is installed."""
+        _import("openvino", self.name)
+        _import("nncf", self.name)
+
+    def apply(self, source: StageInput, context: Context) -> StageResult:
+        """Quantizes; a model without a node that nncf quantizes is refused."""
+        assert context.calibration is not None  # the contract has looked
+        openvino, nncf = _import("openvino", self.name), _import("nncf", self.name)
+        nncf.set_log_level(logging.ERROR)
+        model = openvino.Core().read_model(str(source.path))
+        if any(op.get_type_name() == "FakeQuantize" for op in model.get_ops()):
+            raise NotApplicableError(f"{self.name} takes a float32 model, and this one is quantized already")
+        batches = list(whole_batches(context.calibration, source.inputs, wanted=self.params.batch_size))
+        transformer = self.params.model_type == "transformer" or (self.params.model_type == "auto" and _attends(model))
+        made = nncf.quantize(
+            model,
+            nncf.Dataset(batches),
+            preset=nncf.QuantizationPreset(self.params.preset),
+            subset_size=min(self.params.subset_size, len(batches)),
+            fast_bias_correction=self.params.fast_bias_correction,
+            model_type=nncf.ModelType.TRANSFORMER if transformer else None,
+        )
+        done = sum(op.get_type_name() == "FakeQuantize" for op in made.get_ops())
+        if not done:
+            raise NotApplicableError(f"{self.name}: nncf found nothing to quantize in this model")
+        openvino.save_model(made, str(context.out / ENTRY), compress_to_fp16=False)
+        kind = "as a transformer" if transformer else "with nncf's defaults"
+        return self.written(context, ENTRY, f"{done} FakeQuantize nodes, {kind}")
+
+
+def _import(package: str, stage: str) -> Any:
+    import importlib
+
+    try:
+        with _without_telemetry():
+            return importlib.import_module(package)
+    except ImportError as error:
+        missing = MissingExtraError(stage, extra="openvino")
+        raise NotApplicableError(missing.message, hint=missing.hint) from error
+
+
+@contextlib.contextmanager
+def _without_telemetry() -> Iterator[None]:
+    """OpenVINO and nncf report their use over the network at import, except where these variables are set."""
+    wanted = {"CI": "true", "NNCF_CI": "1"}
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _attends(model: Any) -> bool:
+    for op in model.get_ops():
+        if op.get_type_name() == "ScaledDotProductAttention":
+            return True
+        if op.get_type_name() == "Softmax":
+            takers = (target.get_node() for target in op.output(0).get_target_inputs())
+            if any(taker.get_type_name() == "MatMul" for taker in takers):
+                return True
+    return False
+
+
+def _reason(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    telling = [line for line in lines if not line.startswith(("Exception from", "Check '"))]
+    return (telling or lines or ["no message"])[0][:300]
