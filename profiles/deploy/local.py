@@ -52,6 +52,10 @@ its shared memory is removed by the supervisor.
 POLL_S = 0.02
 PORT_ATTEMPTS = 4
 LOG_LINES = 25
+LOG_LINE_LENGTH = 400
+# Triton's tables and notes, which would push the reason out of the end of its log.
+_LOG_NOISE = re.compile(r"[|+]|I\d{4} |$")
+_REASON = re.compile(r"(?:SessionError|RuntimeError): (.+)")
 _PORT_TAKEN = re.compile(r"already in use|failed to bind|errno 98", re.IGNORECASE)
 # MLServer goes on for a while, or for good, after a model failed to load; this line is its last word on it.
 _LOAD_FAILED = "Some of the models failed to load during startup"
@@ -312,13 +316,16 @@ class _ServerProcess:
         raise self._error(ServerDiedError, message)
 
     def _error(self, kind: type[BurnishError], message: str) -> BurnishError:
-        return kind(f"{message}. Its log ends:\n{self._log_end()}", hint=f"The whole log: {self.log}")
+        reasons = _REASON.findall(self._log_text())
+        because = f": {reasons[-1]}" if reasons else ""
+        return kind(f"{message}{because}\nIts log ends:\n{self._log_end()}", hint=f"The whole log: {self.log}")
 
     def _log_text(self) -> str:
         return self.log.read_text(errors="replace")
 
     def _log_end(self) -> str:
-        return "\n".join(self._log_text().splitlines()[-LOG_LINES:])
+        lines = [line for line in self._log_text().splitlines() if not _LOG_NOISE.match(line)]
+        return "\n".join(line[:LOG_LINE_LENGTH] for line in lines[-LOG_LINES:])
 
 
 def server_environment(server: Server) -> dict[str, str]:

@@ -1,0 +1,268 @@
+"""Candidates on a real MLServer and a real Triton server."""
+
+import os
+import socket
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import tritonclient.grpc
+import tritonclient.http
+from tritonclient.utils import InferenceServerException, np_to_triton_dtype
+
+from profiles.deploy import local
+from profiles.deploy.local import LocalCluster, LocalDeployment, Ports
+from registry.errors import BurnishError, InputError, ServerDiedError, UnreachableError
+from registry.records import EngineSpec
+from tests.doubles.candidates import candidate
+from tests.doubles.models import mlp, mlp_answer, two_inputs, write_onnx, write_openvino
+
+pytestmark = pytest.mark.slow
+
+SERVERS = ["mlserver", "triton"]
+FLOAT = EngineSpec(name="openvino", precision="float32")
+LIMIT_S = 60.0
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[LocalCluster]:
+    for server, here in local.available_servers().items():
+        if here.version is None:
+            pytest.skip(f"{server}: {here.reason}")
+    with LocalCluster(tmp_path / "work") as cluster:
+        yield cluster
+
+
+def ask(
+    deployment: LocalDeployment, protocol: str, inputs: dict[str, np.ndarray], outputs: list[str] | None = None
+) -> dict[str, np.ndarray]:
+    """One request through tritonclient: raw tensors over gRPC, binary or JSON over REST as the server takes it."""
+    binary = deployment.candidate.serving.server == "triton"
+    if protocol == "grpc":
+        client = tritonclient.grpc.InferenceServerClient(f"127.0.0.1:{deployment.ports.grpc}")
+    else:
+        client = tritonclient.http.InferenceServerClient(f"127.0.0.1:{deployment.ports.http}")
+    kind = tritonclient.grpc if protocol == "grpc" else tritonclient.http
+    with client:
+        sent = []
+        for name, array in inputs.items():
+            tensor = kind.InferInput(name, list(array.shape), np_to_triton_dtype(array.dtype))
+            if protocol == "grpc":
+                tensor.set_data_from_numpy(array)
+            else:
+                tensor.set_data_from_numpy(array, binary_data=binary)
+            sent.append(tensor)
+        options = {} if protocol == "grpc" else {"binary_data": binary}
+        wanted = [kind.InferRequestedOutput(name, **options) for name in outputs] if outputs else None
+        result = client.infer(deployment.target.model, sent, outputs=wanted)
+        reply = result.get_response()
+        named = [o.name for o in reply.outputs] if protocol == "grpc" else [o["name"] for o in reply["outputs"]]
+        return {name: result.as_numpy(name) for name in named}
+
+
+def executions(deployment: LocalDeployment) -> tuple[int, int]:
+    """Requests and batches that a Triton model has seen."""
+    with tritonclient.grpc.InferenceServerClient(f"127.0.0.1:{deployment.ports.grpc}") as client:
+        stats = client.get_inference_statistics(deployment.target.model).model_stats[0]
+        return stats.inference_stats.success.count, stats.execution_count
+
+
+@pytest.mark.parametrize("server", SERVERS)
+@pytest.mark.parametrize("format", ["onnx", "openvino"])
+def test_concurrent_requests_of_mixed_sizes_each_get_their_own_answer(
+    cluster: LocalCluster, tmp_path: Path, server: str, format: str
+) -> None:
+    write, engine = (write_onnx, None) if format == "onnx" else (write_openvino, FLOAT)
+    artifact = write(mlp(), tmp_path / "files")
+    served = candidate(server=server, engine=engine, max_batch_size=8, max_batch_delay_ms=5.0)
+    deployment = cluster.deploy(served, artifact, tmp_path / "files", timeout_s=LIMIT_S)
+    assert 0 < deployment.load_time_s < LIMIT_S
+
+    def one(number: int) -> None:
+        rng = np.random.default_rng(number)
+        x = rng.normal(size=(1 + number % 4, 8)).astype(np.float32)
+        got = ask(deployment, "grpc" if number % 2 else "rest", {"x": x})
+        np.testing.assert_allclose(got["logits"], mlp_answer(x), rtol=1e-4, atol=1e-4)
+
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(one, range(64)))
+    if server == "triton":
+        requests, runs = executions(deployment)
+        assert requests == 64
+        assert runs < 64
+
+
+def test_mlserver_batches_by_what_core_2_keeps(cluster: LocalCluster, tmp_path: Path) -> None:
+    artifact = write_onnx(mlp(), tmp_path / "files")
+    served = candidate(max_batch_size=4, max_batch_delay_ms=1500.0)
+    deployment = cluster.deploy(served, artifact, tmp_path / "files", timeout_s=LIMIT_S)
+
+    def seconds(_: int) -> float:
+        began = time.monotonic()
+        ask(deployment, "grpc", {"x": np.ones((1, 8), np.float32)})
+        return time.monotonic() - began
+
+    assert seconds(0) > 1.4
+    # Four fill the batch, so none of them waits for more company.
+    with ThreadPoolExecutor(4) as pool:
+        assert max(pool.map(seconds, range(4))) < 1.2
+
+
+@pytest.mark.parametrize("server", SERVERS)
+@pytest.mark.parametrize("protocol", ["grpc", "rest"])
+def test_a_model_of_two_integer_inputs(cluster: LocalCluster, tmp_path: Path, server: str, protocol: str) -> None:
+    artifact = write_onnx(two_inputs(), tmp_path / "files")
+    deployment = cluster.deploy(candidate(server=server), artifact, tmp_path / "files", timeout_s=LIMIT_S)
+    ids = np.array([[1, 2, 2**40], [4, 5, 6]])
+    mask = np.array([[1, 0, 1], [1, 0, 0]])
+    got = ask(deployment, protocol, {"ids": ids, "mask": mask})
+    assert sorted(got) == ["present", "total"]
+    assert got["total"].tolist() == [1 + 2**40, 4]
+    assert got["present"].tolist() == mask.astype(bool).tolist()
+    assert sorted(ask(deployment, protocol, {"ids": ids, "mask": mask}, outputs=["total"])) == ["total"]
+
+
+@pytest.mark.parametrize("server", SERVERS)
+def test_metadata_a_fixed_batch_and_float16(cluster: LocalCluster, tmp_path: Path, server: str) -> None:
+    artifact = write_onnx(mlp(batch=1, dtype="float16"), tmp_path / "files")
+    served = candidate(server=server, max_batch_size=8, max_batch_delay_ms=2.0)
+    deployment = cluster.deploy(served, artifact, tmp_path / "files", timeout_s=LIMIT_S)
+    with tritonclient.grpc.InferenceServerClient(f"127.0.0.1:{deployment.ports.grpc}") as client:
+        metadata = client.get_model_metadata(deployment.target.model)
+    tensors = [(t.name, t.datatype, list(t.shape)) for t in (*metadata.inputs, *metadata.outputs)]
+    assert tensors == [("x", "FP16", [-1, 8]), ("logits", "FP16", [-1, 4])]
+    x = np.random.default_rng(0).normal(size=(3, 8)).astype(np.float16)
+    got = ask(deployment, "grpc", {"x": x})["logits"]
+    np.testing.assert_allclose(got, mlp_answer(x.astype(np.float32)), rtol=0.05, atol=0.1)
+
+
+@pytest.mark.parametrize("server", SERVERS)
+@pytest.mark.parametrize("protocol", ["grpc", "rest"])
+def test_a_request_that_does_not_fit_is_told_why(
+    cluster: LocalCluster, tmp_path: Path, server: str, protocol: str
+) -> None:
+    artifact = write_onnx(mlp(), tmp_path / "files")
+    deployment = cluster.deploy(candidate(server=server), artifact, tmp_path / "files", timeout_s=LIMIT_S)
+    x = np.ones((2, 8), np.float32)
+    for bad in ({"y": x}, {"x": x.astype(np.float64)}, {"x": x[:, :5]}):
+        with pytest.raises(InferenceServerException, match=r"x|y"):
+            ask(deployment, protocol, bad)
+    with pytest.raises(InferenceServerException, match="nothing"):
+        ask(deployment, protocol, {"x": x}, outputs=["nothing"])
+    np.testing.assert_allclose(ask(deployment, protocol, {"x": x})["logits"], mlp_answer(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("serving", [{"server": "mlserver"}, {"server": "triton"}, {"parallel_workers": 1}])
+def test_a_model_that_cannot_load_is_told_quickly_and_leaves_nothing(
+    cluster: LocalCluster, tmp_path: Path, serving: dict[str, object]
+) -> None:
+    artifact = write_onnx(mlp(), tmp_path / "files")
+    (tmp_path / "files" / "model.onnx").write_bytes(b"garbage")
+    before = set(psutil.Process().children(recursive=True))
+    began = time.monotonic()
+    with pytest.raises(UnreachableError, match=r"onnxruntime cannot open model\.onnx") as caught:
+        cluster.deploy(candidate(**serving), artifact, tmp_path / "files", timeout_s=LIMIT_S)
+    assert time.monotonic() - began < 20
+    assert "Its log ends:\n" in caught.value.message
+    assert set(psutil.Process().children(recursive=True)) <= before
+    assert not list((tmp_path / "work" / "servers").glob("*.json"))
+
+
+def test_two_deployments_of_one_candidate_and_a_worker_process(cluster: LocalCluster, tmp_path: Path) -> None:
+    artifact = write_onnx(mlp(), tmp_path / "files")
+    served = candidate(parallel_workers=1, max_batch_size=4, max_batch_delay_ms=1.0)
+    both = [cluster.deploy(served, artifact, tmp_path / "files", timeout_s=LIMIT_S) for _ in range(2)]
+    x = np.ones((2, 8), np.float32)
+    for deployment in both:
+        np.testing.assert_allclose(ask(deployment, "grpc", {"x": x})["logits"], mlp_answer(x), rtol=1e-4)
+    assert both[0].target.url != both[1].target.url
+    both[0].undeploy()
+    both[0].undeploy()
+    np.testing.assert_allclose(ask(both[1], "rest", {"x": x})["logits"], mlp_answer(x), rtol=1e-4)
+
+
+@pytest.mark.parametrize("server", SERVERS)
+def test_usage_grows_with_work_and_ends_with_the_server(cluster: LocalCluster, tmp_path: Path, server: str) -> None:
+    artifact = write_onnx(mlp(), tmp_path / "files")
+    deployment = cluster.deploy(candidate(server=server), artifact, tmp_path / "files", timeout_s=LIMIT_S)
+    before = deployment.usage()
+    for _ in range(30):
+        ask(deployment, "grpc", {"x": np.ones((1, 8), np.float32)})
+    after = deployment.usage()
+    assert after.cpu_s > before.cpu_s > 0
+    assert 20 < after.rss_mb < 2000
+    for process in psutil.Process(deployment._process._supervisor.pid).children():
+        process.kill()
+    deployment._process._supervisor.wait(10)
+    with pytest.raises(ServerDiedError, match="status 137"):
+        deployment.usage()
+    deployment.undeploy()
+
+
+@pytest.mark.parametrize("server", SERVERS)
+def test_servers_run_where_told_and_see_no_secrets(
+    cluster: LocalCluster, tmp_path: Path, server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hush")
+    artifact = write_onnx(mlp(), tmp_path / "files")
+    cpu = max(os.sched_getaffinity(0))
+    with LocalCluster(tmp_path / "pinned", server_cpus=[cpu]) as pinned:
+        deployment = pinned.deploy(candidate(server=server), artifact, tmp_path / "files", timeout_s=LIMIT_S)
+        processes = psutil.Process(deployment._process._supervisor.pid).children(recursive=True)
+        assert processes
+        for process in processes:
+            assert "AWS_SECRET_ACCESS_KEY" not in process.environ()
+            assert process.cpu_affinity() == [cpu]
+
+
+@pytest.mark.parametrize("server", SERVERS)
+def test_a_port_that_was_taken_meanwhile_is_not_the_end(
+    cluster: LocalCluster, tmp_path: Path, server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artifact = write_onnx(mlp(), tmp_path / "files")
+    choose, calls = local._choose_ports, []
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+
+        def first_a_taken_one(fixed: dict[str, int | None]) -> Ports:
+            calls.append(1)
+            ports = choose(fixed)
+            if len(calls) > 1:
+                return ports
+            return Ports(http=taken.getsockname()[1], grpc=ports.grpc, metrics=ports.metrics)
+
+        monkeypatch.setattr(local, "_choose_ports", first_a_taken_one)
+        deployment = cluster.deploy(candidate(server=server), artifact, tmp_path / "files", timeout_s=LIMIT_S)
+    assert len(calls) == 2
+    assert ask(deployment, "rest", {"x": np.ones((1, 8), np.float32)})
+
+
+def test_a_fixed_port_in_use_is_named(tmp_path: Path) -> None:
+    artifact = write_onnx(mlp(), tmp_path / "files")
+    with socket.socket() as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with LocalCluster(tmp_path / "work", grpc_port=port) as cluster, pytest.raises(BurnishError) as caught:
+            cluster.deploy(candidate(), artifact, tmp_path / "files", timeout_s=LIMIT_S)
+    assert caught.value.exit_code == 4
+    assert str(port) in caught.value.message
+
+
+def test_a_server_that_is_not_ready_in_time_is_ended(cluster: LocalCluster, tmp_path: Path) -> None:
+    artifact = write_onnx(mlp(), tmp_path / "files")
+    with pytest.raises(UnreachableError, match=r"did not have .* ready after 0 s"):
+        cluster.deploy(candidate(), artifact, tmp_path / "files", timeout_s=0.1)
+    assert not list((tmp_path / "work" / "servers").glob("*.json"))
+
+
+def test_a_backend_that_no_package_brings_is_refused(cluster: LocalCluster, tmp_path: Path) -> None:
+    artifact = write_onnx(mlp(), tmp_path / "files")
+    with pytest.raises(InputError, match="onnxruntime backend"):
+        cluster.deploy(candidate(server="triton", backend="onnxruntime"), artifact, tmp_path, timeout_s=1)
