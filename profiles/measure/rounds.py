@@ -1,0 +1,366 @@
+"""Interleaved, randomised rounds over candidates, and what they say together.
+
+A campaign drives them: in each round every candidate is measured once, in the order that chance gave
+(`round_order`), and what one gave in a round (`measure_in_round`) is committed before the next begins. After the
+last round `reduce_rounds` gives each candidate's measurements and `compare_rounds` its comparisons with the baseline.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from profiles.deploy.cluster import Deployment
+from profiles.load.engine import LoadGenerator
+from profiles.load.payloads import Expected, Payload
+from profiles.load.recording import NS_PER_MS, latency_ms, load_arrays
+from profiles.load.transports import Status
+from profiles.measure.compare import SMALLEST_FLOOR, compare_pairs, noise_floor
+from profiles.measure.levels import Level
+from profiles.measure.percentiles import estimate_over_runs, is_earned, nearest_rank
+from registry.errors import InputError
+from registry.records import (
+    Capacity,
+    ClosedLoop,
+    Comparison,
+    Estimate,
+    LoadProfile,
+    Measurement,
+    OpenLoop,
+    Round,
+    RunRecord,
+)
+
+CLOSED = "closed"
+# The suffix of a load's name in the baseline's second run of a round.
+AGAIN = " (A/A)"
+_LOAD = re.compile(r"(?P<kind>concurrency) (?P<n>\d+)|(?P<x>\d+(?:\.\d+)?) (?P<unit>saturation|rps)")
+RunWindow = Callable[[LoadProfile, Path], RunRecord]
+
+
+def round_order(seed: int, number: int, candidate_ids: Sequence[str]) -> tuple[str, ...]:
+    """The candidates in the order of one round: chance by seed and number, the same each time it is asked for."""
+    order = np.random.default_rng((seed, number)).permutation(len(candidate_ids))
+    ids = sorted(candidate_ids)
+    return tuple(ids[index] for index in order)
+
+
+def load_of(name: str, capacity: Capacity) -> ClosedLoop | OpenLoop | None:
+    """The load of a name on a candidate of this capacity; None where it has no saturation point to refer to.
+
+    Args:
+        name: ``closed``, ``0.8 saturation`` (of the candidate's own saturation point), ``100 rps`` or
+            ``concurrency 1``.
+        capacity: the candidate's.
+
+    Raises:
+        InputError: the name is none of these.
+    """
+    if name == CLOSED:
+        return ClosedLoop(concurrency=capacity.concurrency)
+    found = _LOAD.fullmatch(name)
+    if found is None or float(found["n"] or found["x"]) <= 0:
+        raise InputError(
+            f"there is no load {name!r}", hint="A load is '0.8 saturation', '100 rps' or 'concurrency 1', say."
+        )
+    if found["kind"]:
+        return ClosedLoop(concurrency=int(found["n"]))
+    if found["unit"] == "rps":
+        return OpenLoop(rate_rps=float(found["x"]))
+    if capacity.saturation_rps is None:
+        return None
+    return OpenLoop(rate_rps=float(found["x"]) * capacity.saturation_rps)
+
+
+def measure_in_round(
+    generator: LoadGenerator,
+    deployment: Deployment,
+    payloads: tuple[Payload, ...],
+    capacity: Capacity,
+    loads: Sequence[str],
+    *,
+    level: Level,
+    number: int,
+    position: int,
+    seed: int,
+    raw_root: Path,
+    expected: Expected | None = None,
+    a_a: bool = False,
+) -> Round:
+    """What one candidate gives in one round: a closed-loop run at its best concurrency, and a run at each load.
+
+    An invalid window is run again, at most ``level.reruns`` times; the last is kept, with its findings. A load that
+    refers to a saturation point is left out where the candidate has none. All candidates see the same arrivals in a
+    round (stretched to their rates), so that differences are the servers'.
+
+    Args:
+        generator: offers the load.
+        deployment: the candidate, being served.
+        payloads: encoded for its target.
+        capacity: of the candidate.
+        loads: names, see `load_of`; ``closed`` comes first whether named or not.
+        level: how long windows are.
+        number: of the round.
+        position: of the candidate in it.
+        seed: of the campaign.
+        raw_root: the campaign's folder; arrays go below ``raw/`` in it, and records name them relative to it.
+        expected: the reference's answers, to check replies under load.
+        a_a: whether every run is made twice, the second named with `AGAIN`: for the baseline, whose two runs of the
+            same thing give the noise floor.
+
+    Raises:
+        UnreachableError: the server refused, or stopped answering.
+        ServerDiedError: it ended.
+        InputError: a load's name is not one.
+    """
+    folder = raw_root / "raw" / deployment.candidate.id / f"round-{number}"
+
+    def run(profile: LoadProfile, path: Path) -> RunRecord:
+        return generator.run(
+            deployment.target,
+            payloads,
+            profile,
+            raw_path=path,
+            raw_root=raw_root,
+            usage=deployment.usage,
+            expected=expected,
+        )
+
+    names = [CLOSED, *(name for name in loads if name != CLOSED)]
+    runs = []
+    for again in (False, True) if a_a else (False,):
+        for name in names:
+            profile = window_profile(name, capacity, level, seed=_window_seed(seed, number, name, again))
+            if profile is None:
+                continue
+            suffix = AGAIN if again else ""
+            runs.append(run_until_valid(run, profile, folder / f"{_slug(name + suffix)}.npz", level, suffix))
+    return Round(candidate_id=deployment.candidate.id, number=number, position=position, runs=tuple(runs))
+
+
+def window_profile(name: str, capacity: Capacity, level: Level, *, seed: int) -> LoadProfile | None:
+    """The window of a load at this level; None where the load cannot be offered (see `load_of`)."""
+    load = load_of(name, capacity)
+    if load is None:
+        return None
+    if isinstance(load, OpenLoop):
+        duration_s = level.window_s(level.open_s, load.rate_rps)
+    else:
+        duration_s = level.window_s(level.closed_s, _closed_rps(load.concurrency, capacity))
+    return LoadProfile(
+        name=name,
+        load=load,
+        warmup_s=level.warmup_s,
+        duration_s=duration_s,
+        timeout_s=level.timeout_s,
+        seed=seed,
+    )
+
+
+def run_until_valid(run: RunWindow, profile: LoadProfile, path: Path, level: Level, suffix: str = "") -> RunRecord:
+    """The record of a window, run again while it is invalid and the level allows.
+
+    Args:
+        run: offers a profile, and writes its arrays to a path.
+        profile: what to offer.
+        path: where the arrays go; those of a window that is run again are overwritten.
+        level: says how often.
+        suffix: added to the load's name.
+    """
+    profile = replace(profile, name=profile.name + suffix)
+    record = run(profile, path)
+    for _ in range(level.reruns):
+        if record.valid:
+            break
+        record = run(profile, path)
+    return record
+
+
+def reduce_rounds(
+    candidate_id: str,
+    rounds: Sequence[Round],
+    capacity: Capacity,
+    *,
+    raw_root: Path,
+    level: Level,
+    load_time_s: float | Sequence[float] | None = None,
+) -> tuple[Measurement, ...]:
+    """What the valid runs of one candidate say together.
+
+    Args:
+        candidate_id: whose; rounds of others are passed over.
+        rounds: of the campaign.
+        capacity: of the candidate.
+        raw_root: the campaign's folder.
+        level: says which percentiles may be reported.
+        load_time_s: how long the model took to be ready, at each deployment where there were several.
+
+    Returns:
+        One measurement that belongs to no load (``max_throughput_rps``, ``saturation_rps``, ``cpu_s_per_1k``,
+        ``rss_mb``, ``load_time_s``), and one a load with its latencies. A metric is left out where no valid run has
+        it, or too few requests are behind it. Runs of an A/A pair's second half are not among them.
+    """
+    of_load = _runs_by_load(candidate_id, rounds)
+    closed = of_load.pop(CLOSED, [])
+    valid = [run for run in closed if run.valid]
+    metrics = _over_runs(valid, {"throughput_rps": ("max_throughput_rps", "1/s"), **_RESOURCES})
+    if capacity.saturation_rps is not None:
+        metrics["saturation_rps"] = Estimate(
+            value=capacity.saturation_rps, low=None, high=None, runs=1, method="staged search", unit="1/s"
+        )
+    times = [load_time_s] if isinstance(load_time_s, int | float) else list(load_time_s or ())
+    if times:
+        metrics["load_time_s"] = estimate_over_runs(times, None, "s")
+    whole = Measurement(candidate_id=candidate_id, load=None, metrics=metrics, invalid_runs=len(closed) - len(valid))
+    return (whole, *(_at_load(candidate_id, load, runs, raw_root, level) for load, runs in sorted(of_load.items())))
+
+
+def compare_rounds(
+    baseline_id: str, rounds: Sequence[Round], *, raw_root: Path, level: Level
+) -> tuple[Comparison, ...]:
+    """Every other candidate against the baseline, in ``max_throughput_rps`` and the latencies at each load.
+
+    Pairs are those of rounds in which both have a valid run with the metric. The noise floor of a metric is the
+    largest difference between the baseline's two runs of the same round, at least 2 %.
+
+    Args:
+        baseline_id: the candidate that the others are held against.
+        rounds: of the campaign.
+        raw_root: the campaign's folder.
+        level: says which percentiles count.
+    """
+    values = dict(_values(rounds, raw_root, level))
+    numbers = sorted({number for _, number, _ in values})
+    others = sorted({identity for identity, _, _ in values} - {baseline_id})
+    loads = sorted({load for _, _, load in values if not load.endswith(AGAIN)})
+
+    def pairs(one: str, one_load: str, load: str, metric: str) -> list[tuple[float, float]]:
+        both = ((values.get((one, n, one_load), {}), values.get((baseline_id, n, load), {})) for n in numbers)
+        return [(mine[metric], base[metric]) for mine, base in both if mine.get(metric, 0) > 0 < base.get(metric, 0)]
+
+    comparisons = []
+    for load in loads:
+        for metric in _compared(load, level):
+            floor = noise_floor(pairs(baseline_id, load + AGAIN, load, metric))
+            for other in others:
+                found = pairs(other, load, load, metric)
+                if found:
+                    comparisons.append(
+                        compare_pairs(
+                            found,
+                            candidate_id=other,
+                            baseline_id=baseline_id,
+                            metric=metric,
+                            load=None if load == CLOSED else load,
+                            noise_floor=max(floor, SMALLEST_FLOOR),
+                        )
+                    )
+    return tuple(comparisons)
+
+
+# --- names and seeds ---------------------------------------------------------------------------------------------
+
+_RESOURCES = {"cpu_s_per_1k": ("cpu_s_per_1k", "s"), "rss_mb": ("rss_mb", "MB")}
+
+
+def _window_seed(seed: int, number: int, name: str, again: bool) -> int:
+    """The same for all candidates, another for each round, load and half of an A/A pair."""
+    words = [seed, number, int(again), *name.encode()]
+    return int(np.random.SeedSequence(words).generate_state(1)[0])
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
+
+
+def _closed_rps(concurrency: int, capacity: Capacity) -> float:
+    """The ladder's throughput at the nearest concurrency that was tried and is not higher."""
+    return max((rps for tried, rps in capacity.ladder if tried <= concurrency), default=0.0)
+
+
+def _compared(load: str, level: Level) -> list[str]:
+    if load == CLOSED:
+        return ["max_throughput_rps"]
+    return [f"latency_p{percentile}_ms" for percentile in level.percentiles]
+
+
+# --- from runs to numbers ----------------------------------------------------------------------------------------
+
+
+def _runs_by_load(candidate_id: str, rounds: Iterable[Round]) -> dict[str, list[RunRecord]]:
+    of_load: dict[str, list[RunRecord]] = {}
+    for run in (run for one in rounds if one.candidate_id == candidate_id for run in one.runs):
+        if not run.load.name.endswith(AGAIN):
+            of_load.setdefault(run.load.name, []).append(run)
+    return of_load
+
+
+def _over_runs(runs: Sequence[RunRecord], names: Mapping[str, tuple[str, str]]) -> dict[str, Estimate]:
+    estimates = {}
+    for source, (name, unit) in names.items():
+        values = [run.metrics[source] for run in runs if source in run.metrics]
+        if values:
+            estimates[name] = estimate_over_runs(values, None, unit)
+    return estimates
+
+
+def _at_load(candidate_id: str, load: str, runs: Sequence[RunRecord], raw_root: Path, level: Level) -> Measurement:
+    valid = [run for run in runs if run.valid]
+    arrays = [load_arrays(raw_root / run.raw) for run in valid]
+    latencies = [_latencies(run, stored) for run, stored in zip(valid, arrays, strict=True)]
+    services = [_services(stored) for stored in arrays]
+    metrics = {
+        f"latency_p{percentile}_ms": estimate
+        for percentile in level.percentiles
+        if (estimate := _percentile(latencies, percentile)) is not None
+    }
+    service = _percentile(services, 50)
+    if service is not None:
+        metrics["service_p50_ms"] = service
+    metrics |= _over_runs(valid, {"throughput_rps": ("throughput_rps", "1/s"), **_RESOURCES})
+    return Measurement(candidate_id=candidate_id, load=load, metrics=metrics, invalid_runs=len(runs) - len(valid))
+
+
+def _percentile(runs_ms: Sequence[NDArray[np.float64]], percentile: int) -> Estimate | None:
+    """The pooled percentile with its interval over runs; None where the requests do not earn it."""
+    counted = [values for values in runs_ms if is_earned(percentile, len(values), in_run=True)]
+    if not counted:
+        return None
+    pooled = np.concatenate(counted)
+    if not is_earned(percentile, len(pooled)):
+        return None
+    each = [nearest_rank(values, percentile) for values in counted]
+    return estimate_over_runs(each, nearest_rank(pooled, percentile), "ms")
+
+
+def _latencies(run: RunRecord, stored: Mapping[str, NDArray[np.int64]]) -> NDArray[np.float64]:
+    status = stored["status"].astype(np.int8)
+    return latency_ms(stored["intended_ns"], stored["done_ns"], status, run.load.timeout_s)
+
+
+def _services(stored: Mapping[str, NDArray[np.int64]]) -> NDArray[np.float64]:
+    service: NDArray[np.float64] = (stored["done_ns"] - stored["sent_ns"])[stored["status"] == Status.OK] / NS_PER_MS
+    return service
+
+
+def _values(
+    rounds: Sequence[Round], raw_root: Path, level: Level
+) -> Iterator[tuple[tuple[str, int, str], dict[str, float]]]:
+    """((candidate, round, load), metrics that may be compared) of each valid run."""
+    for one in rounds:
+        for run in one.runs:
+            if not run.valid:
+                continue
+            if run.load.name.removesuffix(AGAIN) == CLOSED:
+                metrics = {"max_throughput_rps": run.metrics["throughput_rps"]}
+            else:
+                latencies = _latencies(run, load_arrays(raw_root / run.raw))
+                metrics = {
+                    f"latency_p{percentile}_ms": nearest_rank(latencies, percentile)
+                    for percentile in level.percentiles
+                    if is_earned(percentile, len(latencies), in_run=True)
+                }
+            yield (one.candidate_id, one.number, run.load.name), metrics
