@@ -1,0 +1,319 @@
+"""The door for ONNX files that nobody has vouched for: what a model may not do, found before anything runs it.
+
+A file that is let in declares no more bytes than it brings, reads no file outside its folder, and calls only operators
+that the engines here know. Its parts are copied first and checked afterwards, so that what was checked is what is used.
+"""
+
+import shutil
+from collections.abc import Iterable, Iterator
+from math import prod
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import TYPE_CHECKING, Any
+
+from optimize.signature import Signature, read_signature
+from registry.errors import InputError, UntrustedModelError
+
+if TYPE_CHECKING:
+    import onnx
+
+ENTRY = "model.onnx"
+KNOWN_DOMAINS = frozenset({"", "ai.onnx", "ai.onnx.ml", "com.microsoft", "com.microsoft.nchwc"})
+MOST_NODES = 500_000
+MOST_PROTOBUF_BYTES = 2**31 - 1
+MOST_SPARSE_BYTES = 256 * 10**6  # engines unfold a sparse tensor when they load it
+
+# Operators that hand over to files or code which a graph cannot show.
+_OPAQUE_OPERATORS = frozenset({"EPContext", "PyOp"})
+
+_PICKLE_SUFFIXES = frozenset({".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".bin"})
+_FACTORY_HINT = "Name a function that builds the module (torch: package.module:factory), or export it to ONNX first."
+_OTHERS = (
+    (b"PK\x03\x04", "a zip archive, as torch.save writes; it holds pickles, and burnish unpickles nothing"),
+    (b"\x89HDF", "an HDF5 file, as Keras writes"),
+    (b"GGUF", "a GGUF file"),
+    (b"TFL3", "a TensorFlow Lite file"),
+)
+
+_BITS = {
+    "FLOAT": 32, "DOUBLE": 64, "FLOAT16": 16, "BFLOAT16": 16, "COMPLEX64": 64, "COMPLEX128": 128, "BOOL": 8,
+    "INT8": 8, "INT16": 16, "INT32": 32, "INT64": 64, "UINT8": 8, "UINT16": 16, "UINT32": 32, "UINT64": 64,
+    "INT4": 4, "UINT4": 4, "FLOAT4E2M1": 4, "INT2": 2, "UINT2": 2,
+    "FLOAT8E4M3FN": 8, "FLOAT8E4M3FNUZ": 8, "FLOAT8E5M2": 8, "FLOAT8E5M2FNUZ": 8, "FLOAT8E8M0": 8,
+}  # fmt: skip
+
+
+def admit(path: Path, folder: Path) -> Signature:
+    """Copies a model into ``folder`` as ``model.onnx``, its external data beside it, and returns its signature.
+
+    Args:
+        path: the ONNX file. It may be a link; what it names may not lead out of the folder it stands in.
+        folder: an empty folder.
+
+    Raises:
+        InputError: there is no such file, or it is not a whole and valid ONNX model.
+        UntrustedModelError: it is a pickle, reads files outside its folder, declares more than it holds, or calls
+            operators of an unknown domain.
+    """
+    refuse_other_formats(path)
+    copy = folder / ENTRY
+    shutil.copyfile(path, copy)
+    model = _parse(copy, path.name)
+    tensors = list(_tensors(model))
+    for location in sorted({_location(tensor) for tensor in tensors if _is_external(tensor)}):
+        _copy_external(location, path.parent, folder)
+    for tensor in tensors:
+        _check_size(tensor, folder)
+    _check_operators(model)
+    _check_by_onnx(copy, path.name)
+    return read_signature(copy)
+
+
+def refuse_other_formats(path: Path) -> None:
+    """Returns when the file may be an ONNX model, going by its name and first bytes.
+
+    Raises:
+        InputError: it is missing, a folder, empty, too large, or something else.
+        UntrustedModelError: it is a pickle.
+    """
+    if path.is_dir():
+        hint = "Name it under 'huggingface' instead of 'onnx'." if (path / "config.json").is_file() else None
+        raise InputError(f"{path} is a folder, not an ONNX file", hint=hint)
+    if not path.is_file():
+        raise InputError(f"no model at {path}")
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(16)
+    if not size:
+        raise InputError(f"{path} is empty, not an ONNX model")
+    if _is_pickle(head) or path.suffix.lower() in _PICKLE_SUFFIXES:
+        raise UntrustedModelError(
+            f"{path} is not an ONNX model but a pickle; burnish unpickles nothing", hint=_FACTORY_HINT
+        )
+    for magic, what in _OTHERS:
+        if magic in head[:8]:
+            raise UntrustedModelError(f"{path} is not an ONNX model but {what}", hint=_FACTORY_HINT)
+    if path.suffix.lower() == ".safetensors":
+        raise InputError(
+            f"{path} holds weights only, without the graph that uses them",
+            hint="Name the Hugging Face folder that it belongs to, or a factory that loads it.",
+        )
+    if size > MOST_PROTOBUF_BYTES:
+        raise InputError(
+            f"{path} has {size:,} bytes; one ONNX file holds less than 2 GiB",
+            hint="Save it with its weights as external data.",
+        )
+
+
+def _is_pickle(head: bytes) -> bool:
+    """Whether these bytes start a pickle of protocol 2 to 5."""
+    return len(head) >= 2 and head[0] == 0x80 and 2 <= head[1] <= 5
+
+
+def _parse(path: Path, name: str) -> "onnx.ModelProto":
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        model = onnx.load(str(path), load_external_data=False)
+    except (DecodeError, ValueError, RecursionError) as error:
+        raise InputError(f"{name} is not an ONNX model, or only part of one: {error}") from error
+    if not model.ir_version or not model.graph.output or not (model.opset_import or model.ir_version < 3):
+        raise InputError(f"{name} is not an ONNX model: it has no IR version, opset or outputs")
+    return model
+
+
+# --- walking ---------------------------------------------------------------------------------------------------
+
+
+def _graphs(model: "onnx.ModelProto") -> Iterator[Any]:
+    """Every graph and function of the model, those inside of nodes too."""
+    waiting: list[Any] = [model.graph, *model.functions]
+    for training in model.training_info:
+        waiting += [training.initialization, training.algorithm]
+    while waiting:
+        graph = waiting.pop()
+        yield graph
+        for node in graph.node:
+            for attribute in node.attribute:
+                waiting += [*attribute.graphs]
+                if attribute.HasField("g"):
+                    waiting.append(attribute.g)
+
+
+def _tensors(model: "onnx.ModelProto") -> Iterator["onnx.TensorProto"]:
+    """Every tensor that the model brings: initializers, and attributes of nodes and of functions."""
+    for graph in _graphs(model):
+        yield from getattr(graph, "initializer", ())
+        for sparse in getattr(graph, "sparse_initializer", ()):
+            yield from _of_sparse(sparse)
+        for attribute in _attributes(graph):
+            yield from attribute.tensors
+            if attribute.HasField("t"):
+                yield attribute.t
+            sparse_ones = [*attribute.sparse_tensors]
+            if attribute.HasField("sparse_tensor"):
+                sparse_ones.append(attribute.sparse_tensor)
+            for sparse in sparse_ones:
+                yield from _of_sparse(sparse)
+
+
+def _attributes(graph: Any) -> Iterator[Any]:
+    for node in graph.node:
+        yield from node.attribute
+    yield from getattr(graph, "attribute_proto", ())
+
+
+def _of_sparse(sparse: "onnx.SparseTensorProto") -> Iterable["onnx.TensorProto"]:
+    unfolded = _bytes_needed(sparse.dims, sparse.values.data_type, sparse.values.name)
+    if unfolded > MOST_SPARSE_BYTES:
+        raise UntrustedModelError(
+            f"the sparse tensor {sparse.values.name!r} unfolds to {unfolded:,} bytes; "
+            f"{MOST_SPARSE_BYTES:,} are the most"
+        )
+    return sparse.values, sparse.indices
+
+
+def _check_operators(model: "onnx.ModelProto") -> None:
+    own = {function.domain for function in model.functions}
+    count = 0
+    for graph in _graphs(model):
+        for node in graph.node:
+            count += 1
+            if node.op_type in _OPAQUE_OPERATORS:
+                raise UntrustedModelError(
+                    f"the node {node.name!r} is a {node.op_type}, which runs what the graph does not show"
+                )
+            if node.domain not in KNOWN_DOMAINS | own:
+                raise UntrustedModelError(
+                    f"the node {node.name!r} calls {node.op_type} of the unknown domain {node.domain!r}",
+                    hint=f"Known are {', '.join(sorted(KNOWN_DOMAINS - {''}))} and functions inside of the model.",
+                )
+    if count > MOST_NODES:
+        raise UntrustedModelError(f"the model has {count:,} nodes; {MOST_NODES:,} are the most")
+
+
+def _check_by_onnx(path: Path, name: str) -> None:
+    import onnx
+
+    try:
+        onnx.checker.check_model(str(path))
+    except Exception as error:  # the checker raises its own error and others, for one and the same reason
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise InputError(f"{name} is not a valid ONNX model: {' '.join(lines[:2])}") from error
+
+
+# --- sizes and external data -----------------------------------------------------------------------------------
+
+
+def _bytes_needed(dims: Iterable[int], data_type: int, name: str) -> int:
+    """Bytes of a tensor of numbers of these dimensions; for strings, one byte each."""
+    import onnx
+
+    shape = list(dims)
+    if any(dim < 0 for dim in shape):
+        raise UntrustedModelError(f"the tensor {name!r} has the negative shape {shape}")
+    known = {number: kind for kind, number in onnx.TensorProto.DataType.items()}
+    bits = _BITS.get(known.get(data_type, ""), 8)
+    return -(-prod(shape) * bits // 8)
+
+
+def _check_size(tensor: "onnx.TensorProto", folder: Path) -> None:
+    """Returns when the tensor holds what its shape declares."""
+    need = _bytes_needed(tensor.dims, tensor.data_type, tensor.name)
+    if _is_external(tensor):
+        have = _external_bytes(tensor, folder)
+    elif tensor.HasField("raw_data"):
+        have = len(tensor.raw_data)
+    else:
+        have = _typed_bytes(tensor)
+    if have < need:
+        raise UntrustedModelError(
+            f"the tensor {tensor.name!r} of shape {list(tensor.dims)} declares {need:,} bytes and holds {have:,}",
+            hint="The file is damaged, or made to exhaust memory.",
+        )
+
+
+def _typed_bytes(tensor: "onnx.TensorProto") -> int:
+    """Bytes of the values in the fields that have a type, each counted as the tensor's type has it."""
+    import onnx
+
+    kind = {number: kind for kind, number in onnx.TensorProto.DataType.items()}.get(tensor.data_type, "")
+    bits = _BITS.get(kind, 8)
+    values = len(tensor.int32_data) + len(tensor.int64_data) + len(tensor.uint64_data) + len(tensor.string_data)
+    # An entry of int32_data packs as many narrow values as a byte has room for; complex numbers take two entries.
+    each = 1.0 if bits < 8 else bits / 8
+    real = bits / 16 if kind.startswith("COMPLEX") else bits / 8
+    return int(values * each + (len(tensor.float_data) + len(tensor.double_data)) * real)
+
+
+def _is_external(tensor: "onnx.TensorProto") -> bool:
+    import onnx
+
+    return bool(tensor.data_location == onnx.TensorProto.EXTERNAL)
+
+
+def _entry(tensor: "onnx.TensorProto", key: str) -> str | None:
+    return next((entry.value for entry in tensor.external_data if entry.key == key), None)
+
+
+def _location(tensor: "onnx.TensorProto") -> str:
+    location = _entry(tensor, "location")
+    if not location:
+        raise UntrustedModelError(f"the tensor {tensor.name!r} is kept outside of the model, but nothing says where")
+    return location
+
+
+def _inside(location: str) -> PurePosixPath:
+    """The location as a relative path that does not climb."""
+    path = PurePosixPath(location)
+    climbs = path.is_absolute() or ".." in path.parts or "\\" in location or PureWindowsPath(location).drive
+    if climbs or "\0" in location or path == PurePosixPath() or path == PurePosixPath(ENTRY):
+        raise UntrustedModelError(
+            f"the model keeps weights in {location!r}; external data stays inside of the model's folder",
+            hint="Save it again with onnx.save(..., save_as_external_data=True, location='model.onnx.data').",
+        )
+    return path
+
+
+def _copy_external(location: str, origin: Path, folder: Path) -> None:
+    relative = _inside(location)
+    source = origin / relative
+    try:
+        real = source.resolve(strict=True)
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"the model keeps weights in {location!r}, which is not beside it in {origin}") from error
+    if not real.is_relative_to(origin.resolve()):
+        raise UntrustedModelError(
+            f"the model keeps weights in {location!r}, a link to {real}; external data stays inside of the model's "
+            "folder",
+            hint="Copy the model and its data into one folder, without links.",
+        )
+    if not real.is_file():
+        raise UntrustedModelError(f"the model keeps weights in {location!r}, which is no regular file")
+    target = folder / relative
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(real, target)
+
+
+def _external_bytes(tensor: "onnx.TensorProto", folder: Path) -> int:
+    """Bytes of the external data that are there for the tensor."""
+    size = (folder / _inside(_location(tensor))).stat().st_size
+    try:
+        offset = int(_entry(tensor, "offset") or 0)
+        length = int(_entry(tensor, "length") or max(0, size - offset))
+    except ValueError as error:
+        raise UntrustedModelError(f"the tensor {tensor.name!r} has external data at no number: {error}") from error
+    if offset < 0 or length < 0:
+        raise UntrustedModelError(f"the tensor {tensor.name!r} has external data at the negative place {offset}")
+    return max(0, min(length, size - offset))
+
+
+def external_files(path: Path) -> list[str]:
+    """The files that an ONNX model keeps weights in, as it names them, sorted; they are inside of its folder.
+
+    Raises:
+        InputError: it cannot be parsed.
+        UntrustedModelError: it names a file outside of its folder.
+    """
+    tensors = _tensors(_parse(path, path.name))
+    return sorted({str(_inside(_location(tensor))) for tensor in tensors if _is_external(tensor)})
