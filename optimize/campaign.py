@@ -40,8 +40,8 @@ from registry.store import FolderStore
 from registry.tracking import open_tracker
 
 _PACKAGES = (
-    "burnish", "mlflow", "mlserver", "nncf", "numpy", "nvidia-pytriton", "onnx", "onnxruntime", "onnxscript", "openvino",
-    "optimum", "optimum-onnx", "torch", "transformers", "tritonclient",
+    "burnish", "mlflow", "mlserver", "nncf", "numpy", "nvidia-pytriton", "onnx", "onnxruntime", "onnxscript",
+    "openvino", "optimum", "optimum-onnx", "torch", "transformers", "tritonclient",
 )  # fmt: skip
 
 
@@ -103,7 +103,17 @@ def _campaign(workspace: Workspace) -> Campaign:
     with LocalCluster(planned.work, server_cpus=planned.server_cpus) as cluster:
         measured = measure(workspace, cluster, servings, evaluation.inputs, evaluation.digest)
     everything = [*failures, *unfit, *unmade, *misjudged, *untimed, *unserved, *measured.failures]
-    return _assembled(workspace, started_at, evaluation, sources, variants, timed, servings, measured, everything)
+    return _assembled(
+        workspace,
+        started_at=started_at,
+        evaluation=evaluation,
+        sources=sources,
+        variants=variants,
+        judged=timed,
+        servings=servings,
+        measured=measured,
+        failures=everything,
+    )
 
 
 def _fitting(sources: Sequence[Source], evaluation: Samples) -> tuple[list[Source], list[Failure]]:
@@ -140,6 +150,7 @@ def _servings(workspace: Workspace, served: Sequence[Judged]) -> list[Serving]:
                     artifact=one.variant.artifact,
                     files=workspace.store.path(one.variant.artifact),
                     answers=answers,
+                    baseline=one is served[0],
                 )
             )
     return servings
@@ -167,6 +178,7 @@ def _candidate(one: Judged, profile: ServingProfile, engine_version: str, servin
 
 def _assembled(
     workspace: Workspace,
+    *,
     started_at: str,
     evaluation: Samples,
     sources: Sequence[Source],
@@ -180,7 +192,7 @@ def _assembled(
     candidates = [serving.candidate for serving in servings]
     fidelities = [fidelity for one in judged for fidelity in one.fidelities.values()]
     measurements = _measurements(planned, candidates, measured)
-    comparisons = _comparisons(candidates, measured)
+    comparisons = _comparisons(planned, candidates, measured)
     verdict = select(
         policy=planned.policy,
         candidates=candidates,
@@ -191,9 +203,7 @@ def _assembled(
         baseline_id=candidates[0].id,
         provisional=planned.level.provisional,
     )
-    identity = plan_id(
-        planned, sources=tuple(source.digest for source in sources), samples_digest=evaluation.digest
-    )
+    identity = plan_id(planned, sources=tuple(source.digest for source in sources), samples_digest=evaluation.digest)
     return Campaign(
         id=identity,
         name=planned.config.name,
@@ -240,16 +250,13 @@ def _measurements(planned: Plan, candidates: Sequence[Candidate], measured: Meas
     return found
 
 
-def _comparisons(candidates: Sequence[Candidate], measured: Measured) -> list[Comparison]:
+def _comparisons(planned: Plan, candidates: Sequence[Candidate], measured: Measured) -> list[Comparison]:
     """Each candidate against the baseline under the same serving profile; numbers of two servers are never paired."""
-    baselines = {}
-    for candidate in candidates:
-        baselines.setdefault(candidate.serving.key, candidate)
     found: list[Comparison] = []
-    for candidate in candidates:
-        baseline = baselines[candidate.serving.key]
-        if candidate.id != baseline.id:
-            found += compare_rounds(_rounds_of(candidate, measured), _rounds_of(baseline, measured))
+    for profile in planned.profiles:
+        alike = [candidate.id for candidate in candidates if candidate.serving == profile]
+        rounds = [one for one in measured.rounds if one.candidate_id in alike]
+        found += compare_rounds(alike[0], rounds, raw_root=planned.work, level=planned.level)
     return found
 
 

@@ -84,16 +84,12 @@ class RecipeConfig(_Model):
     Attributes:
         name: the variant's name.
         stages: in order.
-        engine: what runs the outcome.
-        precision: see `registry.records.EngineSpec`.
-        graph_level: see `registry.records.EngineSpec`.
+        engine: what runs the outcome; None leaves it to what the stages make.
     """
 
     name: Name
     stages: tuple[StageConfig, ...]
-    engine: Literal["onnxruntime", "openvino"] = "onnxruntime"
-    precision: Literal["default", "float32"] = "default"
-    graph_level: Literal["disable", "basic", "extended", "all"] = "all"
+    engine: Literal["onnxruntime", "openvino"] | None = None
 
 
 class ServingConfig(_Model):

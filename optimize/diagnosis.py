@@ -2,11 +2,12 @@
 
 import os
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 from profiles.deploy.local import available_servers
 from profiles.measure.host import fingerprint_host, split_cpus
 from registry.errors import BurnishError
-from registry.tracking import open_tracker, tracking_location
+from registry.tracking import open_tracker, redact
 
 _ENGINES = {"onnxruntime": None, "openvino": "openvino", "torch": "torch", "optimum": "hf", "nncf": "openvino"}
 
@@ -25,7 +26,7 @@ def diagnose() -> dict[str, dict[str, str]]:
             "fingerprint": host.fingerprint,
         },
         "engines and tools": {name: _installed(name, extra) for name, extra in _ENGINES.items()},
-        "servers": dict(available_servers()),
+        "servers": {name: found.version or f"no: {found.reason}" for name, found in available_servers().items()},
         "tracking": {"mlflow": _installed("mlflow", None), "store": _tracking()},
         "burnish will": {
             "pin servers to": f"CPU {', '.join(map(str, server_cpus))}",
@@ -48,10 +49,10 @@ def _tracking() -> str:
     if not named:
         return "SQLite in each campaign's working folder (MLFLOW_TRACKING_URI names another)"
     try:
-        open_tracker(named, None).check()
+        open_tracker(named, Path()).check()
     except BurnishError as error:
         return f"unreachable: {error.message}"
-    return f"{tracking_location(named)} answers"
+    return f"{redact(named)} answers"
 
 
 def _int8(instruction_sets: tuple[str, ...]) -> str:

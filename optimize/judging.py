@@ -13,8 +13,18 @@ from optimize.samples import Samples
 from optimize.screening import screen_variant
 from profiles.measure.host import widest_instruction_set
 from registry.codec import digest
-from registry.errors import BurnishError, NotApplicableError
-from registry.records import EngineSpec, Failure, FailureKind, FailurePhase, Fidelity, Policy, Screening, Variant
+from registry.errors import BurnishError, NotApplicableError, ServerDiedError
+from registry.records import (
+    EngineSpec,
+    Estimate,
+    Failure,
+    FailureKind,
+    FailurePhase,
+    Fidelity,
+    Policy,
+    Screening,
+    Variant,
+)
 from registry.selection import judge
 
 # Which constraints can be judged before anything is served.
@@ -79,16 +89,17 @@ def _judge_one(
     reference = None if baseline is None else next(iter(baseline.answers.values()))
     fidelities, answers = {}, {}
     for size in sizes:
-        fidelities[size], answers[size] = _fidelity(workspace, variant, engine, size, evaluation, reference)
-    return Judged(
-        name=_name(variant, engine), variant=variant, engine=engine, fidelities=fidelities, answers=answers
-    )
+        fidelities[size], answers[size] = _fidelity(
+            workspace, variant, engine, batch_size=size, evaluation=evaluation, reference=reference
+        )
+    return Judged(name=_name(variant, engine), variant=variant, engine=engine, fidelities=fidelities, answers=answers)
 
 
 def _fidelity(
     workspace: Workspace,
     variant: Variant,
     engine: EngineSpec,
+    *,
     batch_size: int,
     evaluation: Samples,
     reference: Path | None,
@@ -183,9 +194,7 @@ def _screen_one(workspace: Workspace, one: Judged) -> Judged:
     return replace(one, screening=screening)
 
 
-def choose_served(
-    workspace: Workspace, judged: Sequence[Judged]
-) -> tuple[list[Judged], list[Failure]]:
+def choose_served(workspace: Workspace, judged: Sequence[Judged]) -> tuple[list[Judged], list[Failure]]:
     """The variants worth serving: the baseline, and the fastest in process of those that answer well enough.
 
     The rest become failures of kind ``screened_out`` that say why.
@@ -213,17 +222,18 @@ def choose_served(
 
 def _too_unlike(policy: Policy, one: Judged, reference: Fidelity) -> str | None:
     """Why no candidate of this variant could meet the policy's limits on its answers, or None."""
-    wanted = {(name, None): estimate for name, estimate in reference.metrics.items()}
+    wanted = _keyed(reference)
     for constraint in policy.constraints:
         if constraint.metric not in _METRICS_OF_FIDELITY:
             continue
-        outcomes = [
-            judge(constraint, {(name, None): estimate for name, estimate in fidelity.metrics.items()}, wanted)
-            for fidelity in one.fidelities.values()
-        ]
+        outcomes = [judge(constraint, _keyed(fidelity), wanted) for fidelity in one.fidelities.values()]
         if all(outcome.outcome == "fail" for outcome in outcomes):
             return outcomes[0].reason
     return None
+
+
+def _keyed(fidelity: Fidelity) -> dict[tuple[str, str | None], Estimate]:
+    return {(name, None): estimate for name, estimate in fidelity.metrics.items()}
 
 
 def _ms_a_row(one: Judged) -> float:
@@ -246,6 +256,8 @@ def failure_of(subject: str, phase: FailurePhase, error: BurnishError) -> Failur
         kind, detail = error.kind, error.log
     elif isinstance(error, NotApplicableError):
         kind = "not_applicable"
+    elif isinstance(error, ServerDiedError):
+        kind = "died"
     reason, _, rest = error.message.partition("\n")
     return Failure(subject=subject, phase=phase, kind=kind, reason=reason, detail=detail or rest)
 

@@ -1,9 +1,7 @@
 """Sources and variants: each made in a child process, kept in the store, and not made again."""
 
-import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -15,7 +13,7 @@ from optimize.plan import Plan, Workspace
 from optimize.recipes import apply_recipe, needs_calibration, tool_versions, variant_id
 from optimize.samples import Samples, load_samples
 from optimize.sources import load_huggingface, load_onnx, load_torch, source_components
-from optimize.stages.base import StageInput, input_of
+from optimize.stages.base import input_of
 from registry import codec
 from registry.errors import BurnishError, NotApplicableError
 from registry.records import Failure, Recipe, Source, TensorSpec, Variant
@@ -47,7 +45,36 @@ def make_sources(workspace: Workspace) -> tuple[list[Source], list[Failure]]:
 
 
 def _make_source(workspace: Workspace, config: SourceConfig) -> tuple[Source, bool]:
-    raise NotImplementedError
+    plan = workspace.plan
+    location = config.location if config.kind == "torch" else str(plan.source_path(config))
+    options = _options(plan, config)
+    components = source_components(config.kind, location, **options) | {"name": config.name}
+
+    def load() -> Source:
+        common: dict[str, Any] = {"limits": limits_of(workspace)}
+        work = workspace.folder("tmp")
+        if config.kind == "onnx":
+            return load_onnx(config.name, Path(location), workspace.store, work, **common)
+        if config.kind == "torch":
+            return load_torch(config.name, location, workspace.store, work, **options, **common)
+        return load_huggingface(config.name, Path(location), workspace.store, work, **options, **common)
+
+    return workspace.remember("Source", config.name, components, load)
+
+
+def _options(plan: Plan, config: SourceConfig) -> dict[str, Any]:
+    """What the loader of this kind of source takes beside its location."""
+    if config.kind == "onnx":
+        return {}
+    if config.kind == "torch":
+        samples = plan.path(plan.config.samples.evaluation)
+        return {"samples": samples, "python_path": plan.base, "opset": config.opset, "seed": plan.config.seed}
+    return {
+        "task": config.task,
+        "pooling": config.pooling,
+        "normalize": config.normalize,
+        "opset": config.opset,
+    }
 
 
 def make_variants(

@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from optimize.judging import failure_of
 from optimize.plan import Workspace
 from profiles.deploy.cluster import Cluster, Deployment
 from profiles.load.engine import LoadGenerator
 from profiles.load.payloads import Expected, Payload, encode_payloads, expected_answers
 from profiles.measure.capacity import find_capacity
 from profiles.measure.rounds import measure_in_round, round_order
-from registry.errors import BurnishError, ServerDiedError
+from registry.errors import BurnishError
 from registry.policy import DEFAULT_LOAD, loads_named
 from registry.records import (
     Artifact,
@@ -22,6 +23,7 @@ from registry.records import (
     Capacity,
     Deployed,
     Failure,
+    FailurePhase,
     LoadProfile,
     Round,
     RunRecord,
@@ -37,12 +39,14 @@ class Serving:
         files: the folder with its files.
         answers: what it should answer for each sample (output name -> array), or None where an answer depends on its
             neighbours in the batch and so cannot be foretold.
+        baseline: whether others are compared with it, so that it is measured twice a round for the noise floor.
     """
 
     candidate: Candidate
     artifact: Artifact
     files: Path
     answers: Mapping[str, NDArray[Any]] | None
+    baseline: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +80,7 @@ def measure(
     """
     plan = workspace.plan
     with LoadGenerator(cpus=plan.client_cpus, work=plan.work) as generator:
-        hall = _Hall(workspace, cluster, generator, servings, inputs, samples_digest)
+        hall = _Hall(workspace, cluster, generator, servings=servings, inputs=inputs, samples_digest=samples_digest)
         workspace.observer.phase("Measuring", len(servings) * (1 + plan.level.rounds))
         try:
             for serving in servings:
@@ -102,6 +106,7 @@ class _Hall:
         workspace: Workspace,
         cluster: Cluster,
         generator: LoadGenerator,
+        *,
         servings: Sequence[Serving],
         inputs: Mapping[str, NDArray[Any]],
         samples_digest: str,
@@ -134,14 +139,11 @@ class _Hall:
         try:
             outcome = work(serving)
         except BurnishError as error:
-            phase = "measure" if serving.candidate.id in self._deployments else "deploy"
-            kind = "died" if isinstance(error, ServerDiedError) else "error"
-            first, _, rest = error.message.partition("\n")
-            self._failures[serving.candidate.id] = Failure(
-                subject=name, phase=phase, kind=kind, reason=first, detail=rest
-            )
+            phase: FailurePhase = "measure" if serving.candidate.id in self._deployments else "deploy"
+            failure = failure_of(name, phase, error)
+            self._failures[serving.candidate.id] = failure
             self._undeploy(serving.candidate.id)
-            outcome = f"failed: {first}"
+            outcome = f"failed: {failure.reason}"
         self._workspace.observer.done(name, outcome)
 
     def find_capacity(self, serving: Serving) -> str:
@@ -151,14 +153,16 @@ class _Hall:
         def search() -> Capacity:
             deployment = self._deployment(serving)
             payloads = self._payloads(deployment)
-            raw = self._workspace.folder("runs") / f"{candidate_id}-capacity"
+            # The search keeps its stages, not their arrays: each window overwrites the last one's.
+            raw = self._workspace.folder("raw") / f"{candidate_id}-capacity.npz"
 
             def run(profile: LoadProfile) -> RunRecord:
-                return self._generator.run(
-                    deployment.target, payloads, profile, raw_path=raw, usage=deployment.usage, expected=None
-                )
+                return self._generator.run(deployment.target, payloads, profile, raw_path=raw, usage=deployment.usage)
 
-            return find_capacity(candidate_id, run, self._plan.level, seed=self._plan.config.seed)
+            try:
+                return find_capacity(run, self._plan.level, candidate_id=candidate_id, seed=self._plan.config.seed)
+            finally:
+                raw.unlink(missing_ok=True)
 
         components = {"candidate": candidate_id, **self._shared}
         capacity, known = self._workspace.remember("Capacity", serving.candidate.name, components, search)
@@ -183,8 +187,9 @@ class _Hall:
                 number=number,
                 position=position,
                 seed=self._plan.config.seed,
-                raw_dir=self._workspace.folder("runs"),
+                raw_root=self._plan.work,
                 expected=_expected(payloads, serving),
+                a_a=self._plan.level.a_a and serving.baseline,
             )
 
         components = {"candidate": candidate_id, "loads": list(self._loads), "round": number, **self._shared}

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from optimize.config import CampaignConfig, RecipeConfig, SourceConfig
-from optimize.recipes import preset_names, recipe, recipe_from_mapping
+from optimize.recipes import recipe, recipe_from_mapping
 from profiles.measure.host import fingerprint_host, split_cpus
-from profiles.measure.levels import Level, load_level
+from profiles.measure.levels import Level, find_level
 from registry.codec import digest
 from registry.errors import InputError
 from registry.ledger import Ledger
@@ -127,7 +127,7 @@ def plan(config: CampaignConfig, *, base: Path, work: Path) -> Plan:
         base=base.resolve(),
         work=work.resolve(),
         policy=parse_policy(config.policy.constraints, config.policy.objectives),
-        level=load_level(config.level),
+        level=find_level(config.level),
         recipes=recipes,
         profiles=tuple(entry.profile() for entry in config.serving),
         host=host,
@@ -154,23 +154,14 @@ def _recipes(config: CampaignConfig, instruction_sets: tuple[str, ...]) -> tuple
     recipes: dict[str, Recipe] = {}
     for entry in ("float32", *config.variants):  # the baseline comes first, named or not
         if isinstance(entry, RecipeConfig):
-            made = recipe_from_mapping(entry.model_dump(mode="json"))
-        elif entry in preset_names():
-            made = recipe(entry, instruction_sets=instruction_sets)
+            made = recipe_from_mapping(
+                entry.model_dump(mode="json", exclude_none=True), instruction_sets=instruction_sets
+            )
         else:
-            raise _unknown_preset(entry)
-        if made.name in recipes and recipes[made.name] != made:
+            made = recipe(entry, instruction_sets=instruction_sets)
+        if recipes.setdefault(made.name, made) != made:
             raise InputError(f"two variants are named {made.name!r}", hint="Give each recipe a name of its own.")
-        recipes[made.name] = made
     return tuple(recipes.values())
-
-
-def _unknown_preset(name: str) -> InputError:
-    from difflib import get_close_matches
-
-    near = get_close_matches(name, preset_names(), n=1)
-    hint = f"Did you mean {near[0]!r}? " if near else ""
-    return InputError(f"variants: no preset is named {name!r}", hint=hint + f"There are: {', '.join(preset_names())}.")
 
 
 def _check_files(planned: Plan) -> None:
@@ -182,5 +173,5 @@ def _check_files(planned: Plan) -> None:
         if given is not None and not planned.path(given).is_file():
             raise InputError(
                 f"samples.{key}: no file at {planned.path(given)}",
-                hint="Write one array per input with numpy.savez(path, **arrays); paths are relative to the campaign file.",
+                hint="Write one array per input with numpy.savez; paths are relative to the campaign file.",
             )

@@ -28,7 +28,9 @@ def read_campaign(work: Path) -> Campaign:
     """
     path = work / RECORD
     if not path.is_file():
-        raise InputError(f"no finished campaign in {work}", hint="Run `burnish run CAMPAIGN` first, or name its --work.")
+        raise InputError(
+            f"no finished campaign in {work}", hint="Run `burnish run CAMPAIGN` first, or name its --work."
+        )
     record = codec.loads(path.read_text(encoding="utf-8"))
     if not isinstance(record, Campaign):
         raise InputError(f"{path} holds a {type(record).__name__}, not a campaign")

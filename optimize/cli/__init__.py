@@ -61,4 +61,3 @@ def _check_names() -> None:
             hint="A folder named optimize, profiles or registry stands before burnish's on the module path; "
             "run `burnish` itself, or `python -P -m optimize`, from another folder.",
         )
-

@@ -10,7 +10,9 @@ from optimize.cli.output import Json, emit_json, progress, say, terminable
 if TYPE_CHECKING:
     from optimize.config import CampaignConfig
 
-Work = Annotated[Path | None, typer.Option(help="The working folder; burnish-work beside the campaign file if not given.")]
+Work = Annotated[
+    Path | None, typer.Option(help="The working folder; burnish-work beside the campaign file if not given.")
+]
 LevelOption = Annotated[str | None, typer.Option(help="Level of proof, instead of the file's: quick or standard.")]
 
 

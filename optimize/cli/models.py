@@ -28,6 +28,8 @@ def inspect(
             shape = ", ".join("?" if dim is None else str(dim) for dim in tensor["shape"])
             typer.echo(f"  {kind[:-1]:<7} {tensor['name']}  {tensor['dtype']}[{shape}]")
     if "opsets" in description:
-        typer.echo("  opset   " + ", ".join(f"{domain or 'ai.onnx'} {v}" for domain, v in description["opsets"].items()))
+        typer.echo(
+            "  opset   " + ", ".join(f"{domain or 'ai.onnx'} {v}" for domain, v in description["opsets"].items())
+        )
     typer.echo(f"  weights {description['parameters']:,}")
     typer.echo("  nodes   " + ", ".join(f"{name} {count}" for name, count in description["operators"].items()))

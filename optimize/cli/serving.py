@@ -25,11 +25,9 @@ def serve(
 
     Example: burnish serve model.onnx --server triton --http-port 8000
     """
-    from optimize.config import ServingConfig
-    from optimize.serving import parse_serving, serve_model
+    from optimize.serving import serve_model, serving_profile
 
-    profile = parse_serving(
-        ServingConfig,
+    profile = serving_profile(
         server=server,
         max_batch_size=max_batch_size,
         max_batch_delay_ms=max_batch_delay_ms,

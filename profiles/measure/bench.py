@@ -1,4 +1,4 @@
-"""Load on an endpoint that somebody else serves: independent runs of a load, reduced as a campaign reduces its rounds."""
+"""Load on an endpoint that somebody else serves: independent runs, reduced as a campaign reduces its rounds."""
 
 import http.client
 import json
@@ -74,7 +74,12 @@ def bench_target(
         scratch.unlink(missing_ok=True)
     known = capacity or Capacity(candidate_id=_ID, concurrency=1, ladder=(), stages=(), saturation_rps=None)
     rounds = tuple(
-        Round(candidate_id=_ID, number=number, position=0, runs=_runs(run, loads, known, level, number, seed, raw_root))
+        Round(
+            candidate_id=_ID,
+            number=number,
+            position=0,
+            runs=_runs(run, loads, known, level, number=number, seed=seed, raw_root=raw_root),
+        )
         for number in range(runs)
     )
     measurements = reduce_rounds(_ID, rounds, known, raw_root=raw_root, level=level)
@@ -82,7 +87,14 @@ def bench_target(
 
 
 def _runs(
-    run: RunWindow, loads: Sequence[str], capacity: Capacity, level: Level, number: int, seed: int, raw_root: Path
+    run: RunWindow,
+    loads: Sequence[str],
+    capacity: Capacity,
+    level: Level,
+    *,
+    number: int,
+    seed: int,
+    raw_root: Path,
 ) -> tuple[RunRecord, ...]:
     made = []
     for place, name in enumerate(loads or DEFAULT_LOADS):

@@ -19,6 +19,7 @@ class Level:
     Attributes:
         name: ``quick``, ``standard``, ...
         provisional: whether its verdict is only a hint, which `promote` refuses.
+        screen_s: in-process timing of each variant, at each batch size.
         served: how many of the best screened variants are served beside the baseline; None for all.
         rounds: in each every candidate is measured once.
         reruns: how often an invalid window is measured again.
@@ -38,6 +39,7 @@ class Level:
 
     name: str
     provisional: bool
+    screen_s: float
     served: int | None
     rounds: int
     reruns: int
@@ -65,6 +67,7 @@ class _LevelModel(BaseModel):
 
     name: str
     provisional: bool
+    screen_s: float = Field(gt=0)
     served: int | None = Field(ge=1)
     rounds: int = Field(ge=1)
     reruns: int = Field(ge=0)

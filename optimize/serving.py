@@ -1,0 +1,269 @@
+"""One model on a real server of this machine, and load on any V2 endpoint: what ``serve`` and ``bench`` do."""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+from optimize.admission import admit
+from optimize.config import ServingConfig
+from optimize.samples import load_samples
+from optimize.signature import read_signature
+from profiles.deploy.local import LOOPBACK, LocalCluster, LocalDeployment, server_version
+from profiles.load.engine import LoadGenerator
+from profiles.load.payloads import encode_payloads
+from profiles.measure.bench import Bench, bench_target, takes_binary
+from profiles.measure.host import split_cpus
+from registry.codec import digest, to_jsonable
+from registry.errors import InputError
+from registry.records import Candidate, EngineSpec, Estimate, ServingProfile, Target
+from registry.report.numbers import text
+from registry.store import FolderStore
+
+_LOAD_TIMEOUT_S = 120.0
+_LOOK_S = 0.5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Served:
+    """A model that is being served on this machine."""
+
+    deployment: LocalDeployment
+
+    @property
+    def model(self) -> str:
+        """The model's name on the server."""
+        return self.deployment.target.model
+
+    @property
+    def rest(self) -> str:
+        """``host:port`` of REST."""
+        return f"{LOOPBACK}:{self.deployment.ports.http}"
+
+    @property
+    def grpc(self) -> str:
+        """``host:port`` of gRPC."""
+        return f"{LOOPBACK}:{self.deployment.ports.grpc}"
+
+    def describe(self) -> dict[str, Any]:
+        """Where it is served, as plain values."""
+        return {
+            "model": self.model,
+            "rest": self.rest,
+            "grpc": self.grpc,
+            "load_time_s": round(self.deployment.load_time_s, 3),
+            "log": str(self.deployment.log),
+        }
+
+    def wait(self) -> None:
+        """Returns never: ends by Ctrl-C, SIGTERM, or the server's end.
+
+        Raises:
+            ServerDiedError: the server ended.
+        """
+        while True:
+            self.deployment.usage()
+            time.sleep(_LOOK_S)
+
+
+def serving_profile(**fields: Any) -> ServingProfile:
+    """The serving profile of command-line options.
+
+    Raises:
+        InputError: an option's value does not fit; the message names it.
+    """
+    try:
+        return ServingConfig(**fields).profile()
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        option = "--" + ".".join(map(str, first["loc"])).replace("_", "-") if first["loc"] else "the serving options"
+        raise InputError(f"{option}: {first['msg']} (given: {first['input']!r})") from error
+
+
+@contextmanager
+def serve_model(
+    model: Path, profile: ServingProfile, *, precision: str, http_port: int | None, grpc_port: int | None
+) -> Iterator[Served]:
+    """Serves one model on this machine's loopback, and ends the server when the block ends.
+
+    Args:
+        model: an ONNX file, an OpenVINO ``.xml``, or a folder with one of either.
+        profile: server, batching, threads.
+        precision: ``default``, or ``float32`` to hold OpenVINO to it.
+        http_port: REST port, or None for a free one.
+        grpc_port: gRPC port, or None for a free one.
+
+    Raises:
+        InputError: there is no such model, or it cannot be served so.
+        UnreachableError: a port is in use, or the server refused the model.
+        ServerDiedError: the server ended while it loaded.
+    """
+    entry = _entry(model)
+    if precision not in ("default", "float32"):
+        raise InputError(f"--precision {precision!r} is not known", hint="There are default and float32.")
+    with TemporaryDirectory(prefix="burnish-serve-") as name, _cluster(Path(name), http_port, grpc_port) as cluster:
+        work = Path(name)
+        artifact = _stored(entry, FolderStore(work), work)
+        candidate = _candidate(entry.stem, artifact.digest, artifact.format, profile, precision)
+        files = FolderStore(work).path(artifact)
+        yield Served(deployment=cluster.deploy(candidate, artifact, files, timeout_s=_LOAD_TIMEOUT_S))
+
+
+def _cluster(work: Path, http_port: int | None, grpc_port: int | None) -> LocalCluster:
+    return LocalCluster(work, server_cpus=split_cpus()[0], http_port=http_port, grpc_port=grpc_port)
+
+
+def _entry(model: Path) -> Path:
+    if model.is_file():
+        return model
+    found = sorted([*model.glob("*.onnx"), *model.glob("*.xml")]) if model.is_dir() else []
+    if len(found) != 1:
+        what = f"{len(found)} models" if found else "no model"
+        raise InputError(f"{what} at {model}", hint="Give the path of one .onnx file or OpenVINO .xml.")
+    return found[0]
+
+
+def _stored(entry: Path, store: FolderStore, work: Path) -> Any:
+    """The model's own files in the store, and nothing else of its folder."""
+    folder = work / "admitted"
+    folder.mkdir()
+    if entry.suffix == ".xml":
+        inputs, outputs = read_signature(entry)
+        for file in (entry, entry.with_suffix(".bin")):
+            if not file.is_file():
+                raise InputError(f"{entry} has no {file.name} beside it", hint="OpenVINO keeps weights in a .bin file.")
+            (folder / file.name).write_bytes(file.read_bytes())
+        return store.add(folder, format="openvino", entry=entry.name, inputs=inputs, outputs=outputs)
+    inputs, outputs = admit(entry, folder)
+    return store.add(folder, format="onnx", entry="model.onnx", inputs=inputs, outputs=outputs)
+
+
+def _candidate(stem: str, artifact_digest: str, kind: str, profile: ServingProfile, precision: str) -> Candidate:
+    from importlib.metadata import version
+
+    name: Literal["onnxruntime", "openvino"] = "openvino" if kind == "openvino" else "onnxruntime"
+    engine = EngineSpec(name=name, precision="float32" if precision == "float32" else "default")
+    identity = {"artifact": artifact_digest, "engine": to_jsonable(engine), "serving": to_jsonable(profile)}
+    return Candidate(
+        id=digest(identity),
+        name=f"{stem} @ {profile.key}",
+        variant_id=artifact_digest[:16],
+        variant_name=stem,
+        engine=engine,
+        engine_version=version(name),
+        serving=profile,
+        server_version=server_version(profile.server),
+    )
+
+
+def bench_endpoint(
+    url: str,
+    *,
+    model: str,
+    samples: Path,
+    protocol: str,
+    concurrency: int | None,
+    rate_rps: float | None,
+    duration_s: float,
+    runs: int,
+    headers: Sequence[str],
+    tls: bool,
+    out: Path | None,
+    seed: int,
+) -> dict[str, Any]:
+    """Measures a V2 endpoint; see ``burnish bench --help``.
+
+    Returns:
+        The target, each load's measurement, and the capacity where it was searched, as plain values.
+
+    Raises:
+        InputError: an option or the samples do not fit.
+        UnreachableError: the endpoint does not answer, or refuses.
+    """
+    target = _target(url, model, protocol, headers, tls)
+    _check_amounts(concurrency=concurrency, rate=rate_rps, duration_s=duration_s, runs=runs)
+    loads = []
+    if concurrency is not None:
+        loads.append(f"concurrency {concurrency}")
+    if rate_rps is not None:
+        loads.append(f"{rate_rps:g} rps")
+    payloads = encode_payloads(load_samples(samples).inputs, target=target, seed=seed)
+    with TemporaryDirectory(prefix="burnish-bench-") as scratch:
+        raw_root = out or Path(scratch)
+        raw_root.mkdir(parents=True, exist_ok=True)
+        with LoadGenerator(cpus=split_cpus()[1], work=Path(scratch)) as generator:
+            found = bench_target(
+                generator, target, payloads, loads=loads, duration_s=duration_s, runs=runs, seed=seed, raw_root=raw_root
+            )
+    return _plain(target, found)
+
+
+def _target(url: str, model: str, protocol: str, headers: Sequence[str], tls: bool) -> Target:
+    if protocol not in ("grpc", "rest"):
+        raise InputError(f"--protocol {protocol!r} is not known", hint="There are grpc and rest.")
+    pairs = [header.partition("=") for header in headers]
+    if wrong := [header for header, pair in zip(headers, pairs, strict=True) if not pair[1] or not pair[0]]:
+        raise InputError(f"--header {wrong[0].partition(':')[0]!r} is not name=value")
+    scheme, _, rest = url.rpartition("://")
+    kind: Literal["grpc", "rest"] = "grpc" if protocol == "grpc" else "rest"
+    target = Target(
+        url=rest.rstrip("/"),
+        protocol=kind,
+        model=model,
+        headers={name: value for name, _, value in pairs},
+        tls=tls or scheme in ("https", "grpcs"),
+    )
+    if target.protocol == "grpc" or not takes_binary(target):
+        return target
+    return Target(url=target.url, protocol="rest", model=model, headers=target.headers, tls=target.tls, binary=True)
+
+
+def _check_amounts(**amounts: float | None) -> None:
+    for name, amount in amounts.items():
+        if amount is not None and amount <= 0:
+            raise InputError(f"--{name.replace('_', '-')} is above 0, not {amount:g}")
+
+
+def _plain(target: Target, found: Bench) -> dict[str, Any]:
+    shown = {"url": target.url, "protocol": target.protocol, "model": target.model, "binary": target.binary}
+    return {
+        "target": shown,
+        "capacity": None if found.capacity is None else to_jsonable(found.capacity),
+        "measurements": [to_jsonable(measurement) for measurement in found.measurements],
+        "invalid": [
+            {"load": run.load.name, "round": one.number, "findings": [to_jsonable(finding) for finding in run.findings]}
+            for one in found.rounds
+            for run in one.runs
+            if not run.valid
+        ],
+    }
+
+
+def show_bench(result: dict[str, Any]) -> None:
+    """Prints what a bench found, one load after the other."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    if result["capacity"] is not None:
+        saturation = result["capacity"]["saturation_rps"]
+        told = "was not reached by any stage" if saturation is None else f"{saturation:.1f} requests a second"
+        console.print(f"Saturation: {told}; closed-loop maximum at concurrency {result['capacity']['concurrency']}")
+    for measurement in result["measurements"]:
+        table = Table("metric", "value", title=measurement["load"] or "closed loop", title_justify="left")
+        for name, fields in measurement["metrics"].items():
+            table.add_row(name, text(Estimate(**fields)))
+        console.print(table)
+        if measurement["invalid_runs"]:
+            console.print(f"{measurement['invalid_runs']} invalid runs were left out")
+    for one in result["invalid"]:
+        for finding in one["findings"]:
+            console.print(
+                f"invalid: {one['load']}, round {one['round'] + 1}: {finding['gate']} "
+                f"{finding['observed']} (limit {finding['limit']})"
+            )
