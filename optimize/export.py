@@ -109,7 +109,7 @@ def export_torch(
             f"{factory} cannot be exported to ONNX with any batch: {_first_line(error)}",
             hint="Shapes and Python branches must not depend on the batch size; the log has the exporter's words.",
         ) from error
-    _rewrite(path)
+    _rewrite(path, opset=opset)
     for rows in (_EXAMPLES, 1):
         _check_against(module, {name: tensor[:rows] for name, tensor in examples.items()}, path, factory)
     return _described(read_signature(path))
@@ -224,11 +224,21 @@ def _export(
     )
 
 
-def _rewrite(path: Path) -> None:
-    """Tidies the model in place; external data stays where it is."""
+def _rewrite(path: Path, *, opset: int | None) -> None:
+    """Tidies the model in place; external data stays where it is.
+
+    Raises:
+        StageError: the exporter gave another opset than the one asked for, which exporters do without a word.
+    """
     import onnx
 
     model = onnx.load(str(path), load_external_data=False)
+    given = next(entry.version for entry in model.opset_import if entry.domain in {"", "ai.onnx"})
+    if opset not in {None, given}:
+        raise StageError(
+            f"opset {opset} was asked for, but the exporter can give this model in opset {given} only",
+            hint="Leave 'opset' out, or ask for one that every operator of the model exists in.",
+        )
     tidy(model)
     path.write_bytes(model.SerializeToString(deterministic=True))
 
@@ -309,7 +319,7 @@ def export_huggingface(
     path = Path(folder) / ENTRY
     if pooling is not None:
         append_pooling(path, pooling, normalize=normalize)
-    _rewrite(path)
+    _rewrite(path, opset=opset)
     return _described(read_signature(path))
 
 

@@ -78,7 +78,8 @@ def load_samples(path: Path, expected: tuple[TensorSpec, ...] | None = None) -> 
     if not path.is_file():
         raise InputError(f"no samples at {path}", hint="Write one array per input with numpy.savez(path, **arrays).")
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        # The file is opened here: numpy leaves it open where it is no archive.
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
     except (ValueError, OSError, EOFError, zipfile.BadZipFile, AttributeError, TypeError) as error:
         raise InputError(f"{path} is not an .npz file of plain arrays: {error}") from error
@@ -102,7 +103,8 @@ def check_fit(arrays: Mapping[str, NDArray[Any]], expected: tuple[TensorSpec, ..
         )
     for spec in expected:
         array = arrays[spec.name]
-        if array.dtype != np.dtype(spec.dtype):
+        # By name: numpy has no type for some that models have (bfloat16), and one for each length of text.
+        if ("str" if array.dtype.kind in "US" else array.dtype.name) != spec.dtype:
             raise InputError(
                 f"{where}: input {spec.name!r} is {array.dtype}, but the model takes {spec.dtype}",
                 hint=f"Convert it with .astype({spec.dtype!r}).",

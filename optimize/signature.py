@@ -43,7 +43,10 @@ def _onnx_spec(value: "object") -> TensorSpec:
     tensor = value.type.tensor_type  # type: ignore[attr-defined]
     if not tensor.elem_type:
         raise InputError(f"{name!r} is not a tensor; burnish takes models whose inputs and outputs are tensors")
-    dtype = onnx.TensorProto.DataType.Name(tensor.elem_type).lower()
+    known = {number: kind for kind, number in onnx.TensorProto.DataType.items()}
+    if tensor.elem_type not in known:
+        raise InputError(f"{name!r} has the unknown tensor type {tensor.elem_type}; the file is damaged, or too new")
+    dtype = known[tensor.elem_type].lower()
     dtype = {"float": "float32", "double": "float64", "string": "str"}.get(dtype, dtype)
     shape = tuple(dim.dim_value if dim.HasField("dim_value") else (dim.dim_param or None) for dim in tensor.shape.dim)
     return TensorSpec(name=name, dtype=dtype, shape=shape)
