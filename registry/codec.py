@@ -1,17 +1,26 @@
 """Records to JSON and back, with a schema version. Nothing else in the house turns a record into JSON."""
 
 import hashlib
+import inspect
 import json
+from dataclasses import is_dataclass
 from functools import cache
 from typing import Any, TypeVar, cast
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter
 
 from registry import records
 from registry.errors import InputError
 
 SCHEMA = 1
 R = TypeVar("R")
+
+_RECORDS: dict[str, Any] = {
+    name: one for name, one in inspect.getmembers(records, is_dataclass) if inspect.isclass(one)
+}
+for _record in _RECORDS.values():
+    # What pydantic reads the configuration of a standard dataclass from; without it unknown fields get lost.
+    _record.__pydantic_config__ = ConfigDict(extra="forbid")
 
 
 @cache
@@ -50,8 +59,8 @@ def loads(text: str) -> Any:
             f"a record of schema {schema}; this burnish reads schema {SCHEMA}",
             hint="Read it with the version of burnish that wrote it.",
         )
-    record_type = getattr(records, name, None)
-    if not isinstance(record_type, type):
+    record_type = _RECORDS.get(str(name))
+    if record_type is None:
         raise InputError(f"a record of the unknown type {name!r}")
     return from_jsonable(record_type, content)
 
@@ -64,7 +73,7 @@ def from_jsonable(record_type: type[R], content: Any) -> R:
     """
     try:
         return cast(R, _adapter(cast(Any, record_type)).validate_json(canonical(content)))
-    except ValidationError as error:
+    except ValueError as error:
         raise InputError(f"not a valid {record_type.__name__}: {error}") from error
 
 
