@@ -107,8 +107,9 @@ class Ledger(Journal):
                 descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
             try:
                 with _refusals(path):
-                    _fsync_folder(path.parent)
                     content = path.read_bytes()
+                    if not content:
+                        _fsync_folder(path.parent)
                 entries, whole_bytes = _parse(content, path)
                 if whole_bytes < len(content):
                     _log.warning("%s: cutting off an unfinished last line of a killed run", path)
