@@ -160,7 +160,7 @@ def _ns(seconds: NDArray[np.float64]) -> NDArray[np.int64]:
 class FakeV2Server:
     """A V2 server on loopback, REST and gRPC, that sums each row of its first input into the output ``sum``.
 
-    Used as a context manager; the law's clock starts with it. It answers liveness, readiness, metadata and
+    Used as a context manager; the law's clock starts with the first inference. It answers liveness, readiness, metadata and
     inference of one model, over REST as JSON and with binary tensors.
 
     Args:
@@ -187,7 +187,7 @@ class FakeV2Server:
         self._fail_every = fail_every
         self._wrong_every = wrong_every
         self._binary = binary
-        self._started_s = 0.0
+        self._first_s = 0.0
         self._ports: dict[str, int] = {}
 
     def __enter__(self) -> Self:
@@ -238,7 +238,6 @@ class FakeV2Server:
         grpc_port = self._grpc.add_insecure_port("127.0.0.1:0")
         await self._grpc.start()
         self._ports = {"rest": self._runner.addresses[0][1], "grpc": grpc_port}
-        self._started_s = time.perf_counter()
 
     async def _stop(self) -> None:
         await self._grpc.stop(grace=0)
@@ -254,7 +253,9 @@ class FakeV2Server:
         """
         self.asked += 1
         count = self.asked
-        delay_s = self.law.delay_s(time.perf_counter() - self._started_s)
+        now_s = time.perf_counter()
+        self._first_s = self._first_s or now_s
+        delay_s = self.law.delay_s(now_s - self._first_s)
         if delay_s > 0:
             await asyncio.sleep(delay_s)
         if self._fail_every and count % self._fail_every == 0:

@@ -1,6 +1,5 @@
 """The load generator as the rest of burnish sees it: a child process that offers windows of load."""
 
-import hashlib
 import json
 import logging
 import os
@@ -28,6 +27,7 @@ START_S = 30.0
 # Connecting, the first answer, writing the arrays: all that a window needs beside itself.
 BESIDE_WINDOW_S = 60.0
 REPLIES_KEPT = 64
+PAYLOADS, REPLIES = "payloads.bin", "replies.bin"
 
 
 class LoadGenerator:
@@ -37,7 +37,7 @@ class LoadGenerator:
 
     Args:
         cpus: the CPUs the process is pinned to, or None for all that this one may use.
-        work: folder for its log and for payloads on their way to it.
+        work: folder for its log and for payloads on their way to it; one generator uses it at a time.
     """
 
     def __init__(self, cpus: Sequence[int] | None, work: Path) -> None:
@@ -45,7 +45,7 @@ class LoadGenerator:
         self._work = work
         self._process: subprocess.Popen[str] | None = None
         self._events: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-        self._written: dict[int, tuple[tuple[Payload, ...], dict[str, Any]]] = {}
+        self._handed: tuple[tuple[Payload, ...], dict[str, Any]] | None = None
 
     def __enter__(self) -> Self:
         self._work.mkdir(parents=True, exist_ok=True)
@@ -55,6 +55,8 @@ class LoadGenerator:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+        for passing in (PAYLOADS, REPLIES):
+            (self._work / passing).unlink(missing_ok=True)
 
     def run(
         self,
@@ -83,7 +85,7 @@ class LoadGenerator:
                 process stopped answering.
             ServerDiedError: ``usage`` found the server dead.
         """
-        replies = self._work / "replies.bin"
+        replies = self._work / REPLIES
         job = {
             "target": to_jsonable(target),
             "profile": to_jsonable(profile),
@@ -186,20 +188,17 @@ class LoadGenerator:
         return UnreachableError(f"the load generator's process ended unasked:\n{tail}", hint=f"Its log is {log}.")
 
     def _hand_over(self, payloads: tuple[Payload, ...]) -> dict[str, Any]:
-        """The payloads in a file that the process reads; written once for each set."""
-        known = self._written.get(id(payloads))
-        if known is not None and known[0] is payloads:
-            return known[1]
-        content = b"".join(payload.body for payload in payloads)
-        path = self._work / f"payloads-{hashlib.sha256(content).hexdigest()[:16]}.bin"
-        path.write_bytes(content)
+        """The payloads in a file that the process reads; written anew only for another set."""
+        if self._handed is not None and self._handed[0] is payloads:
+            return self._handed[1]
+        path = self._work / PAYLOADS
+        path.write_bytes(b"".join(payload.body for payload in payloads))
         entries, start = [], 0
         for payload in payloads:
             entries.append([start, len(payload.body), dict(payload.headers)])
             start += len(payload.body)
-        # The tuple is kept, so that its id stays its own.
-        self._written[id(payloads)] = (payloads, {"path": str(path), "entries": entries})
-        return self._written[id(payloads)][1]
+        self._handed = (payloads, {"path": str(path), "entries": entries})
+        return self._handed[1]
 
 
 def _forward(stdout: Any, events: "queue.SimpleQueue[str | None]") -> None:

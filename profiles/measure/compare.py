@@ -16,6 +16,8 @@ from registry.records import Comparison, Estimate
 Word = Literal["faster", "equivalent", "slower", "undecided"]
 
 SMALLEST_FLOOR = 0.02
+# On a machine so noisy that like differs from like by more than this, "equivalent" would say nothing.
+LARGEST_FLOOR = 0.10
 # Exact enumeration of sign flips says something at 5 % from six rounds on (2 / 2^6), and is cheap up to fifteen.
 FEWEST_TO_PERMUTE, MOST_TO_PERMUTE = 6, 15
 
@@ -111,7 +113,7 @@ def _word(
         if not _flips_agree(logs, confidence):
             return "undecided"
         return "faster" if above == larger_better else "slower"
-    inside = ratio.low >= 1 / (1 + floor) and ratio.high <= 1 + floor
+    inside = floor <= LARGEST_FLOOR and ratio.low >= 1 / (1 + floor) and ratio.high <= 1 + floor
     return "equivalent" if inside else "undecided"
 
 

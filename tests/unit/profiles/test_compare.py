@@ -39,7 +39,11 @@ def test_one_pair_decides_nothing() -> None:
 def test_a_difference_within_the_noise_floor_is_none() -> None:
     five_percent = [(105.0, 100.0), (105.1, 100.0), (104.9, 100.0)]
     assert compare(five_percent).word == "faster"
-    assert compare(five_percent, floor=0.2).word == "equivalent"
+    assert compare(five_percent, floor=0.08).word == "equivalent"
+
+
+def test_nothing_is_equivalent_on_a_machine_that_cannot_tell() -> None:
+    assert compare([(150.0, 100.0)] * 3, floor=0.8).word == "undecided"
 
 
 def test_the_noise_floor_is_the_largest_a_a_difference_and_at_least_two_percent() -> None:

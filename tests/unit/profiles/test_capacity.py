@@ -1,0 +1,91 @@
+"""The search for capacity against servers of known capacity, in virtual time."""
+
+from dataclasses import replace
+
+import pytest
+
+from profiles.load.summary import summarize
+from profiles.measure.capacity import Run, find_capacity
+from profiles.measure.levels import find_level
+from profiles.testing import Law, Queue, simulate
+from registry.records import ClosedLoop, GateFinding, LoadProfile, RunRecord
+
+QUICK, STANDARD = find_level("quick"), find_level("standard")
+
+
+def runner(service_s: float, workers: int = 1, service: str = "fixed") -> Run:
+    seeds = iter(range(10_000))
+
+    def run(profile: LoadProfile) -> RunRecord:
+        law: Law = Queue(service_s, workers=workers, service=service, seed=next(seeds))  # type: ignore[arg-type]
+        return summarize(simulate(law, profile), profile, raw="r")
+
+    return run
+
+
+@pytest.mark.parametrize("level", [QUICK, STANDARD], ids=["quick", "standard"])
+@pytest.mark.parametrize(("service_s", "workers"), [(0.001, 1), (0.005, 1), (0.02, 1), (0.02, 4), (0.1, 2)])
+@pytest.mark.parametrize("service", ["fixed", "exponential"])
+def test_finds_the_rate_of_a_queue(level, service_s: float, workers: int, service: str) -> None:
+    true_rps = workers / service_s
+    capacity = find_capacity(runner(service_s, workers, service), level, candidate_id="c")
+    noisy = 0.25 if service == "exponential" else 0.0
+    assert capacity.saturation_rps is not None
+    # Ten per cent between stages; a queue fed evenly at exactly its rate keeps up.
+    assert true_rps * (0.84 - noisy) <= capacity.saturation_rps <= true_rps * (1.03 + noisy)
+    assert max(rps for _, rps in capacity.ladder) == pytest.approx(true_rps, rel=0.02 + noisy)
+    assert capacity.candidate_id == "c"
+
+
+def test_the_ladder_stops_when_it_gains_nothing() -> None:
+    capacity = find_capacity(runner(0.005), QUICK, candidate_id="c")
+    assert [concurrency for concurrency, _ in capacity.ladder] == [1, 2, 4]
+    assert [n for n, _ in find_capacity(runner(0.005, workers=4), QUICK, candidate_id="c").ladder] == [1, 2, 4, 8, 16]
+
+
+def test_stages_rise_and_stop_after_two_that_fail() -> None:
+    capacity = find_capacity(runner(0.002), STANDARD, candidate_id="c")
+    rates = [stage.offered_rps for stage in capacity.stages]
+    assert rates == sorted(rates)
+    assert [stage.sustained for stage in capacity.stages].count(False) <= 2
+    assert capacity.stages[0].sustained
+    assert capacity.stages[0].latency_p50_ms == pytest.approx(2, abs=0.1)
+
+
+def test_a_server_that_fails_has_no_saturation_point() -> None:
+    def run(profile: LoadProfile) -> RunRecord:
+        record = runner(0.002)(profile)
+        return replace(record, ok=0, errors={"status": record.scheduled})
+
+    capacity = find_capacity(run, QUICK, candidate_id="c")
+    assert capacity.saturation_rps is None
+    assert not any(stage.sustained for stage in capacity.stages)
+    assert len(capacity.ladder) == 1
+
+
+def test_a_lower_stage_is_tried_where_none_is_sustained() -> None:
+    # As a server that falls apart under open load: fast in a closed loop, a third of it in the open.
+    def run(profile: LoadProfile) -> RunRecord:
+        return runner(0.001 if isinstance(profile.load, ClosedLoop) else 0.003)(profile)
+
+    capacity = find_capacity(run, QUICK, candidate_id="c")
+    assert capacity.saturation_rps == pytest.approx(300, rel=0.01)
+    assert capacity.stages[0].offered_rps < capacity.stages[1].offered_rps
+
+
+def test_a_window_that_the_client_spoiled_is_run_again_and_never_sustained() -> None:
+    asked: list[LoadProfile] = []
+
+    def run(profile: LoadProfile) -> RunRecord:
+        asked.append(profile)
+        record = runner(0.002)(profile)
+        if isinstance(profile.load, ClosedLoop):
+            return record
+        late = GateFinding(gate="lateness", observed="p99 9 ms", limit="1 ms")
+        return replace(record, findings=(late,))
+
+    capacity = find_capacity(run, QUICK, candidate_id="c")
+    assert capacity.saturation_rps is None
+    assert capacity.stages[0].findings[0].gate == "lateness"
+    opened = [profile for profile in asked if not isinstance(profile.load, ClosedLoop)]
+    assert len(opened) == len(capacity.stages) * (1 + QUICK.reruns)

@@ -1,0 +1,229 @@
+"""The load generator against a fake server; what is asserted of time is only what no busy machine can upset."""
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import psutil
+import pytest
+
+from profiles.deploy.cluster import Usage
+from profiles.load.engine import LoadGenerator
+from profiles.load.payloads import Payload, encode_payloads, expected_answers
+from profiles.load.recording import load_arrays
+from profiles.testing import FakeV2Server, Fixed, Queue, Stall
+from registry.errors import ServerDiedError, UnreachableError
+from registry.records import ClosedLoop, LoadProfile, OpenLoop, RunRecord, Target
+
+Protocol = Literal["grpc", "rest"]
+X = np.random.default_rng(0).normal(size=(64, 16)).astype("f4")
+
+
+@pytest.fixture(scope="module")
+def generator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LoadGenerator]:
+    with LoadGenerator(None, tmp_path_factory.mktemp("generator")) as generator:
+        yield generator
+
+
+def profile(load: ClosedLoop | OpenLoop, duration_s: float = 0.4, **more: Any) -> LoadProfile:
+    return LoadProfile(name="test", load=load, warmup_s=0.1, duration_s=duration_s, **more)
+
+
+def payloads_for(target: Target) -> tuple[Payload, ...]:
+    return encode_payloads({"x": X}, target=target)
+
+
+def run(generator: LoadGenerator, server: FakeV2Server, wanted: LoadProfile, tmp_path: Path, **more: Any) -> RunRecord:
+    target = server.target(more.pop("protocol", "grpc"))
+    return generator.run(target, payloads_for(target), wanted, raw_path=tmp_path / "raw" / "w.npz", **more)
+
+
+def gates(record: RunRecord) -> set[str]:
+    return {finding.gate for finding in record.findings}
+
+
+@pytest.mark.parametrize("protocol", ["grpc", "rest"])
+def test_closed_loop_counts_what_comes_back(generator: LoadGenerator, tmp_path: Path, protocol: Protocol) -> None:
+    with FakeV2Server(Fixed(0.02)) as server:
+        record = run(generator, server, profile(ClosedLoop(concurrency=4)), tmp_path, protocol=protocol)
+        assert server.asked >= record.scheduled
+    assert record.errors == {}
+    assert record.ok == record.scheduled
+    # Four in flight, 20 ms each: at most 200 a second, on a busy machine less.
+    assert 40 < record.metrics["throughput_rps"] < 205
+    assert record.metrics["service_p50_ms"] >= 20
+    assert record.metrics["in_flight_end"] == 4
+    assert "in_flight" not in gates(record)
+
+
+@pytest.mark.parametrize("protocol", ["grpc", "rest"])
+def test_open_loop_sends_what_is_scheduled(generator: LoadGenerator, tmp_path: Path, protocol: Protocol) -> None:
+    with FakeV2Server(Fixed(0.005)) as server:
+        record = run(generator, server, profile(OpenLoop(rate_rps=200)), tmp_path, protocol=protocol)
+    assert abs(record.scheduled - 80) < 5 * np.sqrt(80)
+    assert record.ok == record.scheduled
+    assert record.metrics["latency_p50_ms"] >= 5
+    assert not gates(record) & {"errors", "offered", "in_flight", "mismatch"}
+
+
+def test_raw_arrays_are_kept_whole(generator: LoadGenerator, tmp_path: Path) -> None:
+    with FakeV2Server(Fixed(0.005)) as server:
+        record = run(
+            generator, server, profile(OpenLoop(rate_rps=200, arrivals="constant")), tmp_path, raw_root=tmp_path
+        )
+    assert record.raw == "raw/w.npz"
+    arrays = load_arrays(tmp_path / record.raw)
+    assert set(arrays) == {"intended_ns", "sent_ns", "done_ns", "status", "payload"}
+    assert len(arrays["intended_ns"]) == record.scheduled == 80
+    assert arrays["status"].dtype == np.int8
+    assert (arrays["sent_ns"] >= arrays["intended_ns"]).all()
+    assert (arrays["done_ns"] - arrays["sent_ns"] >= 5_000_000).all()
+    assert set(np.diff(arrays["intended_ns"])) == {5_000_000}
+    assert len(set(arrays["payload"][:32])) == 32
+    assert list((tmp_path / "raw").iterdir()) == [tmp_path / "raw" / "w.npz"]
+
+
+def test_a_stall_shows_in_full_from_the_intended_time(generator: LoadGenerator, tmp_path: Path) -> None:
+    with FakeV2Server(Stall(Queue(0.002), from_s=1.0, for_s=0.8)) as server:
+        record = run(generator, server, profile(OpenLoop(rate_rps=100), duration_s=2.0), tmp_path)
+    # A fifth or more of the arrivals fall into the freeze and wait up to 0.8 s.
+    assert record.metrics["latency_p90_ms"] > 200
+    assert record.metrics["latency_max_ms"] > 600
+    assert record.scheduled > 130
+
+
+def test_a_closed_loop_hides_the_same_stall(generator: LoadGenerator, tmp_path: Path) -> None:
+    with FakeV2Server(Stall(Queue(0.002), from_s=0.6, for_s=0.4)) as server:
+        record = run(generator, server, profile(ClosedLoop(concurrency=1), duration_s=1.0), tmp_path)
+    assert record.metrics["latency_max_ms"] > 300
+    assert record.metrics["latency_p90_ms"] < 100
+
+
+def test_overload_drops_and_ends_in_bounded_time(generator: LoadGenerator, tmp_path: Path) -> None:
+    overload = profile(OpenLoop(rate_rps=400), duration_s=0.6, timeout_s=0.3, max_in_flight=20)
+    began = time.monotonic()
+    with FakeV2Server(Queue(0.01)) as server:
+        record = run(generator, server, overload, tmp_path)
+    assert time.monotonic() - began < 6
+    assert record.errors["dropped"] > 20
+    assert {"errors", "offered"} <= gates(record)
+    # A dropped request is a miss: it counts at least the timeout.
+    assert record.metrics["latency_max_ms"] >= 300
+    assert record.ok + sum(record.errors.values()) == record.scheduled
+
+
+def test_late_answers_are_timeouts(generator: LoadGenerator, tmp_path: Path) -> None:
+    late = profile(OpenLoop(rate_rps=100), timeout_s=0.2)
+    with FakeV2Server(Stall(Fixed(0.001), from_s=0.25, for_s=5.0)) as server:
+        record = run(generator, server, late, tmp_path)
+    assert record.errors["timeout"] >= 5
+    assert not record.valid
+
+
+@pytest.mark.parametrize("protocol", ["grpc", "rest"])
+def test_errors_of_the_server_are_counted(generator: LoadGenerator, tmp_path: Path, protocol: Protocol) -> None:
+    with FakeV2Server(Fixed(0.002), fail_every=10) as server:
+        record = run(generator, server, profile(ClosedLoop(concurrency=2)), tmp_path, protocol=protocol)
+    assert record.errors["status"] == pytest.approx(record.scheduled / 10, abs=2)
+    assert "errors" in gates(record)
+
+
+@pytest.mark.parametrize("protocol", ["grpc", "rest"])
+def test_wrong_answers_are_found_under_load(generator: LoadGenerator, tmp_path: Path, protocol: Protocol) -> None:
+    sums = {"sum": X.sum(axis=1, keepdims=True)}
+    with FakeV2Server(Fixed(0.002)) as right, FakeV2Server(Fixed(0.0), wrong_every=2) as wrong:
+        for server, is_wrong in ((right, False), (wrong, True)):
+            expected = expected_answers(payloads_for(server.target(protocol)), sums)
+            record = run(
+                generator, server, profile(ClosedLoop(concurrency=2)), tmp_path, protocol=protocol, expected=expected
+            )
+            assert ("mismatch" in gates(record)) == is_wrong
+            assert ("mismatch" in record.errors) == is_wrong
+
+
+def test_usage_is_read_at_both_ends(generator: LoadGenerator, tmp_path: Path) -> None:
+    readings = iter([Usage(cpu_s=10.0, rss_mb=50.0), Usage(cpu_s=10.5, rss_mb=60.0)])
+    with FakeV2Server(Fixed(0.01)) as server:
+        record = run(generator, server, profile(OpenLoop(rate_rps=100)), tmp_path, usage=lambda: next(readings))
+    assert record.metrics["rss_mb"] == 60
+    assert record.metrics["cpu_s_per_1k"] == pytest.approx(500 / record.ok, rel=0.2)
+
+
+@pytest.mark.parametrize("protocol", ["grpc", "rest"])
+def test_the_first_failure_speaks_in_the_servers_words(
+    generator: LoadGenerator, tmp_path: Path, protocol: Protocol
+) -> None:
+    with FakeV2Server(model="m") as server:
+        target = replace(server.target(protocol), model="elsewhere")
+        with pytest.raises(UnreachableError, match="unknown model 'elsewhere'"):
+            generator.run(target, payloads_for(target), profile(ClosedLoop(concurrency=1)), raw_path=tmp_path / "w.npz")
+    assert not (tmp_path / "w.npz").exists()
+
+
+@pytest.mark.parametrize("protocol", ["grpc", "rest"])
+def test_nobody_there(generator: LoadGenerator, tmp_path: Path, protocol: Protocol) -> None:
+    with FakeV2Server() as server:
+        target = server.target(protocol)
+    with pytest.raises(UnreachableError, match=target.url):
+        generator.run(target, payloads_for(target), profile(ClosedLoop(concurrency=1)), raw_path=tmp_path / "w.npz")
+
+
+@pytest.mark.parametrize("protocol", ["grpc", "rest"])
+def test_a_server_that_goes_away_ends_the_window(generator: LoadGenerator, tmp_path: Path, protocol: Protocol) -> None:
+    def usage() -> Usage:
+        server.stop()
+        return Usage(cpu_s=0.0, rss_mb=0.0)
+
+    began = time.monotonic()
+    with FakeV2Server(Fixed(0.005)) as server:
+        long = profile(ClosedLoop(concurrency=4), duration_s=30.0)
+        with pytest.raises(UnreachableError, match="stopped answering"):
+            run(generator, server, long, tmp_path, protocol=protocol, usage=usage)
+    assert time.monotonic() - began < 15
+
+
+def test_a_dead_server_is_named_by_who_knows(generator: LoadGenerator, tmp_path: Path) -> None:
+    def usage() -> Usage:
+        raise ServerDiedError("the server ended with signal 9")
+
+    with FakeV2Server(Fixed(0.005)) as server, pytest.raises(ServerDiedError, match="signal 9"):
+        run(generator, server, profile(ClosedLoop(concurrency=1)), tmp_path, usage=usage)
+
+
+def test_the_generator_recovers_from_the_loss_of_its_process(tmp_path: Path) -> None:
+    before = set(psutil.Process().children())
+
+    def kill() -> Usage:
+        (child,) = set(psutil.Process().children()) - before
+        os.kill(child.pid, signal.SIGKILL)
+        return Usage(cpu_s=0.0, rss_mb=0.0)
+
+    with FakeV2Server(Fixed(0.005)) as server, LoadGenerator(None, tmp_path / "own") as generator:
+        window = profile(ClosedLoop(concurrency=1), duration_s=0.2)
+        with pytest.raises(UnreachableError, match="ended unasked"):
+            run(generator, server, window, tmp_path, usage=kill)
+        assert run(generator, server, window, tmp_path).ok > 0
+
+
+def test_no_process_is_left(tmp_path: Path) -> None:
+    before = set(psutil.Process().children())
+    with FakeV2Server() as server, LoadGenerator([min(os.sched_getaffinity(0))], tmp_path) as generator:
+        run(generator, server, profile(ClosedLoop(concurrency=1), duration_s=0.1), tmp_path)
+        (child,) = set(psutil.Process().children()) - before
+        assert child.cpu_affinity() == [min(os.sched_getaffinity(0))]
+    assert not child.is_running()
+
+
+def test_the_process_ends_with_the_pipe_to_it(tmp_path: Path) -> None:
+    with LoadGenerator(None, tmp_path) as generator:
+        generator._start()
+        process = generator._process
+        assert process is not None
+        assert process.stdin is not None
+        process.stdin.close()
+        assert process.wait(timeout=5) == 0

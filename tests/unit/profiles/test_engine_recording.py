@@ -1,0 +1,115 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from profiles.load.recording import Trace
+from profiles.load.summary import summarize
+from profiles.load.transports import Status
+from profiles.testing import Exponential, Fixed, Queue, Stall, simulate
+from registry.records import ClosedLoop, LoadProfile, OpenLoop
+
+MS = 1_000_000
+
+
+def profile(
+    load: ClosedLoop | OpenLoop, duration_s: float, warmup_s: float = 0.0, timeout_s: float = 10.0
+) -> LoadProfile:
+    return LoadProfile(name="test", load=load, warmup_s=warmup_s, duration_s=duration_s, timeout_s=timeout_s, seed=3)
+
+
+def test_percentiles_of_a_fixed_law_are_its_latency() -> None:
+    wanted = profile(OpenLoop(rate_rps=500), 4)
+    metrics = summarize(simulate(Fixed(0.012), wanted), wanted, raw="r").metrics
+    for name in ("latency_p50_ms", "latency_p99_ms", "latency_max_ms", "service_p50_ms"):
+        assert metrics[name] == pytest.approx(12, abs=0.001)
+
+
+def test_percentiles_of_an_exponential_law_match_theory() -> None:
+    wanted = profile(OpenLoop(rate_rps=500), 40)
+    metrics = summarize(simulate(Exponential(0.010), wanted), wanted, raw="r").metrics
+    for percentile in (50, 90, 99):
+        theory = -10 * np.log(1 - percentile / 100)
+        assert metrics[f"latency_p{percentile}_ms"] == pytest.approx(theory, rel=0.05)
+
+
+def test_sojourn_times_of_a_queue_match_theory() -> None:
+    # M/M/1 at 70 %: sojourn times are exponential with mean 1 / (mu - lambda) = 33.3 ms.
+    wanted = profile(OpenLoop(rate_rps=70), 2000, warmup_s=20)
+    latency = simulate(Queue(0.010, service="exponential"), wanted).latency_ms(10)
+    assert latency.mean() == pytest.approx(33.3, rel=0.08)
+
+
+def test_a_freeze_of_two_seconds_is_seen_whole() -> None:
+    law = Stall(Queue(0.002), from_s=30.0, for_s=2.0)
+    opened = profile(OpenLoop(rate_rps=200), 60)
+    closed = profile(ClosedLoop(concurrency=1), 60)
+    assert summarize(simulate(law, opened), opened, raw="r").metrics["latency_p99_ms"] > 1000
+    hidden = summarize(simulate(Stall(Queue(0.002), from_s=30.0, for_s=2.0), closed), closed, raw="r").metrics
+    assert hidden["latency_p99_ms"] == pytest.approx(2, abs=0.1)
+    assert hidden["latency_max_ms"] == pytest.approx(2001, abs=2)
+
+
+def test_throughput_of_a_closed_loop_does_not_jump_by_whole_answers() -> None:
+    # Batches of eight every 400 ms in a window of 700 ms: whole answers would give 11 or 23 a second, by chance.
+    sent = np.repeat(np.arange(0, 4000, 400) * MS, 8)
+    trace = Trace(
+        intended_ns=sent,
+        sent_ns=sent,
+        done_ns=sent + 400 * MS,
+        status=np.zeros(len(sent), np.int8),
+        payload=np.zeros(len(sent), np.int32),
+    )
+    for start in (810, 1000, 1190):
+        recording = trace.window(start * MS, (start + 700) * MS)
+        assert recording.answered_share / recording.window_s == pytest.approx(20, rel=1e-6)
+
+
+def test_misses_count_at_least_the_timeout() -> None:
+    zeros = np.zeros(4, np.int64)
+    trace = Trace(
+        intended_ns=zeros,
+        sent_ns=zeros,
+        done_ns=np.array([5, 5, 0, 700]) * MS,
+        status=np.array([Status.OK, Status.STATUS, Status.DROPPED, Status.TIMEOUT], np.int8),
+        payload=np.zeros(4, np.int32),
+    )
+    recording = trace.window(0, 1000 * MS)
+    assert recording.latency_ms(0.5).tolist() == [5, 500, 500, 700]
+    assert recording.service_ms.tolist() == [5]
+    assert recording.sent == 3
+    assert recording.errors == {"status": 1, "dropped": 1, "timeout": 1}
+
+
+def test_percentiles_that_are_not_earned_are_not_there() -> None:
+    wanted = profile(OpenLoop(rate_rps=100, arrivals="constant"), 1.5)
+    metrics = summarize(simulate(Fixed(0.01), wanted), wanted, raw="r").metrics
+    assert "latency_p90_ms" in metrics
+    assert "latency_p95_ms" not in metrics
+
+
+def test_an_empty_window_is_invalid() -> None:
+    wanted = profile(OpenLoop(rate_rps=0.001), 0.1)
+    record = summarize(simulate(Fixed(0.01), wanted), wanted, raw="r")
+    assert [finding.gate for finding in record.findings] == ["errors"]
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 1000), st.integers(0, 300)), max_size=60),
+    st.integers(0, 500),
+    st.integers(1, 500),
+)
+def test_what_came_and_went_adds_up(requests: list[tuple[int, int]], start: int, length: int) -> None:
+    requests.sort()
+    sent = np.array([at for at, _ in requests], dtype=np.int64)
+    done = sent + np.array([took for _, took in requests], dtype=np.int64)
+    zeros = np.zeros(len(sent), np.int64)
+    trace = Trace(intended_ns=sent, sent_ns=sent, done_ns=done, status=zeros.astype("i1"), payload=zeros.astype("i4"))
+    window = trace.window(start, start + length)
+    assert 0 <= window.answered_share <= len(requests)
+    gone_before = int(((done <= start) & (sent <= start)).sum())
+    here = int((sent <= start).sum()) - gone_before
+    assert window.in_flight_start == here
+    left = int(((done > start) & (done <= start + length)).sum())
+    arrived = int(((sent > start) & (sent <= start + length)).sum())
+    assert window.in_flight_end == here + arrived - left

@@ -1,0 +1,55 @@
+from pathlib import Path
+
+import pytest
+
+from profiles.measure.levels import LIBRARY, find_level, load_levels
+from registry.errors import DocumentError, InputError
+
+
+def cost_s(name: str) -> tuple[float, float]:
+    """(capacity, one round) of a fast candidate at one load, without what connecting takes."""
+    level = find_level(name)
+    rungs = len(level.ladder) * 1.3 * level.ladder_s
+    stages = len(level.stages) * 1.3 * level.stage_s
+    return rungs + stages, 2 * level.warmup_s + level.closed_s + level.open_s
+
+
+def test_levels_cost_what_they_say() -> None:
+    capacity_s, round_s = cost_s("quick")
+    assert 10 <= capacity_s + find_level("quick").rounds * round_s <= 15
+    capacity_s, round_s = cost_s("standard")
+    assert 20 <= capacity_s <= 30
+    assert find_level("standard").rounds * round_s <= 60
+
+
+def test_quick_is_provisional_and_goes_no_further_than_p90() -> None:
+    quick, standard = find_level("quick"), find_level("standard")
+    assert quick.provisional
+    assert max(quick.percentiles) == 90
+    assert not standard.provisional
+    assert (quick.rounds, standard.rounds) == (3, 5)
+    for level in (quick, standard):
+        assert list(level.ladder) == sorted(level.ladder)
+        assert list(level.stages) == sorted(level.stages)
+
+
+def test_windows_grow_for_slow_servers_within_bounds() -> None:
+    quick = find_level("quick")
+    assert quick.window_s(1.0, 1000) == 1.0
+    assert quick.window_s(1.0, 50) == 2.0
+    assert quick.window_s(1.0, 1) == quick.longest_s
+    assert quick.window_s(1.0, 0) == quick.longest_s
+
+
+def test_an_unknown_level_is_named_with_the_known_ones() -> None:
+    with pytest.raises(InputError, match="'prof'") as error:
+        find_level("prof")
+    assert "quick, standard" in str(error.value)
+
+
+def test_a_file_that_is_not_levels_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "levels.yaml"
+    shipped = LIBRARY.read_text(encoding="utf-8")
+    path.write_text(shipped.replace("ladder_s: 0.4", "laddder_s: 0.4"), encoding="utf-8")
+    with pytest.raises(DocumentError, match="laddder_s"):
+        load_levels(path)
