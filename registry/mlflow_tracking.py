@@ -106,6 +106,9 @@ class MlflowTracker:
                 f"{campaign.model_name!r} cannot name a registered model",
                 hint="Use letters, digits, blanks, '_', '-' and '.'.",
             )
+        for name, path in files.items():
+            if not path.is_file():
+                raise InputError(f"the file {str(path)!r}, to be kept as {name!r}, does not exist")
         self.check()
         with self._named_failures():
             content = hashlib.sha256(codec.dumps(campaign).encode()).hexdigest()

@@ -25,12 +25,7 @@ def number(estimate: Estimate | None) -> str:
 
 def interval(estimate: Estimate | None) -> str:
     """The interval alone: ``[1,222, 1,252]``; empty where there is none, or where the value was counted."""
-    if estimate is None or estimate.method == "exact" or (estimate.low is None and estimate.high is None):
-        return ""
-    places = decimals(estimate)
-    low = "…" if estimate.low is None else _fixed(estimate.low, places)
-    high = "…" if estimate.high is None else _fixed(estimate.high, places)
-    return f"[{low}, {high}]"
+    return "" if estimate is None else _interval(estimate, decimals(estimate))
 
 
 def text(estimate: Estimate | None) -> str:
@@ -53,6 +48,11 @@ def times(estimate: Estimate | None) -> str:
     if estimate is None:
         return NOT_KNOWN
     return f"{_fixed(estimate.value, min(RATIO_DECIMALS, decimals(estimate)))}×"
+
+
+def times_interval(estimate: Estimate | None) -> str:
+    """A ratio's interval: ``[2.66, 2.78]``; empty where there is none."""
+    return "" if estimate is None else _interval(estimate, min(RATIO_DECIMALS, decimals(estimate)))
 
 
 def needs(samples: int) -> str:
@@ -89,6 +89,14 @@ def half_width(estimate: Estimate) -> float | None:
     """How far the interval reaches from the value, on its longer side; None where no end is known."""
     ends = [abs(end - estimate.value) for end in (estimate.low, estimate.high) if end is not None]
     return max(ends) if ends else None
+
+
+def _interval(estimate: Estimate, places: int) -> str:
+    if estimate.method == "exact" or (estimate.low is None and estimate.high is None):
+        return ""
+    low = "…" if estimate.low is None else _fixed(estimate.low, places)
+    high = "…" if estimate.high is None else _fixed(estimate.high, places)
+    return f"[{low}, {high}]"
 
 
 def _magnitude(value: float) -> int:

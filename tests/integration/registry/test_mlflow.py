@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -329,3 +330,39 @@ def test_a_name_that_no_registered_model_may_have_is_refused(campaign: Campaign,
             dataclasses.replace(campaign, model_name=name), files={}
         )
     assert not (tmp_path / "mlflow.db").exists()
+
+
+def test_a_file_that_is_not_there_is_named_and_nothing_is_written(campaign: Campaign, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"missing\.html"):
+        MlflowTracker(embedded_uri(tmp_path), tmp_path).publish(
+            campaign, files={"report.html": tmp_path / "missing.html"}
+        )
+    assert not (tmp_path / "mlflow.db").exists()
+
+
+def test_a_rendered_file_outside_its_folder_is_refused(campaign: Campaign, tmp_path: Path) -> None:
+    rendered = {campaigns.BASELINE.id: {"../../escaped.json": "{}"}}
+    with pytest.raises(InputError, match="outside its folder"):
+        MlflowTracker(embedded_uri(tmp_path), tmp_path).publish(
+            dataclasses.replace(campaign, rendered=rendered), files={}
+        )
+
+
+def test_a_database_that_refuses_is_named(tmp_path: Path) -> None:
+    (tmp_path / "mlflow.db").write_text("not a database, but long enough to be taken for the start of one" * 20)
+    with pytest.raises(UnreachableError, match=r"mlflow\.db cannot be used"):
+        MlflowTracker(embedded_uri(tmp_path), tmp_path).check()
+
+
+def test_a_store_that_mlflow_refuses_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UnreachableError, match="cannot be used"):
+        MlflowTracker(f"file://{tmp_path}", tmp_path).check()
+
+
+def test_checking_leaves_mlflows_settings_as_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "77")
+    monkeypatch.delenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", raising=False)
+    with pytest.raises(UnreachableError):
+        MlflowTracker("http://127.0.0.1:9", tmp_path).check()
+    assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "77"
+    assert "MLFLOW_HTTP_REQUEST_MAX_RETRIES" not in os.environ
