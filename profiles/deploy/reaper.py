@@ -4,13 +4,12 @@ import contextlib
 import json
 import logging
 import os
-import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from profiles.deploy.supervise import MARK, remove_shared_memory, start_ticks
+from profiles.deploy.supervise import MARK, kill_all, remove_shared_memory, start_ticks
 
 logger = logging.getLogger(__name__)
 
@@ -59,11 +58,7 @@ def _reap_one(path: Path, record: dict[str, Any]) -> str:
 
 
 def _end(record: dict[str, Any]) -> list[str]:
-    remaining = _survivors(record)
-    for pid in remaining:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    _wait_until_gone(remaining, WAIT_S)
+    kill_all(lambda: _survivors(record), limit_s=WAIT_S)
     return remove_shared_memory(record["shm_prefix"])
 
 
@@ -97,7 +92,11 @@ def _read(path: Path) -> dict[str, Any] | None:
     """The record, or None where the file is none (it is written whole, so it is not ours)."""
     try:
         record = json.loads(path.read_text())
-        complete = {"mark", "shm_prefix", "server", "supervisor", "parent"} <= set(record)
-    except (OSError, ValueError, TypeError):
+        texts = [record["mark"], record["shm_prefix"]]
+        processes = [record["server"], record["supervisor"], record["parent"]]
+    except (OSError, ValueError, TypeError, LookupError):
         return None
-    return record if complete else None
+    sound = all(isinstance(text, str) for text in texts) and all(
+        isinstance(process, list) and len(process) == 2 for process in processes
+    )
+    return record if sound else None

@@ -19,6 +19,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 # linux/prctl.h
@@ -29,6 +30,8 @@ MARK = "BURNISH_SERVER"
 """Environment variable that all processes of one server carry."""
 
 POLL_S = 0.5
+LINGER_S = 1.0
+COMMAND_NOT_FOUND = 127
 STDIN = 0
 
 
@@ -53,13 +56,36 @@ def descendants(pid: int) -> list[int]:
     return found[1:]
 
 
+def kill_all(find: Callable[[], Iterable[int]], *, limit_s: float = 10.0) -> None:
+    """Kills the processes that `find` gives, again and again until it gives none or the limit is over.
+
+    Python's resource tracker is left a moment to end by itself, as it does when those it serves are gone: it then
+    removes the semaphores of worker processes, which nobody else knows.
+    """
+    began = time.monotonic()
+    while (remaining := list(find())) and time.monotonic() - began < limit_s:
+        patient = time.monotonic() - began < LINGER_S
+        for pid in remaining:
+            if not (patient and _is_resource_tracker(pid)):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        time.sleep(0.01)
+
+
+def _is_resource_tracker(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        return b"multiprocessing.resource_tracker" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    return False
+
+
 def remove_shared_memory(prefix: str) -> list[str]:
     """Removes the regions under /dev/shm whose name begins so; returns their names."""
     removed = []
-    for region in sorted(Path("/dev/shm").glob(f"{prefix}*")) if prefix else ():  # noqa: S108  # where regions live
-        with contextlib.suppress(OSError):
-            region.unlink()
-            removed.append(region.name)
+    for region in sorted(Path("/dev/shm").iterdir()) if prefix else ():  # noqa: S108  # where regions live
+        if region.name.startswith(prefix):
+            with contextlib.suppress(OSError):
+                region.unlink()
+                removed.append(region.name)
     return removed
 
 
@@ -124,11 +150,7 @@ def _end(server: subprocess.Popen[bytes], grace_s: float) -> None:
         with contextlib.suppress(subprocess.TimeoutExpired):
             server.wait(grace_s)
     # Orphans of the server come to us (PR_SET_CHILD_SUBREAPER), so nobody is missed, and nobody is new at the end.
-    while remaining := descendants(os.getpid()):
-        for pid in remaining:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        time.sleep(0.01)
+    kill_all(lambda: descendants(os.getpid()))
     server.wait()
 
 
@@ -150,7 +172,11 @@ def main(arguments: list[str]) -> int:
     signal.set_wakeup_fd(written)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
         signal.signal(number, lambda *_: None)
-    server = _start(options.command, os.getpid())
+    try:
+        server = _start(options.command, os.getpid())
+    except OSError as error:
+        sys.stderr.write(f"cannot start {options.command[0]}: {error}\n")
+        return COMMAND_NOT_FOUND
     _write_record(options.record, server.pid, parent, options.shm_prefix)
     try:
         _wait_for_end(server, parent, wakeup)
