@@ -1,16 +1,22 @@
 """Stages for OpenVINO: ONNX to its intermediate representation (IR), and that to int8 through nncf."""
 
 import contextlib
+import importlib
 import logging
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Container, Iterator
+from pathlib import Path
 from typing import Any, Literal
+
+from pydantic import Field
 
 from optimize.calibration import whole_batches
 from optimize.stages.base import Context, Stage, StageInput, StageParams, StageResult
 from registry.errors import MissingExtraError, NotApplicableError
 
 ENTRY = "model.xml"
+_COUNTED = re.compile(r"[A-Z][A-Za-z0-9]*_\d+(/.*)?")
 
 
 class ToOpenVino(Stage):
@@ -38,7 +44,7 @@ class ToOpenVino(Stage):
             # A tensor may carry several names; the one that requests use must be the only one.
             if port.get_names() != {spec.name}:
                 port.get_tensor().set_names({spec.name})
-        openvino.save_model(model, str(context.out / ENTRY), compress_to_fp16=False)
+        _save(openvino, model, context, known=_onnx_names(source.path))
         return self.written(context, ENTRY)
 
 
@@ -56,8 +62,8 @@ class OpenVinoInt8Params(StageParams):
 
     preset: Literal["mixed", "performance"] = "mixed"
     model_type: Literal["auto", "transformer", "none"] = "auto"
-    subset_size: int = 300
-    batch_size: int = 1
+    subset_size: int = Field(default=300, ge=1)
+    batch_size: int = Field(default=1, ge=1)
     fast_bias_correction: bool = True
 
 
@@ -87,6 +93,7 @@ class OpenVinoInt8(Stage):
         model = openvino.Core().read_model(str(source.path))
         if any(op.get_type_name() == "FakeQuantize" for op in model.get_ops()):
             raise NotApplicableError(f"{self.name} takes a float32 model, and this one is quantized already")
+        known = {op.get_friendly_name() for op in model.get_ops()}
         batches = list(whole_batches(context.calibration, source.inputs, wanted=self.params.batch_size))
         transformer = self.params.model_type == "transformer" or (self.params.model_type == "auto" and _attends(model))
         made = nncf.quantize(
@@ -100,20 +107,48 @@ class OpenVinoInt8(Stage):
         done = sum(op.get_type_name() == "FakeQuantize" for op in made.get_ops())
         if not done:
             raise NotApplicableError(f"{self.name}: nncf found nothing to quantize in this model")
-        openvino.save_model(made, str(context.out / ENTRY), compress_to_fp16=False)
+        _save(openvino, made, context, known=known)
         kind = "as a transformer" if transformer else "with nncf's defaults"
         return self.written(context, ENTRY, f"{done} FakeQuantize nodes, {kind}")
 
 
-def _import(package: str, stage: str) -> Any:
-    import importlib
+def import_openvino() -> Any:
+    """The package ``openvino``, imported without its telemetry.
 
+    Raises:
+        ImportError: it is not installed.
+    """
+    with _without_telemetry():
+        return importlib.import_module("openvino")
+
+
+def _import(package: str, stage: str) -> Any:
     try:
         with _without_telemetry():
             return importlib.import_module(package)
     except ImportError as error:
         missing = MissingExtraError(stage, extra="openvino")
         raise NotApplicableError(missing.message, hint=missing.hint) from error
+
+
+def _save(openvino: Any, model: Any, context: Context, *, known: Container[str]) -> None:
+    """Writes the IR, with the same bytes each time.
+
+    OpenVINO calls nodes that have no name after a counter of the process (``Multiply_2472``), and names of that kind
+    travel to the nodes that replace them. All but the ``known`` ones are replaced by the node's place.
+    """
+    for position, op in enumerate(model.get_ordered_ops()):
+        name = op.get_friendly_name()
+        if _COUNTED.fullmatch(name) and name.split("/")[0] not in known:
+            op.set_friendly_name(f"{op.get_type_name()}.{position}")
+    openvino.save_model(model, str(context.out / ENTRY), compress_to_fp16=False)
+
+
+def _onnx_names(path: Path) -> set[str]:
+    import onnx
+
+    graph = onnx.load(str(path), load_external_data=False).graph
+    return {name for node in graph.node for name in (node.name, *node.output)}
 
 
 @contextlib.contextmanager

@@ -4,6 +4,8 @@ import logging
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import Field
+
 from optimize.calibration import Method, whole_batches, write_ranges
 from optimize.stages import onnx_files
 from optimize.stages.base import Context, Stage, StageInput, StageParams, StageResult
@@ -118,8 +120,8 @@ class StaticInt8Params(StageParams):
     ops: Literal["auto", "matmul", "weighted", "all"] = "auto"
     matmul_output: Literal["auto", "quantized", "float"] = "auto"
     method: Method = "minmax"
-    percentile: float = 99.999
-    batch_size: int = 8
+    percentile: float = Field(default=99.999, gt=50, le=100)
+    batch_size: int = Field(default=8, ge=1)
     per_channel: bool = True
     symmetric_activations: bool = False
     reduce_range: bool = False

@@ -12,11 +12,12 @@ class OrtGraphParams(StageParams):
     """Parameters of ``simplify.ort``.
 
     Attributes:
-        level: ``basic`` keeps to standard operators; ``extended`` adds ONNX Runtime's fused ones; ``all`` also bakes
-            in layouts for the CPU it runs on.
+        level: ``basic`` keeps to standard operators; ``extended`` adds ONNX Runtime's fused ones. There is no ``all``
+            here: it bakes in layouts for the CPU at hand, in an order that differs from run to run, and a session at
+            that level adds them at load time anyway.
     """
 
-    level: Literal["basic", "extended", "all"] = "extended"
+    level: Literal["basic", "extended"] = "extended"
 
 
 class OrtGraph(Stage):
@@ -34,8 +35,7 @@ class OrtGraph(Stage):
     def apply(self, source: StageInput, context: Context) -> StageResult:
         """Opens a session that writes its optimized graph."""
         optimize_with_ort(source.path, context.out / onnx_files.ENTRY, level=self.params.level, threads=context.threads)
-        notes = ["holds layouts for this CPU; run it on hosts of the same kind"] if self.params.level == "all" else []
-        return self.written(context, onnx_files.ENTRY, *notes)
+        return self.written(context, onnx_files.ENTRY)
 
 
 class TransformerFusionParams(StageParams):

@@ -1,0 +1,142 @@
+"""Every stage of the house through the suite that third parties get."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from optimize.stages import make_stage, stage_names
+from optimize.stages.base import Context
+from optimize.testing import StageContract, integer_model, tiny_conv_net, tiny_transformer
+from registry.records import StageCall
+
+MODELS = {"conv": tiny_conv_net, "transformer": tiny_transformer}
+needs_openvino = pytest.mark.skipif(
+    importlib.util.find_spec("openvino") is None or importlib.util.find_spec("nncf") is None,
+    reason="the extra openvino is not installed",
+)
+
+
+def source_fixture(*kinds):
+    @pytest.fixture(params=kinds)
+    def source(self, request, tmp_path):
+        return MODELS[request.param](tmp_path / "source")
+
+    return source
+
+
+def stage_fixture(*calls):
+    @pytest.fixture(params=calls, ids=[str(call.params) for call in calls])
+    def stage(self, request):
+        return make_stage(request.param)
+
+    return stage
+
+
+@pytest.fixture
+def integers(tmp_path):
+    return integer_model(tmp_path / "integers")
+
+
+class TestOrtGraph(StageContract):
+    stage = stage_fixture(
+        *(StageCall(name="simplify.ort", params={"level": level}) for level in ("basic", "extended", "all"))
+    )
+    source = source_fixture("conv", "transformer")
+    min_cosine = 0.99999
+
+
+class TestTransformerFusion(StageContract):
+    stage = stage_fixture(StageCall(name="simplify.transformer"))
+    source = source_fixture("transformer")
+    min_cosine = 0.99999
+
+    @pytest.fixture
+    def refused(self, integers):
+        return integers
+
+
+class TestDynamicInt8(StageContract):
+    stage = stage_fixture(
+        StageCall(name="quantize.dynamic"),
+        StageCall(name="quantize.dynamic", params={"per_channel": False, "reduce_range": True}),
+    )
+    source = source_fixture("transformer")
+
+    @pytest.fixture
+    def refused(self, tmp_path):
+        return tiny_conv_net(tmp_path / "conv")
+
+
+class TestDynamicInt8OfConvolutions(StageContract):
+    stage = stage_fixture(StageCall(name="quantize.dynamic", params={"ops": "all"}))
+    source = source_fixture("conv")
+
+    @pytest.fixture
+    def refused(self, integers):
+        return integers
+
+
+class TestStaticInt8(StageContract):
+    stage = stage_fixture(
+        StageCall(name="quantize.static"),
+        StageCall(name="quantize.static", params={"method": "percentile", "batch_size": 3}),
+        StageCall(name="quantize.static", params={"method": "entropy"}),
+        StageCall(name="quantize.static", params={"symmetric_activations": True, "reduce_range": True}),
+        StageCall(name="quantize.static", params={"ops": "weighted", "matmul_output": "quantized"}),
+    )
+    source = source_fixture("conv", "transformer")
+    # Ranges from 16 random samples clip others.
+    min_cosine = 0.95
+
+    @pytest.fixture
+    def refused(self, integers):
+        return integers
+
+
+class TestFloat16(StageContract):
+    stage = stage_fixture(StageCall(name="precision.float16"))
+    source = source_fixture("conv", "transformer")
+    min_cosine = 0.9999
+
+    @pytest.fixture
+    def refused(self, integers):
+        return integers
+
+
+@needs_openvino
+class TestToOpenVino(StageContract):
+    stage = stage_fixture(StageCall(name="convert.openvino"))
+    source = source_fixture("conv", "transformer")
+    min_cosine = 0.99999
+
+
+@needs_openvino
+@pytest.mark.slow
+class TestOpenVinoInt8(StageContract):
+    stage = stage_fixture(
+        StageCall(name="quantize.openvino"),
+        StageCall(name="quantize.openvino", params={"preset": "performance", "subset_size": 4}),
+    )
+    min_cosine = 0.95
+
+    @pytest.fixture(params=["conv", "transformer"])
+    def source(self, request, tmp_path):
+        return converted(MODELS[request.param](tmp_path / "onnx"), tmp_path)
+
+    @pytest.fixture
+    def refused(self, integers, tmp_path):
+        return converted(integers, tmp_path)
+
+
+def converted(source, tmp_path):
+    from optimize.stages.base import read_input
+
+    (tmp_path / "ir").mkdir()
+    made = make_stage(StageCall(name="convert.openvino"))(source, Context(out=tmp_path / "ir"))
+    return read_input(made.folder, made.entry)
+
+
+def test_every_stage_is_in_this_file():
+    text = Path(__file__).read_text()
+    assert [name for name in stage_names() if f'"{name}"' not in text] == []
