@@ -344,10 +344,12 @@ def kept_files(folder: Path, *, allow_pickle: bool = False) -> list[Path]:
     if not weights and not pickles:
         raise InputError(f"{folder} has no weights: no .safetensors file is in it")
     try:
-        own_code = "auto_map" in json.loads(config.read_text(encoding="utf-8"))
+        settings = json.loads(config.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError(f"{config} is not JSON: {error}") from error
-    if own_code:
+    if not isinstance(settings, dict):
+        raise InputError(f"{config} holds no object, but {type(settings).__name__}")
+    if "auto_map" in settings:
         raise UntrustedModelError(
             f"{config} asks for code of its own (auto_map); burnish runs none",
             hint="Build the model in a factory of yours, and name it as a torch source.",

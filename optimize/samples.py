@@ -2,6 +2,7 @@
 
 import hashlib
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,11 @@ from registry.errors import InputError
 from registry.records import TensorSpec
 
 LABELS = "labels"
+
+# What numpy and zipfile raise for files that are damaged, or no archives at all.
+_UNREADABLE = (
+    ValueError, OSError, EOFError, AttributeError, TypeError, NotImplementedError, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,7 +87,7 @@ def load_samples(path: Path, expected: tuple[TensorSpec, ...] | None = None) -> 
         # The file is opened here: numpy leaves it open where it is no archive.
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, AttributeError, TypeError) as error:
+    except _UNREADABLE as error:
         raise InputError(f"{path} is not an .npz file of plain arrays: {error}") from error
     labels = arrays.pop(LABELS, None)
     if expected is not None:
