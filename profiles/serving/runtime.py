@@ -51,7 +51,8 @@ class SessionRuntime(MLModel):  # type: ignore[misc]  # mlserver is not followed
         super().__init__(settings)
         self._session: Session | None = None
         # The model computes in one thread of its own: the event loop goes on reading requests, answering health
-        # checks and filling the next batch meanwhile, and the session runs one batch at a time.
+        # checks and filling the next batch meanwhile, and the session runs one batch at a time. It costs about 35 us of
+        # CPU a call, of the millisecond that MLServer takes for a request.
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="burnish-session")
 
     async def load(self) -> bool:

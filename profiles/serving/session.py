@@ -238,6 +238,7 @@ class _OpenVino:
             settings["INFERENCE_PRECISION_HINT"] = "f32"
         try:
             model = ov.Core().read_model(str(entry))
+            self._model = model
             self._request = ov.Core().compile_model(model, "CPU", settings).create_infer_request()
         except Exception as error:
             raise SessionError(f"openvino cannot open {Path(entry).name}: {error}") from error
@@ -249,7 +250,23 @@ class _OpenVino:
         # By position: tensors of a model need not have names. The request owns its output memory, hence the copies.
         fed = {i: np.ascontiguousarray(inputs[port.name]) for i, port in enumerate(self.inputs)}
         self._request.infer(fed, share_inputs=True)
-        return {port.name: self._request.get_output_tensor(i).data.copy() for i, port in enumerate(self.outputs)}
+        outputs = {port.name: self._request.get_output_tensor(i).data.copy() for i, port in enumerate(self.outputs)}
+        if all(not array.size for array in outputs.values()) and all(array.size for array in fed.values()):
+            self._check_emptiness(fed)
+        return outputs
+
+    def _check_emptiness(self, fed: Mapping[int, Array]) -> None:
+        """Returns when the model may answer with nothing at all.
+
+        With one thread OpenVINO (2026.4) swallows the error of inputs whose sizes do not fit each other and gives empty
+        outputs instead. Its shape inference on a model of these sizes tells.
+        """
+        sized = self._model.clone()
+        sized.reshape({i: list(array.shape) for i, array in fed.items()})
+        for port in sized.outputs:
+            shape = port.get_partial_shape()
+            if shape.is_static and all(dim.get_length() for dim in shape):
+                raise SessionError("openvino gave no output and no reason")
 
 
 def _engine_module(name: str) -> Any:

@@ -3,6 +3,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from onnx import TensorProto, helper
 
 from profiles.serving.session import Session, SessionError, _ort_providers, open_session
 from tests.doubles.models import mlp, mlp_answer, two_inputs, write_onnx, write_openvino
@@ -93,9 +94,11 @@ def test_says_what_does_not_fit(tmp_path: Path, engine: str, inputs: dict[str, n
         session.run(inputs)
 
 
-def test_an_engine_that_fails_in_a_run_is_a_session_error(tmp_path: Path) -> None:
-    session = opened(two_inputs(), tmp_path, "onnxruntime")
-    with pytest.raises(SessionError, match="onnxruntime failed on inputs of shapes"):
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_an_engine_that_fails_in_a_run_is_a_session_error(tmp_path: Path, engine: str, threads: int) -> None:
+    session = opened(two_inputs(), tmp_path, engine, threads=threads)
+    with pytest.raises(SessionError, match=f"{engine} failed on inputs of shapes"):
         session.run({"ids": np.ones((2, 3), np.int64), "mask": np.ones((2, 4), np.int64)})
 
 
@@ -140,8 +143,6 @@ def test_tensorrt_keeps_its_engines_in_the_cache() -> None:
 
 
 def test_strings_are_refused(tmp_path: Path) -> None:
-    from onnx import TensorProto, helper
-
     graph = helper.make_graph(
         [helper.make_node("Identity", ["s"], ["t"])],
         "strings",
@@ -151,3 +152,16 @@ def test_strings_are_refused(tmp_path: Path) -> None:
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
     with pytest.raises(SessionError, match="'s' is of type string"):
         opened(model, tmp_path, "onnxruntime")
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_answer_may_be_empty(tmp_path: Path, engine: str) -> None:
+    graph = helper.make_graph(
+        [helper.make_node("NonZero", ["x"], ["where"])],
+        "nonzero",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n"])],
+        [helper.make_tensor_value_info("where", TensorProto.INT64, [1, "found"])],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    got = opened(model, tmp_path, engine).run({"x": np.zeros(3, np.float32)})
+    assert got["where"].shape == (1, 0)
