@@ -28,6 +28,7 @@ class SourceConfig(_Model):
         pooling: Hugging Face: what turns token states into one embedding, or None to leave them.
         normalize: Hugging Face: whether the embedding is scaled to length 1.
         opset: the ONNX opset to export to, or None for the exporter's own.
+        depends_on: torch: files that the factory reads (weights, say); when one changes, the model is exported anew.
     """
 
     name: Name = "model"
@@ -38,6 +39,7 @@ class SourceConfig(_Model):
     pooling: Literal["mean", "cls"] | None = None
     normalize: bool = False
     opset: int | None = Field(default=None, ge=9, le=25)
+    depends_on: tuple[str, ...] = ()
 
     @model_validator(mode="after")
     def _one_kind(self) -> Self:

@@ -48,7 +48,8 @@ def _make_source(workspace: Workspace, config: SourceConfig) -> tuple[Source, bo
     plan = workspace.plan
     location = config.location if config.kind == "torch" else str(plan.source_path(config))
     options = _options(plan, config)
-    components = source_components(config.kind, location, **options) | {"name": config.name}
+    read = [plan.path(given) for given in config.depends_on]
+    components = source_components(config.kind, location, depends_on=read, **options) | {"name": config.name}
 
     def load() -> Source:
         common: dict[str, Any] = {"limits": limits_of(workspace)}
