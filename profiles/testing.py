@@ -8,12 +8,14 @@ import asyncio
 import heapq
 import json
 import math
+import ssl
 import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Protocol, Self, TypeVar
 
@@ -160,8 +162,8 @@ def _ns(seconds: NDArray[np.float64]) -> NDArray[np.int64]:
 class FakeV2Server:
     """A V2 server on loopback, REST and gRPC, that sums each row of its first input into the output ``sum``.
 
-    Used as a context manager; the law's clock starts with the first inference. It answers liveness, readiness, metadata and
-    inference of one model, over REST as JSON and with binary tensors.
+    Used as a context manager; the law's clock starts with the first inference. It answers liveness,
+    readiness, metadata and inference of one model, over REST as JSON and with binary tensors.
 
     Args:
         law: how long answers take.
@@ -169,6 +171,7 @@ class FakeV2Server:
         fail_every: each so many-th inference is answered with an error of the server; 0 for none.
         wrong_every: each so many-th inference is answered with a wrong sum; 0 for none.
         binary: whether REST takes binary tensors, as Triton's does.
+        tls: PEM files of certificate and key, to speak TLS only; None for plain connections.
     """
 
     def __init__(
@@ -179,6 +182,7 @@ class FakeV2Server:
         fail_every: int = 0,
         wrong_every: int = 0,
         binary: bool = True,
+        tls: tuple[Path, Path] | None = None,
     ) -> None:
         self.law = law or Fixed(0.0)
         self.model = model
@@ -187,6 +191,7 @@ class FakeV2Server:
         self._fail_every = fail_every
         self._wrong_every = wrong_every
         self._binary = binary
+        self._tls = tls
         self._first_s = 0.0
         self._ports: dict[str, int] = {}
 
@@ -208,7 +213,8 @@ class FakeV2Server:
     def target(self, protocol: Literal["grpc", "rest"]) -> Target:
         """Where it listens."""
         binary = self._binary and protocol == "rest"
-        return Target(url=f"127.0.0.1:{self._ports[protocol]}", protocol=protocol, model=self.model, binary=binary)
+        url = f"127.0.0.1:{self._ports[protocol]}"
+        return Target(url=url, protocol=protocol, model=self.model, tls=self._tls is not None, binary=binary)
 
     # --- its life ---
 
@@ -221,7 +227,11 @@ class FakeV2Server:
         app.router.add_post("/v2/models/{model}/infer", self._rest_infer)
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0, handler_cancellation=True)
         await self._runner.setup()
-        site = web.TCPSite(self._runner, "127.0.0.1", 0)
+        secured = None
+        if self._tls:
+            secured = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+            secured.load_cert_chain(*self._tls)
+        site = web.TCPSite(self._runner, "127.0.0.1", 0, ssl_context=secured)
         await site.start()
         self._grpc = grpc.aio.server(options=[("grpc.max_receive_message_length", -1)])
         handlers = {
@@ -235,7 +245,12 @@ class FakeV2Server:
         }
         generic = grpc.method_handlers_generic_handler("inference.GRPCInferenceService", handlers)
         self._grpc.add_generic_rpc_handlers((generic,))
-        grpc_port = self._grpc.add_insecure_port("127.0.0.1:0")
+        if self._tls:
+            certificate, key = (path.read_bytes() for path in self._tls)
+            secret = grpc.ssl_server_credentials([(key, certificate)])
+            grpc_port = self._grpc.add_secure_port("127.0.0.1:0", secret)
+        else:
+            grpc_port = self._grpc.add_insecure_port("127.0.0.1:0")
         await self._grpc.start()
         self._ports = {"rest": self._runner.addresses[0][1], "grpc": grpc_port}
 

@@ -16,9 +16,6 @@ ERROR_SHARE = 0.001
 IN_FLIGHT_SHARE = 0.02
 STEAL_SHARE = 0.02
 
-# Gates that speak of the client and the machine: the same window again may well pass. The others speak of the server.
-CLIENT_GATES = frozenset({"lateness", "client_cpu", "in_flight", "steal"})
-
 
 def lateness(lateness_p99_ms: float, latency_p50_ms: float) -> GateFinding | None:
     """A finding where requests left so late that the client's delay shows in the server's latency.

@@ -7,13 +7,16 @@ chance is measured later, in the rounds.
 
 from collections.abc import Callable, Iterable
 
-from profiles.load.gates import CLIENT_GATES
 from profiles.measure.levels import Level
 from registry.records import Capacity, ClosedLoop, LoadProfile, OpenLoop, RateStage, RunRecord
 
 Run = Callable[[LoadProfile], RunRecord]
 
 SMALLEST_GAIN = 0.05
+# Gates after which a window says nothing of what the server can do. A late client or stolen CPU time only make it
+# harder to keep up, so that what was sustained stands; their findings stay with the stage.
+SPOILING = frozenset({"client_cpu", "in_flight"})
+MOST_RERUNS = 1
 # A server keeps up when the backlog grew by less than this share of what arrived, or by no more than the server had
 # in hand anyway when it was at its closed-loop maximum.
 BACKLOG_SHARE = 0.03
@@ -37,7 +40,7 @@ def find_capacity(run: Run, level: Level, *, candidate_id: str, seed: int = 0) -
 
     Returns:
         The ladder with its best concurrency, the stages, and as ``saturation_rps`` the highest rate that was
-        sustained before two in a row were not. A stage that the client or the machine spoiled is not sustained.
+        sustained before two in a row were not. A stage that the client spoiled is not sustained.
     """
     ladder = _climb(run, level, seed)
     concurrency, most_rps = max(ladder, key=lambda rung: rung[1])
@@ -116,28 +119,31 @@ def _rise(run: Run, level: Level, rates_rps: Iterable[float], concurrency: int, 
 
 
 def _stage(record: RunRecord, rate_rps: float, concurrency: int) -> RateStage:
-    spoiled = any(finding.gate in CLIENT_GATES for finding in record.findings)
     return RateStage(
         offered_rps=rate_rps,
         achieved_rps=record.metrics["throughput_rps"],
         latency_p50_ms=record.metrics.get("latency_p50_ms"),
         latency_p90_ms=record.metrics.get("latency_p90_ms"),
-        sustained=not spoiled and keeps_up(record, concurrency),
+        sustained=not _spoiled(record) and keeps_up(record, concurrency),
         findings=record.findings,
     )
 
 
 def _once_more(run: Run, profile: LoadProfile, level: Level) -> RunRecord:
-    """The window's record; one that the client or the machine spoiled is run again within the level's bound.
+    """The window's record; one that the client spoiled is run again, once where the level allows any reruns.
 
     One that the server failed is not: to fail is what the search looks for.
     """
     record = run(profile)
-    for _ in range(level.reruns):
-        if not any(finding.gate in CLIENT_GATES for finding in record.findings):
+    for _ in range(min(level.reruns, MOST_RERUNS)):
+        if not _spoiled(record):
             break
         record = run(profile)
     return record
+
+
+def _spoiled(record: RunRecord) -> bool:
+    return any(finding.gate in SPOILING for finding in record.findings)
 
 
 def _profile(level: Level, load: ClosedLoop | OpenLoop, length_s: float, seed: int) -> LoadProfile:

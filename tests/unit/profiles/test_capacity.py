@@ -81,11 +81,21 @@ def test_a_window_that_the_client_spoiled_is_run_again_and_never_sustained() -> 
         record = runner(0.002)(profile)
         if isinstance(profile.load, ClosedLoop):
             return record
-        late = GateFinding(gate="lateness", observed="p99 9 ms", limit="1 ms")
-        return replace(record, findings=(late,))
+        busy = GateFinding(gate="client_cpu", observed="95%", limit="70%")
+        return replace(record, findings=(busy,))
 
     capacity = find_capacity(run, QUICK, candidate_id="c")
     assert capacity.saturation_rps is None
-    assert capacity.stages[0].findings[0].gate == "lateness"
+    assert capacity.stages[0].findings[0].gate == "client_cpu"
     opened = [profile for profile in asked if not isinstance(profile.load, ClosedLoop)]
-    assert len(opened) == len(capacity.stages) * (1 + QUICK.reruns)
+    assert len(opened) == 2 * len(capacity.stages)
+
+
+def test_a_late_client_does_not_unmake_what_the_server_sustained() -> None:
+    def run(profile: LoadProfile) -> RunRecord:
+        late = GateFinding(gate="lateness", observed="p99 9 ms", limit="1 ms")
+        return replace(runner(0.002)(profile), findings=(late,))
+
+    capacity = find_capacity(run, QUICK, candidate_id="c")
+    assert capacity.saturation_rps == pytest.approx(500, rel=0.01)
+    assert capacity.stages[0].findings[0].gate == "lateness"

@@ -1,5 +1,7 @@
 """The load generator against a fake server; what is asserted of time is only what no busy machine can upset."""
 
+import datetime
+import ipaddress
 import os
 import signal
 import time
@@ -31,7 +33,7 @@ def generator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LoadGenerato
 
 
 def profile(load: ClosedLoop | OpenLoop, duration_s: float = 0.4, **more: Any) -> LoadProfile:
-    return LoadProfile(name="test", load=load, warmup_s=0.1, duration_s=duration_s, **more)
+    return LoadProfile(**{"name": "test", "load": load, "warmup_s": 0.1, "duration_s": duration_s, **more})
 
 
 def payloads_for(target: Target) -> tuple[Payload, ...]:
@@ -154,6 +156,15 @@ def test_usage_is_read_at_both_ends(generator: LoadGenerator, tmp_path: Path) ->
     assert record.metrics["cpu_s_per_1k"] == pytest.approx(500 / record.ok, rel=0.2)
 
 
+def test_a_window_lasts_to_its_end_when_answers_come_before(generator: LoadGenerator, tmp_path: Path) -> None:
+    readings = iter([Usage(cpu_s=1.0, rss_mb=50.0), Usage(cpu_s=1.5, rss_mb=60.0)])
+    sparse = profile(OpenLoop(rate_rps=5, arrivals="constant"), warmup_s=0.0)
+    with FakeV2Server(Fixed(0.001)) as server:
+        record = run(generator, server, sparse, tmp_path, usage=lambda: next(readings))
+    assert record.metrics["cpu_s_per_1k"] == pytest.approx(250)
+    assert record.metrics["client_cpu"] > 0
+
+
 @pytest.mark.parametrize("protocol", ["grpc", "rest"])
 def test_the_first_failure_speaks_in_the_servers_words(
     generator: LoadGenerator, tmp_path: Path, protocol: Protocol
@@ -227,3 +238,47 @@ def test_the_process_ends_with_the_pipe_to_it(tmp_path: Path) -> None:
         assert process.stdin is not None
         process.stdin.close()
         assert process.wait(timeout=5) == 0
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """PEM files of a certificate for 127.0.0.1 that signs itself, and its key."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "127.0.0.1")])
+    now = datetime.datetime.now(datetime.UTC)
+    address = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
+    made = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(days=1))
+        .not_valid_after(now + datetime.timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([address]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    folder = tmp_path_factory.mktemp("tls")
+    (folder / "cert.pem").write_bytes(made.public_bytes(serialization.Encoding.PEM))
+    form = (serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    (folder / "key.pem").write_bytes(key.private_bytes(*form))
+    return folder / "cert.pem", folder / "key.pem"
+
+
+@pytest.mark.parametrize("protocol", ["grpc", "rest"])
+def test_tls_is_verified(
+    generator: LoadGenerator,
+    tmp_path: Path,
+    certificate: tuple[Path, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    protocol: Protocol,
+) -> None:
+    window = profile(ClosedLoop(concurrency=2), duration_s=0.2)
+    with FakeV2Server(tls=certificate) as server:
+        with pytest.raises(UnreachableError):
+            run(generator, server, window, tmp_path, protocol=protocol)
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate[0]))
+        monkeypatch.setenv("GRPC_DEFAULT_SSL_ROOTS_FILE_PATH", str(certificate[0]))
+        with LoadGenerator(None, tmp_path / "trusting") as trusting:
+            assert run(trusting, server, window, tmp_path, protocol=protocol).ok > 0
