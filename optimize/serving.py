@@ -27,6 +27,8 @@ from registry.store import FolderStore
 
 _LOAD_TIMEOUT_S = 120.0
 _LOOK_S = 0.5
+# Somebody may be waiting for an answer when the user ends a server; in a campaign nobody is.
+_GRACE_S = 5.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,7 +117,9 @@ def serve_model(
 
 
 def _cluster(work: Path, http_port: int | None, grpc_port: int | None) -> LocalCluster:
-    return LocalCluster(work, server_cpus=split_cpus()[0], http_port=http_port, grpc_port=grpc_port)
+    return LocalCluster(
+        work, server_cpus=split_cpus()[0], http_port=http_port, grpc_port=grpc_port, grace_s=_GRACE_S
+    )
 
 
 def _entry(model: Path) -> Path:
