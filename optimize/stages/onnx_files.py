@@ -30,6 +30,14 @@ def load(source: StageInput) -> Any:
     return model
 
 
+def has_external_weights(path: Path) -> bool:
+    """Whether weights of the model stand in other files than ``path``."""
+    import onnx
+
+    graph = onnx.load(str(path), load_external_data=False).graph
+    return any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in graph.initializer)
+
+
 def save(model: Any, folder: Path) -> str:
     """Writes the model with the same bytes each time; returns the entry's name."""
     import onnx

@@ -38,7 +38,7 @@ class ToOpenVino(Stage):
         openvino = _import("openvino", self.name)
         try:
             model = openvino.convert_model(str(source.path))
-        except RuntimeError as error:
+        except Exception as error:  # its frontends raise classes of their own that share no base but this
             raise NotApplicableError(f"OpenVINO cannot convert the model: {_reason(error)}") from error
         for port, spec in zip((*model.inputs, *model.outputs), (*source.inputs, *source.outputs), strict=True):
             # A tensor may carry several names; the one that requests use must be the only one.
@@ -179,6 +179,7 @@ def _attends(model: Any) -> bool:
 
 
 def _reason(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    telling = [line for line in lines if not line.startswith(("Exception from", "Check '"))]
-    return (telling or lines or ["no message"])[0][:300]
+    lines = [line.strip(" -") for line in str(error).splitlines() if line.strip(" -")]
+    told = [line for line in lines if "No conversion rule" in line]
+    told += [line for line in lines if not line.startswith(("Exception from", "Check '", "FrontEnd API", "Summary"))]
+    return (told or lines or ["no message"])[0][:300]

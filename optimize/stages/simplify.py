@@ -34,7 +34,13 @@ class OrtGraph(Stage):
 
     def apply(self, source: StageInput, context: Context) -> StageResult:
         """Opens a session that writes its optimized graph."""
-        optimize_with_ort(source.path, context.out / onnx_files.ENTRY, level=self.params.level, threads=context.threads)
+        target = context.out / onnx_files.ENTRY
+        with context.scratch() as scratch:
+            path = source.path
+            if onnx_files.has_external_weights(path):
+                # The optimized graph would go on naming the source's file of weights.
+                path = scratch / onnx_files.save(onnx_files.load(source), scratch)
+            optimize_with_ort(path, target, level=self.params.level, threads=context.threads)
         return self.written(context, onnx_files.ENTRY)
 
 
