@@ -8,6 +8,7 @@ from profiles.load.arrivals import schedule_ns
 def test_poisson_count_is_within_three_sigma() -> None:
     counts = [len(schedule_ns(500, 4, seed=seed)) for seed in range(50)]
     assert all(abs(count - 2000) < 4 * np.sqrt(2000) for count in counts)
+    assert min(counts) < 2000 < max(counts)
     assert np.mean(counts) == pytest.approx(2000, abs=3 * np.sqrt(2000 / 50))
 
 

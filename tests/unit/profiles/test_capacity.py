@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 
 from profiles.load.summary import summarize
-from profiles.measure.capacity import Run, find_capacity
+from profiles.measure.capacity import Run, find_capacity, keeps_up
 from profiles.measure.levels import find_level
 from profiles.testing import Law, Queue, simulate
-from registry.records import ClosedLoop, GateFinding, LoadProfile, RunRecord
+from registry.records import ClosedLoop, GateFinding, LoadProfile, OpenLoop, RunRecord
 
 QUICK, STANDARD = find_level("quick"), find_level("standard")
 
@@ -99,3 +99,27 @@ def test_a_late_client_does_not_unmake_what_the_server_sustained() -> None:
     capacity = find_capacity(run, QUICK, candidate_id="c")
     assert capacity.saturation_rps == pytest.approx(500, rel=0.01)
     assert capacity.stages[0].findings[0].gate == "lateness"
+
+
+@pytest.mark.parametrize(
+    ("seen", "kept_up"),
+    [
+        ({"in_flight_end": 60.0}, False),
+        ({"in_flight_end": 29.0}, True),
+        # Slow answers: as many in flight at the end as at the beginning are no backlog.
+        ({"in_flight_start": 200.0, "in_flight_end": 210.0}, True),
+        ({"latency_first_third_ms": 10.0, "latency_last_third_ms": 29.0}, True),
+        ({"latency_first_third_ms": 10.0, "latency_last_third_ms": 31.0}, False),
+        # A slow model's latency may wander by half of itself.
+        ({"latency_first_third_ms": 300.0, "latency_last_third_ms": 440.0}, True),
+    ],
+)
+def test_keeping_up(seen: dict[str, float], kept_up: bool) -> None:
+    load = LoadProfile(name="capacity", load=OpenLoop(rate_rps=1000), warmup_s=0.2, duration_s=1.0)
+    metrics = {"throughput_rps": 1000.0, "in_flight_start": 0.0, "in_flight_end": 0.0, **seen}
+    record = RunRecord(
+        load=load, scheduled=1000, ok=1000, errors={}, window_s=1.0, metrics=metrics, findings=(), raw="r"
+    )
+    assert keeps_up(record, concurrency=4) == kept_up
+    assert not keeps_up(replace(record, errors={"timeout": 11}), concurrency=4)
+    assert keeps_up(replace(record, errors={"timeout": 10}), concurrency=4) == kept_up
