@@ -43,7 +43,7 @@ def write_samples(folder: Path, seed: int = 0) -> None:
 def create_model() -> ResidualNetwork:
     """The network trained on the images that `write_samples` does not hold out, in eval mode: image -> logits.
 
-    Takes 10 to 30 s of two cores; the same host trains the same weights, byte for byte.
+    Takes 20 to 45 s of one core; the same host trains the same weights, byte for byte.
 
     Raises:
         MissingExtraError: torch is not installed.

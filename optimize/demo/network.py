@@ -15,7 +15,7 @@ WIDTHS = (128, 256, 256)  # channels of the blocks; multiples of 16, as int8 ker
 EPOCHS = 4
 BATCH = 32
 LEARNING_RATE = 1e-3
-THREADS = 2  # fixed, because the number of threads decides the order of sums, and so the bytes of the weights
+THREADS = 1  # the number of threads decides the order of sums, and so the bytes of the weights
 
 
 class Block(nn.Module):  # type: ignore[misc]
