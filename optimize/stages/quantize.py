@@ -48,7 +48,7 @@ class DynamicInt8(Stage):
     name = "quantize.dynamic"
     Params = DynamicInt8Params
     batch_dependent = True
-    tools = ("onnx", "onnxruntime")
+    tools = ("onnx", "onnxruntime", "sympy")
     params: DynamicInt8Params
 
     def requires(self, source: StageInput, context: Context) -> None:
@@ -139,7 +139,7 @@ class StaticInt8(Stage):
     name = "quantize.static"
     Params = StaticInt8Params
     needs_calibration = True
-    tools = ("onnx", "onnxruntime", "numpy")
+    tools = ("onnx", "onnxruntime", "numpy", "sympy")
     params: StaticInt8Params
 
     def requires(self, source: StageInput, context: Context) -> None:
@@ -216,8 +216,8 @@ class StaticInt8(Stage):
 def prepare(source: StageInput, scratch: Path) -> tuple[Any, list[str]]:
     """The model made ready for quantization, also written to ``prepared.onnx`` in ``scratch``, and notes on it.
 
-    Constant nodes become initializers, batch normalization is folded into convolutions, shapes are inferred, and an
-    opset below 13 is raised.
+    Constant nodes become initializers, batch normalization is folded into convolutions, shapes are inferred (with
+    sympy), and an opset below 13 is raised.
 
     Raises:
         NotApplicableError: the opset cannot be raised.
