@@ -33,6 +33,8 @@ _OFFLINE = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DO_NOT_TRACK": "1",
+    "CI": "true",  # OpenVINO and nncf report their use over the network at import where these two are not set
+    "NNCF_CI": "1",
     "PYTHONHASHSEED": "0",
     "PYTHONUNBUFFERED": "1",
 }

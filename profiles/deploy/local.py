@@ -331,6 +331,8 @@ class _ServerProcess:
 def server_environment(server: Server) -> dict[str, str]:
     """The environment a server is started with: the allowed part of ours, and what its libraries need."""
     environment = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
+    # OpenVINO reports its use over the network at import, except where this is set.
+    environment["CI"] = "true"
     # This interpreter first: Triton's stub takes its environment from the first python3 on PATH.
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", os.defpath)])
     if server == "triton":
