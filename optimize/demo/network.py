@@ -48,10 +48,9 @@ class ResidualNetwork(nn.Module):  # type: ignore[misc]
         self.blocks = nn.Sequential(*(Block(a, b, 1 if i == 0 else 2) for i, (a, b) in enumerate(pairs)))
         self.head = nn.Linear(WIDTHS[-1], classes)
 
-    def forward(self, image: torch.Tensor) -> torch.Tensor:
-        """Logits (n, classes) of images (n, 1, 32, 32) in [0, 1]."""
-        logits: torch.Tensor = self.head(self.blocks(self.stem(image)).mean((2, 3)))
-        return logits
+    def forward(self, image: torch.Tensor) -> dict[str, torch.Tensor]:
+        """``logits`` (n, classes) of images (n, 1, 32, 32) in [0, 1]; the key names the exported model's output."""
+        return {"logits": self.head(self.blocks(self.stem(image)).mean((2, 3)))}
 
 
 def train(images: NDArray[np.float32], labels: NDArray[np.int64], seed: int) -> ResidualNetwork:
@@ -71,7 +70,7 @@ def train(images: NDArray[np.float32], labels: NDArray[np.int64], seed: int) -> 
         )
         for batch in _batches(len(images), steps):
             with torch.autocast("cpu", torch.bfloat16, enabled=capabilities.get("avx512_bf16", False)):
-                loss = F.cross_entropy(network(_jitter(images_[batch])), labels_[batch])
+                loss = F.cross_entropy(network(_jitter(images_[batch]))["logits"], labels_[batch])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
