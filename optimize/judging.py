@@ -197,27 +197,34 @@ def _screen_one(workspace: Workspace, one: Judged) -> Judged:
 def choose_served(workspace: Workspace, judged: Sequence[Judged]) -> tuple[list[Judged], list[Failure]]:
     """The variants worth serving: the baseline, and the fastest in process of those that answer well enough.
 
-    The rest become failures of kind ``screened_out`` that say why.
+    Of a variant with several engine settings only the fastest is served, so that places go to what differs. The rest
+    become failures of kind ``screened_out`` that say why.
     """
     baseline, *others = judged
-    policy, most = workspace.plan.policy, workspace.plan.level.served
+    policy, most = workspace.plan.policy, workspace.plan.level.served or len(others)
     reference = next(iter(baseline.fidelities.values()))
-    failures, able = [], []
-    for one in others:
-        reason = _too_unlike(policy, one, reference)
+    served: list[Judged] = []
+    failures: list[Failure] = []
+    for one in sorted(others, key=_ms_a_row):
+        reason = _too_unlike(policy, one, reference) or _too_slow(one, served, most)
         if reason is None:
-            able.append(one)
+            served.append(one)
         else:
             failures.append(Failure(subject=one.name, phase="screen", kind="screened_out", reason=reason))
-    able.sort(key=_ms_a_row)
-    served, rest = able[:most], able[most:]
-    for one in rest:
-        reason = (
-            f"{_ms_a_row(one):.2f} ms a row in process; the {most} served "
-            f"take {_ms_a_row(served[0]):.2f} to {_ms_a_row(served[-1]):.2f} ms"
-        )
-        failures.append(Failure(subject=one.name, phase="screen", kind="screened_out", reason=reason))
     return [baseline, *served], failures
+
+
+def _too_slow(one: Judged, served: Sequence[Judged], most: int) -> str | None:
+    """Why a variant is not worth serving beside those that are faster in process, or None."""
+    sibling = next((other for other in served if other.variant.id == one.variant.id), None)
+    if sibling is not None:
+        return (
+            f"{_ms_a_row(one):.2f} ms a row in process; the same model as {sibling.name} takes {_ms_a_row(sibling):.2f}"
+        )
+    if len(served) < most:
+        return None
+    fastest, slowest = _ms_a_row(served[0]), _ms_a_row(served[-1])
+    return f"{_ms_a_row(one):.2f} ms a row in process; the {most} served take {fastest:.2f} to {slowest:.2f} ms"
 
 
 def _too_unlike(policy: Policy, one: Judged, reference: Fidelity) -> str | None:

@@ -1,0 +1,118 @@
+"""Which variants are worth serving, from made-up judgements."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+from optimize.judging import Judged, choose_served, failure_of
+from registry.errors import NotApplicableError, ServerDiedError
+from registry.policy import parse_policy
+from registry.records import (
+    Artifact,
+    EngineSpec,
+    Estimate,
+    Fidelity,
+    Recipe,
+    Screening,
+    Variant,
+)
+
+ORT = EngineSpec(name="onnxruntime")
+
+
+def estimate(value: float, width: float = 0.0, unit: str = "ms") -> Estimate:
+    return Estimate(value=value, low=value - width, high=value + width, runs=5, method="made up", unit=unit)
+
+
+def judged(name: str, ms: float, *, drop: float = 0.0, variant: str | None = None, rows: int = 1) -> Judged:
+    artifact = Artifact(digest=name, format="onnx", entry="model.onnx", files=(), inputs=(), outputs=())
+    made = Variant(
+        id=variant or name,
+        name=name,
+        source="model",
+        source_digest="s",
+        recipe=Recipe(name=name, stages=(), engines=(ORT,)),
+        calibration_digest=None,
+        seed=0,
+        tool_versions={},
+        artifact=artifact,
+    )
+    fidelity = Fidelity(
+        variant_id=made.id,
+        engine=ORT,
+        engine_version="1",
+        instruction_set="avx2",
+        batch_size=rows,
+        samples_digest="d",
+        samples=900,
+        task_metric="accuracy",
+        metrics={"accuracy": estimate(0.99 - drop, 0.001), "accuracy_drop": estimate(drop, 0.002, "fraction")},
+    )
+    screening = Screening(
+        variant_id=made.id,
+        engine=ORT,
+        threads=1,
+        metrics={"inprocess_ms.batch_1": estimate(ms), f"inprocess_ms.batch_{rows}": estimate(ms * rows)},
+    )
+    return Judged(
+        name=name, variant=made, engine=ORT, fidelities={rows: fidelity}, answers={rows: Path()}, screening=screening
+    )
+
+
+def workspace(served: int | None, *constraints: str) -> SimpleNamespace:
+    policy = parse_policy(constraints, "maximize max_throughput_rps")
+    return SimpleNamespace(plan=SimpleNamespace(policy=policy, level=SimpleNamespace(served=served)))
+
+
+def choose(served: int | None, *ones: Judged, constraints: tuple[str, ...] = ()) -> tuple[list[str], dict[str, str]]:
+    chosen, failures = choose_served(workspace(served, *constraints), ones)
+    assert all(failure.kind == "screened_out" for failure in failures)
+    return [one.name for one in chosen], {failure.subject: failure.reason for failure in failures}
+
+
+def test_the_baseline_and_the_fastest_are_served():
+    chosen, reasons = choose(2, judged("float32", 9.0), judged("c", 3.0), judged("a", 1.0), judged("b", 2.0))
+    assert chosen == ["float32", "a", "b"]
+    assert reasons == {"c": "3.00 ms a row in process; the 2 served take 1.00 to 2.00 ms"}
+
+
+def test_what_answers_too_differently_takes_no_place():
+    chosen, reasons = choose(
+        1,
+        judged("float32", 9.0),
+        judged("fast", 1.0, drop=0.05),
+        judged("good", 2.0),
+        constraints=("accuracy_drop <= 0.01",),
+    )
+    assert chosen == ["float32", "good"]
+    assert "accuracy drop" in reasons["fast"]
+
+
+def test_what_may_still_pass_is_served():
+    chosen, _ = choose(
+        1, judged("float32", 9.0), judged("near", 1.0, drop=0.009), constraints=("accuracy_drop <= 0.01",)
+    )
+    assert chosen == ["float32"], "the pessimistic end fails, so serving it would tell nothing"
+
+
+def test_of_one_model_in_two_settings_the_faster_is_served():
+    chosen, reasons = choose(
+        2,
+        judged("float32", 9.0),
+        judged("ov.bf16", 1.0, variant="ov"),
+        judged("ov.f32", 1.1, variant="ov"),
+        judged("int8", 2.0),
+    )
+    assert chosen == ["float32", "ov.bf16", "int8"]
+    assert "ov.bf16" in reasons["ov.f32"]
+
+
+def test_without_a_bound_all_are_served():
+    chosen, reasons = choose(None, judged("float32", 1.0), judged("a", 2.0), judged("b", 3.0))
+    assert chosen == ["float32", "a", "b"]
+    assert not reasons
+
+
+def test_errors_become_failures_of_their_kind():
+    assert failure_of("v", "make", NotApplicableError("no MatMul")).kind == "not_applicable"
+    died = failure_of("c", "measure", ServerDiedError("it ended\nlog"))
+    assert (died.kind, died.reason, died.detail) == ("died", "it ended", "log")
