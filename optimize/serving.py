@@ -117,9 +117,7 @@ def serve_model(
 
 
 def _cluster(work: Path, http_port: int | None, grpc_port: int | None) -> LocalCluster:
-    return LocalCluster(
-        work, server_cpus=split_cpus()[0], http_port=http_port, grpc_port=grpc_port, grace_s=_GRACE_S
-    )
+    return LocalCluster(work, server_cpus=split_cpus()[0], http_port=http_port, grpc_port=grpc_port, grace_s=_GRACE_S)
 
 
 def _entry(model: Path) -> Path:
