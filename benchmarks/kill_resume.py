@@ -29,7 +29,7 @@ def lay_out(folder: Path) -> Path:
     """The demo's campaign with fewer variants, from the ONNX file so that nothing is trained."""
     text = (folder / "demo" / "campaign.yaml").read_text(encoding="utf-8")
     lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
-    source = "    onnx: " + str(folder / "model.onnx")
+    source = "    onnx: " + str(folder / "float32" / "model.onnx")
     lines = [source if line.strip().startswith("torch:") else line for line in lines]
     lines = [f"variants: {VARIANTS}" if line.startswith("variants:") else line for line in lines]
     path = folder / "demo" / "small.yaml"
@@ -109,11 +109,12 @@ def trial(campaign: Path, work: Path, moment_s: float) -> dict[str, object]:
 def main() -> None:
     with tempfile.TemporaryDirectory(prefix="burnish-kill-") as name:
         folder = Path(name)
-        export = (
-            "from pathlib import Path; import sys; from optimize.demo.prepare import prepare_demo, export_demo; "
-            "folder = Path(sys.argv[1]); prepare_demo(folder / 'demo'); export_demo(folder / 'model.onnx')"
+        prepare = "import sys; from pathlib import Path; from optimize.demo.prepare import prepare_demo; "
+        subprocess.run(
+            [sys.executable, "-c", prepare + "prepare_demo(Path(sys.argv[1]))", str(folder / "demo")], check=True
         )
-        subprocess.run([sys.executable, "-c", export, str(folder)], check=True)
+        make = [BURNISH, "make", str(folder / "demo" / "campaign.yaml"), "--variant", "float32", "--out", str(folder)]
+        subprocess.run(make, check=True)
         campaign = lay_out(folder)
         begin = time.monotonic()
         if code := start(campaign, folder / "undisturbed").wait(900):
