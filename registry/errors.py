@@ -10,7 +10,8 @@
     │   └── UntrustedModelError           a model that asks for more than a model may
     ├── NoVariantError            exit 3  nothing meets the policy, or all is unknown
     ├── UnreachableError          exit 4  a server, cluster or store refused or did not answer
-    │   └── ServerDiedError               a server process ended while it was needed
+    │   ├── ServerDiedError               a server process ended while it was needed
+    │   └── StorageError                  burnish's own working folder cannot be written or read
     ├── CheckFailedError          exit 5  a check found something
     ├── StageError                        a stage failed; becomes a Failure record in a campaign
     │   ├── NotApplicableError            the stage cannot apply to this model: a verdict, not a fault
@@ -97,6 +98,12 @@ class ServerDiedError(UnreachableError):
     """A server process ended while it was needed."""
 
     kind = "server_died"
+
+
+class StorageError(UnreachableError):
+    """burnish's own working folder cannot be written or read: a full disk, say. No fault of what was worked on."""
+
+    kind = "storage"
 
 
 class CheckFailedError(BurnishError):

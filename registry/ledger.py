@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Self, TypeVar, cast
 
 from registry import codec
-from registry.errors import BurnishError, InputError, UnreachableError
+from registry.errors import BurnishError, InputError, StorageError
 
 _log = logging.getLogger(__name__)
 R = TypeVar("R")
@@ -98,7 +98,7 @@ class Ledger(Journal):
 
         Raises:
             InputError: another process works in this folder, or a line is damaged.
-            UnreachableError: the folder or file cannot be written.
+            StorageError: the folder or file cannot be written.
         """
         with _refusals(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -125,7 +125,7 @@ class Ledger(Journal):
 
         Raises:
             ValueError: this work was committed before, or components or record hold what JSON has no word for; a bug.
-            UnreachableError: it could not be written (a full disk, say); the journal is as it was.
+            StorageError: it could not be written (a full disk, say); the journal is as it was.
         """
         key = _key(kind, components)
         if key in self._by_key:
@@ -294,7 +294,7 @@ def _refusals(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UnreachableError(
+        raise StorageError(
             f"the journal {path} could not be written: {error.strerror or error}",
             hint="Check free space and permissions of its folder; the same command goes on where it stopped.",
         ) from error

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Literal
 
 from registry import codec
-from registry.errors import InputError, UnreachableError
+from registry.errors import InputError, StorageError
 from registry.records import Artifact, ArtifactFile, TensorSpec
 
 _log = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ class FolderStore:
             root: the folder of the store.
 
         Raises:
-            UnreachableError: the folder cannot be created or written.
+            StorageError: the folder cannot be created or written.
         """
         self.root = root.absolute()
         self._artifacts = self.root / "artifacts"
@@ -70,7 +70,7 @@ class FolderStore:
         Raises:
             InputError: ``entry`` is not in the folder, a file is a link that leads out of it or is no regular file,
                 or the same bytes are stored already as something else.
-            UnreachableError: the store cannot be written (a full disk, say).
+            StorageError: the store cannot be written (a full disk, say).
         """
         sources = _sources(folder)
         if entry not in sources:
@@ -173,7 +173,7 @@ class FolderStore:
         try:
             yield
         except OSError as error:
-            raise UnreachableError(
+            raise StorageError(
                 f"the artifact store {self.root} refused: {error.strerror or error}"
                 + (f" ({error.filename})" if error.filename else ""),
                 hint="Check free space and permissions of the folder.",

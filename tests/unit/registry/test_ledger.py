@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from registry.errors import InputError, UnreachableError
+from registry.errors import InputError, StorageError
 from registry.ledger import Ledger, read_ledger
 from registry.records import Failure
 
@@ -211,7 +211,7 @@ def test_a_full_disk_leaves_the_journal_as_it_was(path, monkeypatch):
     real_write = os.write
     with Ledger.open(path) as ledger:
         monkeypatch.setattr(os, "write", lambda fd, content: real_write(fd, content[:10]))
-        with pytest.raises(UnreachableError, match="No space left"):
+        with pytest.raises(StorageError, match="No space left"):
             ledger.commit("make", "a", {"x": 1}, failure(1))
         assert path.read_bytes() == before
         monkeypatch.undo()
@@ -223,5 +223,5 @@ def test_a_journal_that_is_not_there_or_cannot_be_written(tmp_path, path):
     with pytest.raises(InputError, match=r"no journal of a campaign at .*journal\.jsonl"):
         read_ledger(path)
     (tmp_path / "file").write_text("")
-    with pytest.raises(UnreachableError, match="could not be written"), Ledger.open(tmp_path / "file" / "j.jsonl"):
+    with pytest.raises(StorageError, match="could not be written"), Ledger.open(tmp_path / "file" / "j.jsonl"):
         pass

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from registry import store as store_module
-from registry.errors import InputError, UnreachableError
+from registry.errors import InputError, StorageError
 from registry.ports import Store
 from registry.records import TensorSpec
 from registry.store import FolderStore
@@ -249,14 +249,14 @@ def test_processes_that_add_the_same_bytes_at_once_all_succeed(tmp_path, folder)
 
 def test_a_store_that_cannot_be_written_is_unreachable(tmp_path, store, folder, monkeypatch):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UnreachableError, match="refused"):
+    with pytest.raises(StorageError, match="refused"):
         FolderStore(tmp_path / "file")
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(UnreachableError, match="No space left on device"):
+    with pytest.raises(StorageError, match="No space left on device"):
         add(store, folder)
     assert not list((store.root / "artifacts" / ".incoming").iterdir())
     assert not list((store.root / "artifacts").glob("[!.]*"))
