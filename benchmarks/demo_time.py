@@ -1,29 +1,46 @@
-"""How long the demo takes in an empty folder, once installed; then how long the second one takes, which reuses all."""
+"""How long ``make demo`` takes in an empty working folder, once installed; then a second one, which reuses all.
+
+The demo's working folder in this checkout is moved aside meanwhile, and comes back.
+"""
 
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 from figures import figure, finish, say
 
-LIMIT_S = 240.0
+ROOT = Path(__file__).resolve().parent.parent
+WORK = ROOT / "burnish-work" / "demo"
+STAMP = ROOT / ".venv" / ".installed"
 
 
-def seconds(folder: str) -> float:
-    burnish = str(Path(sys.executable).with_name("burnish"))
+def make_demo() -> float:
     begin = time.perf_counter()
-    subprocess.run([burnish, "demo", "--work", str(Path(folder) / "demo")], check=True)
+    subprocess.run(["make", "demo"], cwd=ROOT, check=True)
     return time.perf_counter() - begin
 
 
 def main() -> None:
-    with tempfile.TemporaryDirectory(prefix="burnish-demo-") as folder:
-        first = seconds(folder)
-        again = seconds(folder)
-    say(f"first {first:.1f} s, again {again:.1f} s")
-    finish(figure("demo_seconds", first, f"<= {LIMIT_S}"), figure("demo_again_ratio", again / first, "<= 0.25"))
+    installed = STAMP.stat().st_mtime_ns
+    with tempfile.TemporaryDirectory(dir=ROOT, prefix="burnish-work-") as aside:
+        kept = Path(aside) / "demo"
+        if WORK.exists():
+            WORK.rename(kept)
+        try:
+            first = make_demo()
+            again = make_demo()
+        finally:
+            if kept.exists():
+                WORK.rename(Path(aside) / "measured")
+                kept.rename(WORK)
+    reinstalled = STAMP.stat().st_mtime_ns != installed
+    say(f"first {first:.1f} s, again {again:.1f} s, installed again: {reinstalled}")
+    finish(
+        figure("demo_seconds", first, "<= 240"),
+        figure("demo_again_ratio", again / first, "<= 0.25"),
+        figure("demo_reinstalls", float(reinstalled), "<= 0"),
+    )
 
 
 if __name__ == "__main__":

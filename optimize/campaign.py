@@ -37,7 +37,6 @@ from registry.records import (
 )
 from registry.selection import metric_table, select
 from registry.store import FolderStore
-from registry.tracking import open_tracker
 
 _PACKAGES = (
     "burnish", "mlflow", "mlserver", "nncf", "numpy", "nvidia-pytriton", "onnx", "onnxruntime", "onnxscript",
@@ -66,14 +65,13 @@ def run_campaign(
     """
     planned = plan(config, base=base, work=work)
     planned.work.mkdir(parents=True, exist_ok=True)
-    tracker = open_tracker(config.registry.tracking_uri, planned.work)
-    tracker.check()
+    reporting.use_tracker(config.registry.tracking_uri, planned.work)
     with _workspace(planned, observer) as workspace:
         campaign = _campaign(workspace)
         reporting.write_campaign(campaign, planned.work)
         page = reporting.write_report(campaign, planned.work)
     observer.phase("Recording", 1)
-    published = reporting.publish(campaign, planned.work, uri=config.registry.tracking_uri)
+    published = reporting.publish(campaign, planned.work)
     observer.done("MLflow", published.location)
     return campaign, page, published
 
@@ -94,7 +92,7 @@ def _campaign(workspace: Workspace) -> Campaign:
     evaluation = load_samples(planned.path(samples.evaluation))
     calibration = None if samples.calibration is None else load_samples(planned.path(samples.calibration))
     sources, failures = make_sources(workspace)
-    sources, unfit = _fitting(sources, evaluation)
+    sources, unfit = _fitting(sources, evaluation, calibration)
     variants, unmade = make_all(workspace, sources, calibration)
     judged, misjudged = judge_variants(workspace, variants, evaluation)
     timed, untimed = screen_variants(workspace, judged)
@@ -116,7 +114,9 @@ def _campaign(workspace: Workspace) -> Campaign:
     )
 
 
-def _fitting(sources: Sequence[Source], evaluation: Samples) -> tuple[list[Source], list[Failure]]:
+def _fitting(
+    sources: Sequence[Source], evaluation: Samples, calibration: Samples | None
+) -> tuple[list[Source], list[Failure]]:
     """The sources whose inputs the samples fit; all of them are judged on the same samples.
 
     Raises:
@@ -127,6 +127,8 @@ def _fitting(sources: Sequence[Source], evaluation: Samples) -> tuple[list[Sourc
     for source in sources:
         try:
             check_fit(evaluation.inputs, source.artifact.inputs, where="the evaluation samples")
+            if calibration is not None:
+                check_fit(calibration.inputs, source.artifact.inputs, where="the calibration samples")
         except InputError as error:
             if not fitting:
                 raise
@@ -306,6 +308,8 @@ def make_variants(
         given = config.samples.calibration
         samples = None if given is None else load_samples(planned.path(given))
         sources, failures = make_sources(workspace)
+        if samples is not None:
+            check_fit(samples.inputs, sources[0].artifact.inputs, where="the calibration samples")
         made, unmade = make_all(workspace, sources, samples)
         placed = [_placed(workspace, variant, out) for variant in made]
     return placed, [to_jsonable(failure) for failure in (*failures, *unmade)]
@@ -313,6 +317,8 @@ def make_variants(
 
 def _config_for(model: Path, variants: tuple[str, ...], calibration: Path | None) -> CampaignConfig:
     if model.suffix in {".yaml", ".yml"}:
+        if calibration is not None:
+            raise InputError("--calibration is for an ONNX file; a campaign file names its own samples.calibration")
         config = load_campaign(model)
         return config.model_copy(update={"variants": variants}) if variants else config
     if not model.is_file():

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -27,6 +28,8 @@ class SourceConfig(_Model):
         task: Hugging Face: optimum's name of the task.
         pooling: Hugging Face: what turns token states into one embedding, or None to leave them.
         normalize: Hugging Face: whether the embedding is scaled to length 1.
+        allow_pickle: Hugging Face: whether weights in pickles (``.bin``, ``.pt``) may be read, by torch's weights-only
+            reader; without it only safetensors are.
         opset: the ONNX opset to export to, or None for the exporter's own.
         depends_on: torch: files that the factory reads (weights, say); when one changes, the model is exported anew.
     """
@@ -38,6 +41,7 @@ class SourceConfig(_Model):
     task: str = "feature-extraction"
     pooling: Literal["mean", "cls"] | None = None
     normalize: bool = False
+    allow_pickle: bool = False
     opset: int | None = Field(default=None, ge=9, le=25)
     depends_on: tuple[str, ...] = ()
 
@@ -140,10 +144,20 @@ class RegistryConfig(_Model):
     Attributes:
         model_name: the registered model's name; None takes the campaign's.
         tracking_uri: MLflow's tracking store; None takes ``MLFLOW_TRACKING_URI``, else SQLite in the working folder.
+            One with a password belongs into that variable, not into a file.
     """
 
     model_name: str | None = Field(default=None, pattern=r"^[^/:]+$")
     tracking_uri: str | None = None
+
+    @field_validator("tracking_uri")
+    @classmethod
+    def _no_password(cls, value: str | None) -> str | None:
+        if value is not None and urlsplit(value).password:
+            raise ValueError(
+                "a password does not belong into a file: set MLFLOW_TRACKING_URI, or MLflow's own variables"
+            )
+        return value
 
 
 class LimitsConfig(_Model):
@@ -165,7 +179,7 @@ class CampaignConfig(_Model):
     """A campaign: from sources to a verdict.
 
     Attributes:
-        name: its name, and that of its MLflow experiment.
+        name: its name.
         sources: the models; the first is the baseline's.
         samples: held-out and calibration samples.
         metric: the task metric: a built-in's name, or ``package.module:function``.

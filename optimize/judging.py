@@ -13,7 +13,7 @@ from optimize.samples import Samples
 from optimize.screening import screen_variant
 from profiles.measure.host import widest_instruction_set
 from registry.codec import digest
-from registry.errors import BurnishError, NotApplicableError, ServerDiedError
+from registry.errors import BurnishError, InputError, NotApplicableError, ServerDiedError, StorageError
 from registry.records import (
     EngineSpec,
     Estimate,
@@ -70,9 +70,11 @@ def judge_variants(
         baseline = judged[0] if judged else None
         try:
             found = _judge_one(workspace, variant, engine, evaluation, baseline)
+        except StorageError:
+            raise
         except BurnishError as error:
             if baseline is None:
-                raise
+                raise as_input(error, f"the baseline {name!r} cannot be judged") from error
             failures.append(failure_of(name, "fidelity", error))
             workspace.observer.done(name, f"failed: {failures[-1].reason}")
             continue
@@ -144,7 +146,11 @@ def _fidelity(
 
 
 def screen_variants(workspace: Workspace, judged: Sequence[Judged]) -> tuple[list[Judged], list[Failure]]:
-    """The same, each with its in-process time; one that could not be timed is a failure instead."""
+    """The same, each with its in-process time; one that could not be timed is a failure instead.
+
+    Raises:
+        BurnishError: the baseline cannot be timed; there is then nothing to compare with.
+    """
     workspace.observer.phase("Timing in process", len(judged))
     timed: list[Judged] = []
     failures: list[Failure] = []
@@ -155,7 +161,11 @@ def screen_variants(workspace: Workspace, judged: Sequence[Judged]) -> tuple[lis
                 f"{estimate.value:.2f} ms ({name.removeprefix('inprocess_ms.')})"
                 for name, estimate in timed[-1].screening.metrics.items()  # type: ignore[union-attr]
             )
+        except StorageError:
+            raise
         except BurnishError as error:
+            if not timed:
+                raise as_input(error, f"the baseline {one.name!r} cannot be timed") from error
             failures.append(failure_of(one.name, "screen", error))
             outcome = f"failed: {failures[-1].reason}"
         workspace.observer.done(one.name, outcome)
@@ -247,6 +257,14 @@ def _ms_a_row(one: Judged) -> float:
     """Time for one row, in ms, at the batch size where it is smallest: what a saturated server comes near to."""
     metrics = one.screening.metrics if one.screening else {}
     return min(estimate.value / int(name.rpartition("_")[2]) for name, estimate in metrics.items())
+
+
+def as_input(error: BurnishError, what: str) -> BurnishError:
+    """The error that ends a campaign whose baseline failed: its model is the user's, so this is no bug of burnish."""
+    if error.exit_code != BurnishError.exit_code:
+        return error
+    detail = f"\n{error.log}" if isinstance(error, ChildFailure) and error.log else ""
+    return InputError(f"{what}: {error.message}{detail}", hint=error.hint)
 
 
 def limits_of(workspace: Workspace) -> Limits:

@@ -8,14 +8,14 @@ from typing import Any
 
 from optimize.config import SourceConfig
 from optimize.engines.local import run_in_child
-from optimize.judging import failure_of, limits_of
+from optimize.judging import as_input, failure_of, limits_of
 from optimize.plan import Plan, Workspace
 from optimize.recipes import apply_recipe, needs_calibration, tool_versions, variant_id
 from optimize.samples import Samples, load_samples
 from optimize.sources import load_huggingface, load_onnx, load_torch, source_components
 from optimize.stages.base import input_of
 from registry import codec
-from registry.errors import BurnishError, NotApplicableError
+from registry.errors import BurnishError, NotApplicableError, StorageError
 from registry.records import Failure, Recipe, Source, TensorSpec, Variant
 
 
@@ -32,9 +32,11 @@ def make_sources(workspace: Workspace) -> tuple[list[Source], list[Failure]]:
     for config in configs:
         try:
             source, known = _make_source(workspace, config)
+        except StorageError:
+            raise
         except BurnishError as error:
             if not sources:
-                raise
+                raise as_input(error, f"source {config.name!r}") from error
             failures.append(failure_of(config.name, "source", error))
             workspace.observer.done(config.name, f"failed: {error.message}")
             continue
@@ -75,6 +77,7 @@ def _options(plan: Plan, config: SourceConfig) -> dict[str, Any]:
         "pooling": config.pooling,
         "normalize": config.normalize,
         "opset": config.opset,
+        "allow_pickle": config.allow_pickle,
     }
 
 
@@ -94,9 +97,11 @@ def make_variants(
         name = f"{source.name}/{recipe.name}" if workspace.plan.several_sources else recipe.name
         try:
             made = _make_variant(workspace, source, recipe, name, calibration)
+        except StorageError:
+            raise
         except BurnishError as error:
             if not variants:
-                raise
+                raise as_input(error, f"the baseline {name!r} cannot be made") from error
             made = failure_of(name, "make", error)
         if isinstance(made, Failure):
             failures.append(made)

@@ -1,6 +1,5 @@
 """What a campaign is to make, serve and measure, decided before anything heavy begins."""
 
-import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,6 @@ from registry.ports import Store
 from registry.records import Host, Policy, Recipe, ServingProfile
 
 R = TypeVar("R")
-logger = logging.getLogger(__name__)
 
 
 class Observer(Protocol):
@@ -29,6 +27,9 @@ class Observer(Protocol):
 
     def done(self, subject: str, outcome: str) -> None:
         """One unit of the phase is done."""
+
+    def note(self, text: str) -> None:
+        """Something worth saying that is no unit of the phase."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,7 +109,7 @@ class Workspace:
         if found is not None:
             return found, True
         if (why := self.ledger.why(kind, subject, components)) is not None:
-            logger.info(why)
+            self.observer.note(why)
         return self.ledger.commit(kind, subject, components, make()), False
 
 
@@ -161,6 +162,11 @@ def _recipes(config: CampaignConfig, instruction_sets: tuple[str, ...]) -> tuple
             made = recipe(entry, instruction_sets=instruction_sets)
         if recipes.setdefault(made.name, made) != made:
             raise InputError(f"two variants are named {made.name!r}", hint="Give each recipe a name of its own.")
+        twin = next((one.name for one in recipes.values() if one.stages == made.stages and one.name != made.name), None)
+        if twin is not None:
+            raise InputError(
+                f"the variants {twin!r} and {made.name!r} are the same recipe", hint="Leave one of them out."
+            )
     return tuple(recipes.values())
 
 

@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from registry import codec
-from registry.errors import InputError
-from registry.ports import Published
+from registry.errors import InputError, UnreachableError
+from registry.ports import Published, Tracker
 from registry.records import Campaign
 from registry.tracking import open_tracker
 
 RECORD = "campaign.json"
 PAGE = "report.html"
+_STORE = "tracking-uri"  # only where the campaign file names a store
 
 
 def write_campaign(campaign: Campaign, work: Path) -> Path:
@@ -59,13 +60,36 @@ def as_markdown(campaign: Campaign) -> str:
     return render_markdown(campaign)
 
 
-def publish(campaign: Campaign, work: Path, *, uri: str | None) -> Published:
-    """Records the campaign and its page in MLflow.
+def publish(campaign: Campaign, work: Path) -> Published:
+    """Records the campaign and its page in the tracking store that `use_tracker` chose.
 
     Raises:
         UnreachableError: the tracking store does not answer; nothing is lost, the working folder holds it all.
     """
-    return open_tracker(uri, work).publish(campaign, files={PAGE: work / PAGE})
+    try:
+        return _tracker(work).publish(campaign, files={PAGE: work / PAGE})
+    except UnreachableError as error:
+        hint = f"Nothing is lost: once it answers, `burnish report {work} --sync` sends it."
+        raise UnreachableError(error.message, hint=hint) from error
+
+
+def use_tracker(uri: str | None, work: Path) -> None:
+    """Has `publish` record in this store, now and whenever the working folder is reported on again.
+
+    Raises:
+        UnreachableError: the store does not answer.
+    """
+    place = work / _STORE
+    if uri is None:
+        place.unlink(missing_ok=True)
+    else:
+        _write(place, uri)
+    _tracker(work).check()
+
+
+def _tracker(work: Path) -> Tracker:
+    place = work / _STORE
+    return open_tracker(place.read_text(encoding="utf-8") if place.is_file() else None, work)
 
 
 def show(campaign: Campaign, page: Path, published: Published | None) -> None:

@@ -3,10 +3,12 @@
 import json
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import NoReturn
 
-from registry.errors import BurnishError, InputError
+from optimize.cli.endings import Terminated
+from registry.errors import BurnishError, InputError, InterruptedCampaignError
 
 
 def main() -> NoReturn:
@@ -20,8 +22,13 @@ def main() -> NoReturn:
         _run(arguments)
     except BurnishError as error:
         _fail(arguments, error.kind, error.message, error.hint, error.exit_code)
-    except KeyboardInterrupt:
-        _fail(arguments, "interrupted", "Interrupted.", None, 130)
+    except (KeyboardInterrupt, Terminated) as ending:
+        code = 143 if isinstance(ending, Terminated) else 130
+        told = InterruptedCampaignError("Interrupted.", exit_code=code)
+        _fail(arguments, told.kind, told.message, told.hint, code)
+    except Exception as error:  # a bug: the traceback is for whoever mends it
+        traceback.print_exc()
+        _fail(arguments, "bug", f"{type(error).__name__}: {error}", "This is a fault of burnish.", 1)
     sys.exit(0)
 
 

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from optimize.cli.output import Json, emit_json, progress, say, terminable
+from optimize.cli.endings import terminable
+from optimize.cli.output import Json, emit_json, progress, say
 
 if TYPE_CHECKING:
     from optimize.config import CampaignConfig

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout;
 def emit_json(document: Any) -> None:
     """Writes the one JSON document of a command to stdout."""
     sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+    sys.stdout.flush()
 
 
 def say(text: str) -> None:
@@ -63,6 +63,10 @@ class LineObserver:
         """Says what became of one unit."""
         say(f"  {subject}: {outcome}")
 
+    def note(self, text: str) -> None:
+        """Says something that is no unit of a phase."""
+        say(f"  {text}")
+
 
 class BarObserver:
     """A bar for each phase, with a line above it for each thing that is done."""
@@ -79,8 +83,12 @@ class BarObserver:
 
     def done(self, subject: str, outcome: str) -> None:
         """Moves the bar on, and says what became of one unit."""
-        self._bar.console.print(f"[green]·[/] {subject}: {outcome}", highlight=False)
+        self._bar.console.print(f"[green]·[/] {_escaped(subject)}: {_escaped(outcome)}", highlight=False)
         self._bar.advance(self._task)
+
+    def note(self, text: str) -> None:
+        """Says something above the bar."""
+        self._bar.console.print(f"[dim]{_escaped(text)}[/]", highlight=False)
 
 
 def _quiet_logs() -> None:
@@ -88,19 +96,8 @@ def _quiet_logs() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-class Terminated(BaseException):
-    """SIGTERM arrived; not an Exception, so that nothing on the way takes it for a failed variant."""
+def _escaped(text: str) -> str:
+    """Text of models and servers, which must not be taken for markup."""
+    from rich.markup import escape
 
-
-@contextmanager
-def terminable() -> Iterator[None]:
-    """Turns SIGTERM into `Terminated`, so that servers are ended and the exit code says so."""
-
-    def on_term(signum: int, frame: Any) -> None:
-        raise Terminated
-
-    previous = signal.signal(signal.SIGTERM, on_term)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+    return escape(text)

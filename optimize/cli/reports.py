@@ -23,7 +23,7 @@ def report(
 
     campaign = reporting.read_campaign(work)
     path = reporting.write_report(campaign, work)
-    published = reporting.publish(campaign, work, uri=None) if sync else None
+    published = reporting.publish(campaign, work) if sync else None
     if json_output:
         emit_json(reporting.summary(campaign, path, published) | {"campaign": to_jsonable(campaign)})
     elif markdown:

@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from optimize.cli.output import Json, emit_json, say, terminable
+from optimize.cli.endings import Terminated, terminable
+from optimize.cli.output import Json, emit_json, say
 
 
 def serve(
@@ -44,7 +45,10 @@ def serve(
         else:
             typer.echo(f"{served.model} is ready: REST http://{served.rest}, gRPC {served.grpc}")
             say(f"Try it: burnish bench {served.grpc} --model {served.model} --samples SAMPLES.npz   (Ctrl-C ends it)")
-        served.wait()
+        try:
+            served.wait()
+        except (KeyboardInterrupt, Terminated) as ending:  # how serving is meant to end: no error, no second document
+            raise typer.Exit(143 if isinstance(ending, Terminated) else 130) from None
 
 
 def bench(
