@@ -64,16 +64,14 @@ def metric_table(
 ) -> dict[str, dict[Key, Estimate]]:
     """Everything that is known of each candidate: candidate id -> (metric, load) -> estimate.
 
-    Metrics of fidelity are those of the candidate's variant in its engine and engine version; where the variant's
-    answers depend on the batch, only those taken at the batch size it is served with count. ``size_mb`` (10^6 bytes) is
-    that of the artifact.
+    Metrics of fidelity are those that `fidelity_of` finds; ``size_mb`` (10^6 bytes) is that of the artifact.
     """
     variant_of = {variant.id: variant for variant in variants}
     table: dict[str, dict[Key, Estimate]] = {}
     for candidate in candidates:
         variant = variant_of[candidate.variant_id]
         known: dict[Key, Estimate] = {("size_mb", None): exact(variant.artifact.size_bytes / _BYTES_IN_MB, "MB")}
-        fidelity = _fidelity_of(candidate, variant, fidelities)
+        fidelity = fidelity_of(candidate, variants, fidelities)
         if fidelity is not None:
             known |= {(name, None): estimate for name, estimate in fidelity.metrics.items()}
         table[candidate.id] = known
@@ -84,12 +82,17 @@ def metric_table(
     return table
 
 
-def _fidelity_of(candidate: Candidate, variant: Variant, fidelities: Sequence[Fidelity]) -> Fidelity | None:
+def fidelity_of(candidate: Candidate, variants: Sequence[Variant], fidelities: Sequence[Fidelity]) -> Fidelity | None:
+    """How the candidate answers: the fidelity of its variant in its engine and engine version, or None.
+
+    That at the batch size it is served with goes before others, and where the variant's answers depend on the batch, or
+    the variant is not among ``variants``, only that counts.
+    """
     work = (candidate.variant_id, candidate.engine, candidate.engine_version)
     found = [one for one in fidelities if (one.variant_id, one.engine, one.engine_version) == work]
     served = [one for one in found if one.batch_size == candidate.serving.max_batch_size]
-    usable = served if variant.batch_dependent else served or found
-    return next(iter(usable), None)
+    independent = any(one.id == candidate.variant_id and not one.batch_dependent for one in variants)
+    return next(iter(served or (found if independent else ())), None)
 
 
 # --- one constraint on one candidate ---------------------------------------------------------------------------

@@ -4,7 +4,8 @@ import re
 from collections.abc import Mapping
 
 from registry.records import Campaign, Candidate, Estimate, Metrics, StageCall
-from registry.report.table import BYTES_PER_MB, capacity_of, fidelity_of, outcome, variant_of
+from registry.report.table import BYTES_PER_MB, capacity_of, outcome, variant_of
+from registry.selection import fidelity_of
 
 # What MLflow takes in the name of a metric or parameter; a blank is one of ours.
 _NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9_./-]")
@@ -74,7 +75,7 @@ def campaign_parameters(campaign: Campaign) -> dict[str, str]:
 def metrics(campaign: Campaign, candidate: Candidate) -> dict[str, float]:
     """Every number of a candidate: ``<name>``, and ``<name>_low`` and ``<name>_high`` where they are known."""
     found: dict[str, float] = {}
-    fidelity = fidelity_of(campaign, candidate)
+    fidelity = fidelity_of(candidate, campaign.variants, campaign.fidelities)
     if fidelity is not None:
         found |= _flat(fidelity.metrics)
     for screening in campaign.screenings:

@@ -13,10 +13,10 @@ from registry.records import (
     Constraint,
     EngineSpec,
     Estimate,
-    Fidelity,
     Variant,
     exact,
 )
+from registry.selection import fidelity_of
 
 Outcome = Literal["selected", "rejected", "unknown", "failed"]
 BYTES_PER_MB = 1_000_000
@@ -104,15 +104,6 @@ def estimate_of(campaign: Campaign, candidate_id: str, metric: str, load: str | 
     return None
 
 
-def fidelity_of(campaign: Campaign, candidate: Candidate) -> Fidelity | None:
-    """The fidelity of the candidate's variant in its engine; that at its batch size where there are several."""
-    found = [
-        one for one in campaign.fidelities if (one.variant_id, one.engine) == (candidate.variant_id, candidate.engine)
-    ]
-    served = [one for one in found if one.batch_size == candidate.serving.max_batch_size]
-    return next(iter(served or found), None)
-
-
 def variant_of(campaign: Campaign, candidate: Candidate) -> Variant | None:
     """The candidate's variant, or None where the campaign does not hold it."""
     return next((one for one in campaign.variants if one.id == candidate.variant_id), None)
@@ -165,7 +156,7 @@ def printable(text: str) -> str:
 
 
 def _row(campaign: Campaign, candidate: Candidate) -> Row:
-    fidelity = fidelity_of(campaign, candidate)
+    fidelity = fidelity_of(candidate, campaign.variants, campaign.fidelities)
     variant = variant_of(campaign, candidate)
     metric, load = latency_name(campaign)
     word, reason = outcome(campaign, candidate)

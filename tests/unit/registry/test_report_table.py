@@ -6,10 +6,12 @@ import io
 import pytest
 from rich.console import Console
 
-from registry.records import Failure
+from registry import tracked
+from registry.records import Campaign, Candidate, Failure, Variant
 from registry.report.markdown import render_markdown
-from registry.report.table import fidelity_of, latency_name, outcome, printable, rows
+from registry.report.table import latency_name, outcome, printable, rows
 from registry.report.terminal import render_terminal
+from registry.selection import metric_table
 from tests.doubles import campaigns
 
 
@@ -54,11 +56,27 @@ def test_a_candidate_nothing_is_said_of_is_unknown() -> None:
     assert reason
 
 
+def only(candidate: Candidate) -> Campaign:
+    """The campaign with this candidate alone, and nothing said of it."""
+    return dataclasses.replace(campaigns.campaign(), candidates=(candidate,))
+
+
 def test_accuracy_belongs_to_variant_and_engine() -> None:
-    made = campaigns.campaign()
-    elsewhere = dataclasses.replace(campaigns.STATIC_TRITON, engine=campaigns.OPENVINO)
-    assert fidelity_of(made, campaigns.STATIC_TRITON) is not None
-    assert fidelity_of(made, elsewhere) is None
+    assert rows(only(campaigns.STATIC_TRITON))[0].accuracy is not None
+    assert rows(only(dataclasses.replace(campaigns.STATIC_TRITON, engine=campaigns.OPENVINO)))[0].accuracy is None
+    assert rows(only(dataclasses.replace(campaigns.STATIC_TRITON, engine_version="0.9")))[0].accuracy is None
+
+
+@pytest.mark.parametrize(("variant", "known"), [(campaigns.STATIC, True), (campaigns.DYNAMIC, False)])
+def test_reports_tracker_and_verdict_know_the_same_accuracy(variant: Variant, known: bool) -> None:
+    """Fidelity was taken at batch 8; a variant whose answers depend on the batch is served at 4 here."""
+    served = campaigns.candidate(variant, "triton")
+    served = dataclasses.replace(served, serving=dataclasses.replace(served.serving, max_batch_size=4))
+    made = only(served)
+    judged = metric_table(made.candidates, made.measurements, made.fidelities, made.variants)[served.id]
+    assert (("accuracy", None) in judged) is known
+    assert (rows(made)[0].accuracy is not None) is known
+    assert ("accuracy" in tracked.metrics(made, served)) is known
 
 
 def test_without_a_limit_the_latency_shown_is_p90_as_it_was_measured() -> None:
