@@ -8,7 +8,7 @@ chance is measured later, in the rounds.
 from collections.abc import Callable, Iterable
 
 from profiles.measure.levels import Level
-from registry.records import Capacity, ClosedLoop, LoadProfile, OpenLoop, RateStage, RunRecord
+from registry.records import Capacity, ClosedLoop, Estimate, GateFinding, LoadProfile, OpenLoop, RateStage, RunRecord
 
 Run = Callable[[LoadProfile], RunRecord]
 
@@ -53,6 +53,25 @@ def find_capacity(run: Run, level: Level, *, candidate_id: str, seed: int = 0) -
         stages=tuple(stages),
         saturation_rps=max(sustained, default=None),
     )
+
+
+def estimate_saturation(capacity: Capacity) -> Estimate | None:
+    """The saturation point as an estimate between two stages of the search; None where no stage was sustained.
+
+    The lower end is the highest stage that was sustained, which is also the value, so that nothing is claimed that
+    was not seen; the upper end is the first stage above it that the server did not sustain, or None where none was
+    tried or the client spoiled them. The interval is as wide as the grid of stages, and knows nothing of chance.
+    """
+    value = capacity.saturation_rps
+    if value is None:
+        return None
+    beyond = (
+        stage.offered_rps
+        for stage in capacity.stages
+        if not stage.sustained and stage.offered_rps > value and not _spoils(stage.findings)
+    )
+    high = min(beyond, default=None)
+    return Estimate(value=value, low=value, high=high, runs=1, method="stage grid", unit="1/s")
 
 
 def keeps_up(record: RunRecord, concurrency: int) -> bool:
@@ -124,7 +143,7 @@ def _stage(record: RunRecord, rate_rps: float, concurrency: int) -> RateStage:
         achieved_rps=record.metrics["throughput_rps"],
         latency_p50_ms=record.metrics.get("latency_p50_ms"),
         latency_p90_ms=record.metrics.get("latency_p90_ms"),
-        sustained=not _spoiled(record) and keeps_up(record, concurrency),
+        sustained=not _spoils(record.findings) and keeps_up(record, concurrency),
         findings=record.findings,
     )
 
@@ -136,14 +155,14 @@ def _once_more(run: Run, profile: LoadProfile, level: Level) -> RunRecord:
     """
     record = run(profile)
     for _ in range(min(level.reruns, MOST_RERUNS)):
-        if not _spoiled(record):
+        if not _spoils(record.findings):
             break
         record = run(profile)
     return record
 
 
-def _spoiled(record: RunRecord) -> bool:
-    return any(finding.gate in SPOILING for finding in record.findings)
+def _spoils(findings: Iterable[GateFinding]) -> bool:
+    return any(finding.gate in SPOILING for finding in findings)
 
 
 def _profile(level: Level, load: ClosedLoop | OpenLoop, length_s: float, seed: int) -> LoadProfile:

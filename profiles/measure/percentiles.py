@@ -82,31 +82,3 @@ def t_half_width(points: NDArray[np.float64], confidence: float = CONFIDENCE) ->
 
     spread = float(points.std(ddof=1)) / math.sqrt(len(points))
     return float(stats.t.ppf((1 + confidence) / 2, len(points) - 1)) * spread
-
-
-def early_stopping_passes(misses: int, count: int, percentile: float, confidence: float = CONFIDENCE) -> bool:
-    """Whether ``misses`` over-latency requests of ``count`` prove that the percentile keeps its limit.
-
-    The rule of MLPerf's LoadGen (inference rules, appendix on early stopping, with d = 0): passed when a server
-    that just fails the percentile would show so few misses with a probability of at most ``1 - confidence``.
-
-    Args:
-        misses: requests over the limit, failed ones among them.
-        count: all requests.
-        percentile: in per cent (99 for p99).
-        confidence: of the verdict.
-    """
-    from scipy import stats
-
-    return bool(stats.binom.cdf(misses, count, 1 - percentile / 100) <= 1 - confidence)
-
-
-def requests_to_pass(misses: int, percentile: float, confidence: float = CONFIDENCE) -> int:
-    """The fewest requests with which `early_stopping_passes` at this many misses."""
-    low, high = misses, max(1, misses)
-    while not early_stopping_passes(misses, high, percentile, confidence):
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if early_stopping_passes(misses, middle, percentile, confidence) else (middle, high)
-    return high

@@ -18,6 +18,7 @@ from profiles.load.engine import LoadGenerator
 from profiles.load.payloads import Expected, Payload
 from profiles.load.recording import NS_PER_MS, latency_ms, load_arrays
 from profiles.load.transports import Status
+from profiles.measure.capacity import estimate_saturation
 from profiles.measure.compare import SMALLEST_FLOOR, compare_pairs, noise_floor
 from profiles.measure.levels import Level
 from profiles.measure.percentiles import estimate_over_runs, is_earned, nearest_rank
@@ -207,10 +208,8 @@ def reduce_rounds(
     closed = of_load.pop(CLOSED, [])
     valid = [run for run in closed if run.valid]
     metrics = _over_runs(valid, {"throughput_rps": ("max_throughput_rps", "1/s"), **_RESOURCES})
-    if capacity.saturation_rps is not None:
-        metrics["saturation_rps"] = Estimate(
-            value=capacity.saturation_rps, low=None, high=None, runs=1, method="staged search", unit="1/s"
-        )
+    if (saturation := estimate_saturation(capacity)) is not None:
+        metrics["saturation_rps"] = saturation
     times = [load_time_s] if isinstance(load_time_s, int | float) else list(load_time_s or ())
     if times:
         metrics["load_time_s"] = estimate_over_runs(times, None, "s")

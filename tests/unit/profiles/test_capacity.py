@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 
 from profiles.load.summary import summarize
-from profiles.measure.capacity import Run, find_capacity, keeps_up
+from profiles.measure.capacity import Run, estimate_saturation, find_capacity, keeps_up
 from profiles.measure.levels import find_level
 from profiles.testing import Law, Queue, simulate
-from registry.records import ClosedLoop, GateFinding, LoadProfile, OpenLoop, RunRecord
+from registry.records import Capacity, ClosedLoop, GateFinding, LoadProfile, OpenLoop, RateStage, RunRecord
 
 QUICK, STANDARD = find_level("quick"), find_level("standard")
 
@@ -123,3 +123,33 @@ def test_keeping_up(seen: dict[str, float], kept_up: bool) -> None:
     assert keeps_up(record, concurrency=4) == kept_up
     assert not keeps_up(replace(record, errors={"timeout": 11}), concurrency=4)
     assert keeps_up(replace(record, errors={"timeout": 10}), concurrency=4) == kept_up
+
+
+def stage(offered_rps: float, sustained: bool, *gates: str) -> RateStage:
+    return RateStage(
+        offered_rps=offered_rps,
+        achieved_rps=offered_rps,
+        latency_p50_ms=None,
+        latency_p90_ms=None,
+        sustained=sustained,
+        findings=tuple(GateFinding(gate=gate, observed="x", limit="y") for gate in gates),
+    )
+
+
+@pytest.mark.parametrize(
+    ("above", "high"),
+    [
+        ([], None),
+        ([stage(110, False), stage(120, False)], 110),
+        # What the client spoiled says nothing of the server; a late client does not excuse it.
+        ([stage(110, False, "client_cpu"), stage(120, False, "lateness")], 120),
+        ([stage(110, False, "in_flight"), stage(120, False, "client_cpu")], None),
+    ],
+)
+def test_the_saturation_point_lies_between_two_stages(above: list[RateStage], high: float | None) -> None:
+    tried = (stage(80, True), stage(90, False), stage(100, True), *above)
+    capacity = Capacity(candidate_id="c", concurrency=1, ladder=(), stages=tried, saturation_rps=100)
+    estimate = estimate_saturation(capacity)
+    assert estimate is not None
+    assert (estimate.low, estimate.value, estimate.high, estimate.method) == (100, 100, high, "stage grid")
+    assert estimate_saturation(replace(capacity, saturation_rps=None)) is None

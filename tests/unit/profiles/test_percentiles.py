@@ -6,11 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from profiles.measure.percentiles import (
-    early_stopping_passes,
     estimate_over_runs,
     is_earned,
     nearest_rank,
-    requests_to_pass,
 )
 
 
@@ -35,15 +33,6 @@ def test_percentiles_are_earned_by_ten_requests_beyond(percentile: int, needed: 
 
 def test_an_unusual_percentile_is_never_earned() -> None:
     assert not is_earned(97, 10**9)
-
-
-def test_mlperf_early_stopping_numbers() -> None:
-    # MLPerf's inference rules, appendix on early stopping; 662 is MultiStream.min_query_count in mlperf.conf.
-    assert [requests_to_pass(misses, 99, 0.99) for misses in (0, 1, 2)] == [459, 662, 838]
-    assert [requests_to_pass(misses, 90) for misses in (0, 1, 2, 5)] == [29, 46, 61, 103]
-    assert early_stopping_passes(1, 662, 99, 0.99)
-    assert not early_stopping_passes(1, 661, 99, 0.99)
-    assert not early_stopping_passes(2, 662, 99, 0.99)
 
 
 def test_one_run_has_no_interval() -> None:

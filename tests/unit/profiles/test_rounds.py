@@ -206,7 +206,11 @@ def test_reduction(tmp_path: Path) -> None:
     assert whole["max_throughput_rps"].value == pytest.approx(500, rel=0.1)
     assert whole["max_throughput_rps"].runs == 5
     assert whole["max_throughput_rps"].low is not None
-    assert (whole["saturation_rps"].value, whole["saturation_rps"].low, whole["saturation_rps"].runs) == (500, None, 1)
+    assert (whole["saturation_rps"].value, whole["saturation_rps"].low, whole["saturation_rps"].high) == (
+        500,
+        500,
+        None,
+    )
     assert whole["cpu_s_per_1k"].value == pytest.approx(2.0, rel=0.01)
     assert whole["rss_mb"].value == pytest.approx(80)
     assert 1.5 < whole["load_time_s"].value < 2.0
