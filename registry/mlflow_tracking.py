@@ -16,6 +16,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import datetime
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
@@ -38,6 +39,7 @@ with warnings.catch_warnings():
     import mlflow.pyfunc
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModelInput, LoggedModelOutput, Metric, Param, Run
+from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
 from mlflow.types import Schema
@@ -93,8 +95,9 @@ class MlflowTracker:
         """Records the whole campaign; see `registry.ports.Tracker.publish`.
 
         A campaign of the same id and content that was recorded before is left as it is; one of the same id and other
-        content takes the place of the earlier. A variant whose folder is not in ``campaign.artifacts`` gets no logged
-        model.
+        content takes the place of the earlier. What failures logged is no part of the content. A candidate that the
+        same campaign selects again stays one version of the registered model. A variant whose folder is not in
+        ``campaign.artifacts`` gets no logged model.
 
         Raises:
             InputError: the model's name is not one that a registered model may have, or a rendered file's path leads
@@ -111,7 +114,7 @@ class MlflowTracker:
                 raise InputError(f"the file {str(path)!r}, to be kept as {name!r}, does not exist")
         self.check()
         with self._named_failures():
-            content = hashlib.sha256(codec.dumps(campaign).encode()).hexdigest()
+            content = _content(campaign)
             experiment_id = self._experiment(f"burnish/{campaign.model_name}")
             earlier = self._runs(experiment_id, campaign.id)
             if not _complete(earlier, content):
@@ -304,31 +307,45 @@ class MlflowTracker:
         return shown
 
     def _register(self, campaign: Campaign, winner: Run, content: str) -> str | None:
-        """The version of the registered model that the winner is, made where it is not there; no alias is set."""
+        """The version of the registered model that the winner is, made where it is not there; no alias is set.
+
+        A version is of a campaign, a candidate and the candidate's files. What else is said of it follows the last
+        verdict; its ``burnish.run_id`` too, as MLflow keeps the run that a version was made with.
+        """
         name, model_id = campaign.model_name, winner.data.tags.get("burnish.logged_model")
         if model_id is None:
             return None
+        source = f"models:/{model_id}"
+        same = {"burnish.campaign_id": campaign.id, "burnish.candidate_id": str(campaign.verdict.selected)}
         tags = {
-            "burnish.campaign_id": campaign.id,
+            **same,
             "burnish.content": content,
-            "burnish.candidate_id": str(campaign.verdict.selected),
+            "burnish.run_id": winner.info.run_id,
             "burnish.provisional": "true" if campaign.verdict.provisional else "false",
         }
         self._registered_model(name)
         query = f"name = '{name}'"
         for made in _pages(lambda token: self._client.search_model_versions(query, page_token=token)):
-            if all(made.tags.get(key) == value for key, value in tags.items()):
+            if made.source == source and all(made.tags.get(key) == value for key, value in same.items()):
+                self._bring_up_to_date(made, tags, campaign.verdict.sentence)
                 return str(made.version)
         with _default_store(self._uri, needed=not self._served):
             created = self._client.create_model_version(
                 name,
-                source=f"models:/{model_id}",
+                source=source,
                 run_id=winner.info.run_id,
                 tags=tags,
                 description=campaign.verdict.sentence,
                 model_id=model_id,
             )
         return str(created.version)
+
+    def _bring_up_to_date(self, made: ModelVersion, tags: Mapping[str, str], description: str) -> None:
+        for key, value in tags.items():
+            if made.tags.get(key) != value:
+                self._client.set_model_version_tag(made.name, made.version, key, value)
+        if made.description != description:
+            self._client.update_model_version(made.name, made.version, description)
 
     def _registered_model(self, name: str) -> None:
         try:
@@ -345,6 +362,15 @@ def _complete(runs: Sequence[Run], content: str) -> bool:
         and parents[0].info.status == "FINISHED"
         and parents[0].data.tags.get("burnish.content") == content
     )
+
+
+def _content(campaign: Campaign) -> str:
+    """SHA-256 (hex) of what the campaign found.
+
+    What failures logged is left out: a failure that is tried again logs other times and process ids.
+    """
+    failures = tuple(replace(failure, detail="") for failure in campaign.failures)
+    return hashlib.sha256(codec.dumps(replace(campaign, failures=failures)).encode()).hexdigest()
 
 
 def _started_ms(campaign: Campaign) -> int:

@@ -297,6 +297,32 @@ def test_a_campaign_measured_anew_takes_the_place_of_the_earlier(own_name: Campa
     assert {run.info.run_id for run in runs_of(client, own_name)} == set(second.runs.values())
 
 
+def test_a_failure_that_logs_something_else_is_no_other_campaign(uri: str, own_name: Campaign, tmp_path: Path) -> None:
+    """A failure is tried again on each run, and its log holds times and process ids."""
+    tracker = MlflowTracker(uri, tmp_path / "work")
+    failures = tuple(dataclasses.replace(one, detail=f"{one.detail}\n10:31:07 pid 4711") for one in own_name.failures)
+    first = tracker.publish(own_name, files={})
+    assert tracker.publish(dataclasses.replace(own_name, failures=failures), files={}) == first
+    client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+    assert len(list(client.search_model_versions(f"name = '{own_name.model_name}'"))) == 1
+
+
+def test_the_same_winner_measured_anew_stays_one_version_that_follows_the_verdict(
+    uri: str, own_name: Campaign, tmp_path: Path
+) -> None:
+    tracker = MlflowTracker(uri, tmp_path / "work")
+    first = tracker.publish(own_name, files={})
+    verdict = dataclasses.replace(own_name.verdict, sentence="It serves 1301 requests/s.", provisional=False)
+    second = tracker.publish(dataclasses.replace(own_name, verdict=verdict), files={})
+    assert second.runs != first.runs
+    assert second.model_version == first.model_version == "1"
+    client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+    (version,) = client.search_model_versions(f"name = '{own_name.model_name}'")
+    assert version.description == "It serves 1301 requests/s."
+    assert version.tags["burnish.provisional"] == "false"
+    assert version.tags["burnish.run_id"] == second.runs[campaigns.STATIC_TRITON.id]
+
+
 def test_a_variant_that_is_not_on_this_machine_is_recorded_without_a_model(
     own_name: Campaign, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
