@@ -56,11 +56,14 @@ def from_arrays(inputs: Mapping[str, NDArray[Any]], labels: NDArray[Any] | None 
     """Samples of arrays in memory.
 
     Raises:
-        InputError: there are none, their numbers differ, or a float holds NaN or an infinity.
+        InputError: there are none, one is a single number, their numbers differ, or a float holds NaN or an infinity.
     """
-    if not inputs or not len(next(iter(inputs.values()))):
-        raise InputError("the samples are empty", hint="Give one array per input, samples along its first axis.")
+    hint = "Give one array per input, samples along its first axis."
     named = dict(inputs) if labels is None else {**inputs, LABELS: labels}
+    if single := [name for name, array in named.items() if not array.ndim]:
+        raise InputError(f"the array {single[0]!r} of the samples is a single value, not one a sample", hint=hint)
+    if not inputs or not len(next(iter(inputs.values()))):
+        raise InputError("the samples are empty", hint=hint)
     lengths = {name: len(array) for name, array in named.items()}
     if len(set(lengths.values())) > 1:
         raise InputError(f"the arrays of the samples have different lengths: {lengths}")

@@ -60,6 +60,7 @@ def test_digest_of_text_and_take():
         ({}, "empty"),
         ({"x": np.ones((0, 3))}, "empty"),
         ({"x": np.ones((2, 3)), "y": np.ones(3)}, "different lengths"),
+        ({"x": np.array(1.0)}, "'x' of the samples is a single value"),
         ({"x": np.array([[1.0], [np.nan]])}, "first in sample 1"),
         ({"x": np.array([[np.inf], [1.0]])}, "first in sample 0"),
     ],
@@ -67,6 +68,11 @@ def test_digest_of_text_and_take():
 def test_samples_that_make_no_sense(arrays, text):
     with pytest.raises(InputError, match=text):
         from_arrays(arrays)
+
+
+def test_a_single_label_is_refused_by_name(tmp_path):
+    with pytest.raises(InputError, match="'labels' of the samples is a single value"):
+        load_samples(write(tmp_path / "s.npz", x=np.ones((4, 3), np.float32), labels=np.int64(3)))
 
 
 @pytest.mark.parametrize(
