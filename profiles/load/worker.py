@@ -5,7 +5,6 @@ closes, because the parent closed it or died, the process ends, whatever it is d
 """
 
 import asyncio
-import contextlib
 import gc
 import json
 import os
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from profiles.load.payloads import Payload
+from profiles.load.priority import go_first
 from profiles.load.recording import save_arrays
 from profiles.load.transports import Status, Transport, make_transport
 from profiles.load.window import Kept, Offered, Window
@@ -27,7 +27,6 @@ from registry.records import ClosedLoop, LoadProfile, OpenLoop, Target
 
 FIRST_ANSWER_S = 30.0
 CONNECT_S = 10.0
-PRIORITY = -10
 MOST_KEPT_BYTES = 64_000_000
 
 
@@ -38,8 +37,7 @@ def main() -> None:
         # Before any other thread is there: only threads started from now on inherit it.
         os.sched_setaffinity(0, map(int, sys.argv[1:]))
     # A client that waits for its CPU is late. It needs little of it, so that the server loses none where they share.
-    with contextlib.suppress(OSError):  # not permitted to most users; the lateness gate judges either way
-        os.setpriority(os.PRIO_PROCESS, 0, PRIORITY)
+    go_first()  # where it is not permitted, the lateness gate judges all the same
     events = _events()
     jobs: queue.SimpleQueue[str] = queue.SimpleQueue()
     threading.Thread(target=_read_jobs, args=(jobs,), daemon=True).start()

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+from profiles.load.priority import may_go_first
 from registry.codec import digest
 from registry.records import Host
 
@@ -52,14 +53,17 @@ def split_cpus() -> tuple[tuple[int, ...], tuple[int, ...], str]:
     """(the server's CPUs, the client's CPUs, one sentence on it), disjoint where there are two or more.
 
     The client's event loop uses one core; a second one is for the threads of gRPC, where there are cores to spare.
-    Only CPUs that this process may use are given out.
+    Only CPUs that this process may use are given out. The sentence also says whether the client is woken before
+    others, so that numbers taken with and without never share a fingerprint.
     """
     usable = _usable()
+    turn = "the client is woken first" if may_go_first() else "the client is not woken first"
     if len(usable) == 1:
-        return usable, usable, "server and client share the only CPU"
+        return usable, usable, f"server and client share the only CPU; {turn}"
     spare = 2 if len(usable) >= 8 else 1
     server, client = usable[:-spare], usable[-spare:]
-    return server, client, f"server on {_count(server)} ({_span(server)}), client on {_count(client)} ({_span(client)})"
+    places = f"server on {_count(server)} ({_span(server)}), client on {_count(client)} ({_span(client)})"
+    return server, client, f"{places}; {turn}"
 
 
 def _usable() -> tuple[int, ...]:

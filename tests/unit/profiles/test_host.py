@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from profiles.load.priority import PRIORITY, may_go_first
 from profiles.measure import host
 from profiles.measure.host import fingerprint_host, split_cpus, widest_instruction_set
 
@@ -61,9 +62,33 @@ def test_cpus_are_shared_out(
     assert split_cpus()[:2] == (server, client)
 
 
-def test_the_sharing_is_put_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3})
-    assert split_cpus()[2] == "server on 3 CPUs (0-2), client on 1 CPU (3)"
+@pytest.mark.parametrize(
+    ("usable", "places"),
+    [({0, 1, 2, 3}, "server on 3 CPUs (0-2), client on 1 CPU (3)"), ({0}, "server and client share the only CPU")],
+)
+def test_the_sharing_is_put_in_words(monkeypatch: pytest.MonkeyPatch, usable: set[int], places: str) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: usable)
+    monkeypatch.setattr(host, "may_go_first", lambda: True)
+    assert split_cpus()[2] == f"{places}; the client is woken first"
+    monkeypatch.setattr(host, "may_go_first", lambda: False)
+    assert split_cpus()[2] == f"{places}; the client is not woken first"
+
+
+def test_whether_the_client_may_go_first_is_found_without_a_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = os.getpriority(os.PRIO_PROCESS, 0)
+    assert may_go_first() in {True, False}
+    assert os.getpriority(os.PRIO_PROCESS, 0) == before
+
+    asked: list[int] = []
+    monkeypatch.setattr(os, "setpriority", lambda *given: asked.append(given[2]))
+    assert may_go_first()
+    assert asked == [PRIORITY, before]
+
+    def refuse(*_: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "setpriority", refuse)
+    assert not may_go_first()
 
 
 def test_gpus_are_those_that_nvidia_smi_lists(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
