@@ -37,7 +37,7 @@ def resolve(reference: str) -> Any:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         missing = error.name or module_name
-        hint = "Run burnish from the folder that holds the module, or install it." if missing in module_name else None
+        hint = "Put it beside the campaign file, or install it." if missing in module_name else None
         raise InputError(f"{reference!r}: no module named {missing!r}", hint=hint) from error
     except Exception as error:  # whatever a user's module raises while it is imported
         traceback.print_exc()

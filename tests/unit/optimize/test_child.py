@@ -133,3 +133,9 @@ def test_child_dies_with_its_parent(tmp_path):
 def test_references_that_lead_nowhere(reference, text):
     with pytest.raises(InputError, match=text):
         resolve(reference)
+
+
+def test_a_missing_module_is_looked_for_where_the_campaign_file_is():
+    with pytest.raises(InputError) as caught:
+        resolve("no_such_module_here:f")
+    assert caught.value.hint == "Put it beside the campaign file, or install it."
