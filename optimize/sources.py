@@ -213,13 +213,9 @@ def source_components(
     if kind == "huggingface":
         kept = kept_files(Path(location), allow_pickle=bool(options.get("allow_pickle")))
         return found | {"files": {file.name: _sha256(file) for file in kept}, "tools": _tools(_HUGGINGFACE_TOOLS)}
-    module = location.partition(":")[0]
-    files = _module_files(module, python_path)
-    if not files:
-        raise InputError(f"{location!r}: no module named {module!r}", hint="Run burnish from the folder that holds it.")
     return found | {
         "factory": location,
-        "files": {name: _sha256(file) for name, file in sorted(files.items())},
+        "files": code_digests(location, python_path),
         "reads": {str(path): _sha256(path) for path in depends_on},
         "examples": None if samples is None else _example_shapes(samples),
         "tools": _tools(_TORCH_TOOLS),
@@ -261,12 +257,39 @@ def _sha256(path: Path) -> str:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
 
 
+def code_digests(reference: str, python_path: Path | None) -> dict[str, str]:
+    """SHA-256 (hex) of the Python files behind a function of the user's, by module name; nothing is imported.
+
+    Args:
+        reference: ``package.module:function``.
+        python_path: the folder that the function's package is in, searched after the installed ones, or None.
+
+    Returns:
+        Those of the module and of all that it imports from its own package or from ``python_path``; nothing where
+        the module is compiled.
+
+    Raises:
+        InputError: there is no such module, or a file of it cannot be read.
+    """
+    module = reference.partition(":")[0]
+    files = _module_files(module, python_path)
+    if not files and _find(module, _search(python_path)) is None:
+        raise InputError(
+            f"{reference!r}: no module named {module!r}", hint="Put it beside the campaign file, or install it."
+        )
+    return {name: _sha256(file) for name, file in sorted(files.items())}
+
+
+def _search(python_path: Path | None) -> list[str]:
+    return [entry for entry in sys.path if entry] + ([str(python_path)] if python_path else [])
+
+
 def _module_files(module: str, python_path: Path | None) -> dict[str, Path]:
     """Module name -> file, of a module and of all it imports from its own package or from ``python_path``.
 
     Nothing is imported: the files are found as Python finds them, and their imports read from their syntax.
     """
-    search = [entry for entry in sys.path if entry] + ([str(python_path)] if python_path else [])
+    search = _search(python_path)
     root = module.partition(".")[0]
     found: dict[str, Path] = {}
     waiting = [module]
@@ -286,17 +309,20 @@ def _module_files(module: str, python_path: Path | None) -> dict[str, Path]:
 
 
 def _find(name: str, search: Sequence[str]) -> ModuleSpec | None:
-    spec: ModuleSpec | None = None
-    places: Sequence[str] | None = search
-    parts = name.split(".")
-    for i in range(len(parts)):
-        if not places:
+    top, *parts = name.split(".")
+    spec = PathFinder.find_spec(top, list(search)) or _find_otherwise(top)
+    for part in parts:
+        if spec is None or not spec.submodule_search_locations:
             return None
-        spec = PathFinder.find_spec(".".join(parts[: i + 1]), list(places))
-        if spec is None:
-            return None
-        places = spec.submodule_search_locations
+        # By its last part: a namespace package of a dotted name would ask for its parent, which is not imported.
+        spec = PathFinder.find_spec(part, list(spec.submodule_search_locations))
     return spec
+
+
+def _find_otherwise(name: str) -> ModuleSpec | None:
+    """A module that is on no path: built in, or of a package installed in place (``pip install -e``)."""
+    found = (finder.find_spec(name, None) for finder in sys.meta_path if finder is not PathFinder)
+    return next((spec for spec in found if spec is not None), None)
 
 
 def _imports(file: Path, package: str) -> list[str]:

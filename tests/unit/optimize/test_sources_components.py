@@ -1,6 +1,7 @@
 """What a source depends on, so that an export is done again when, and only when, it must be."""
 
 import sys
+from importlib.machinery import PathFinder
 
 import numpy as np
 import onnx
@@ -8,7 +9,7 @@ import pytest
 from onnx import numpy_helper, parser
 
 from optimize.export import kept_files
-from optimize.sources import load_huggingface, load_onnx, source_components
+from optimize.sources import code_digests, load_huggingface, load_onnx, source_components
 from registry.codec import canonical
 from registry.errors import InputError, UntrustedModelError
 
@@ -62,8 +63,38 @@ def test_files_that_the_factory_reads_are_named_by_the_user(package):
 
 
 def test_a_module_that_is_not_there(package):
-    with pytest.raises(InputError, match="no module named 'nowhere'"):
+    with pytest.raises(InputError, match="no module named 'nowhere'") as caught:
         source_components("torch", "nowhere:make", python_path=package)
+    assert "beside the campaign file" in caught.value.hint
+
+
+def test_code_of_the_users_is_digested_file_by_file(package):
+    before = code_digests("nets.model:make", package)
+    assert set(before) == {"nets", "nets.model", "nets.layers", "helpers_of_mine"}
+    (package / "helpers_of_mine.py").write_text("# changed\n")
+    after = code_digests("nets.model:make", package)
+    assert {name for name in before if before[name] != after[name]} == {"helpers_of_mine"}
+
+
+def test_folders_without_an_init_are_packages_too(tmp_path):
+    (tmp_path / "plain" / "inner").mkdir(parents=True)
+    (tmp_path / "plain" / "inner" / "metric.py").write_text("from plain.inner import other\n")
+    (tmp_path / "plain" / "inner" / "other.py").write_text("")
+    assert set(code_digests("plain.inner.metric:score", tmp_path)) == {"plain.inner.metric", "plain.inner.other"}
+
+
+def test_a_package_that_is_installed_in_place_is_found(package, monkeypatch, tmp_path_factory):
+    class InPlace:
+        @staticmethod
+        def find_spec(name, path=None, target=None):
+            return PathFinder.find_spec(name, [str(package)]) if name == "nets" else None
+
+    monkeypatch.setattr(sys, "meta_path", [*sys.meta_path, InPlace])
+    assert "nets.layers" in code_digests("nets.model:make", tmp_path_factory.mktemp("elsewhere"))
+
+
+def test_a_compiled_module_has_no_code_to_digest():
+    assert code_digests("math:fsum", None) == {}
 
 
 def save(path, **options):
