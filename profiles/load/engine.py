@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from profiles.deploy.cluster import Usage
-from profiles.load.payloads import Expected, Payload, decode_outputs
+from profiles.load.payloads import Expected, Likeness, Payload, count_wrong, decode_outputs
 from profiles.load.recording import Recording, load_arrays
 from profiles.load.summary import summarize
 from registry.codec import to_jsonable
@@ -215,16 +215,16 @@ def _tuples(scalars: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check(entries: list[list[Any]], replies: Path, target: Target, expected: Expected | None) -> tuple[int, int]:
-    """(replies compared, those that differ); a reply that cannot be decoded differs."""
+    """(replies compared, those that a broken server gave); one that cannot be decoded is wrong."""
     if expected is None:
         return 0, 0
     content = replies.read_bytes()
     replies.unlink()
-    wrong = 0
+    found: list[tuple[int, Likeness]] = []
     for payload, start, size, headers in entries:
         try:
             answer = decode_outputs(content[start : start + size], headers, target)
-            wrong += not expected.matches(payload, answer)
+            found.append((payload, expected.compare(payload, answer)))
         except UnreachableError:
-            wrong += 1
-    return len(entries), wrong
+            found.append((payload, "wrong"))
+    return len(entries), count_wrong(found)

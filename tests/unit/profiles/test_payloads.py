@@ -9,6 +9,7 @@ from hypothesis.extra.numpy import arrays
 
 from profiles.load.payloads import (
     HEADER_LENGTH,
+    count_wrong,
     decode_outputs,
     encode_payloads,
     expected_answers,
@@ -137,18 +138,62 @@ def test_rubbish_is_no_reply(target: Target) -> None:
 
 def test_expected_answers_follow_the_rows() -> None:
     payloads = encode_payloads({"x": X}, target=GRPC, rows=2)
-    expected = expected_answers(payloads, {"sum": X.sum(1, keepdims=True)}, absolute=0.01, relative=0.0)
-    right = X[list(payloads[3].rows)].sum(1, keepdims=True)
-    assert expected.matches(3, {"sum": right + 0.009, "more": right})
-    assert not expected.matches(3, {"sum": right + 0.02})
-    assert not expected.matches(4, {"sum": right})
-    assert not expected.matches(3, {"sum": right.ravel()})
-    assert not expected.matches(3, {})
+    sums = X.sum(1, keepdims=True)
+    expected = expected_answers(payloads, {"sum": sums}, share=0.001)
+    right = sums[list(payloads[3].rows)]
+    allowed = 0.001 * sums.max()
+    assert expected.compare(3, {"sum": right + 0.9 * allowed, "more": right}) == "same"
+    assert expected.compare(3, {"sum": right + 1.1 * allowed}) == "wrong"
+    assert expected.compare(4, {"sum": right}) == "wrong"
+    assert expected.compare(3, {"sum": right.ravel()}) == "wrong"
+    assert expected.compare(3, {}) == "wrong"
 
 
-def test_expected_labels_must_be_equal() -> None:
+def test_each_output_has_a_tolerance_of_its_own() -> None:
     payloads = encode_payloads({"x": X}, target=GRPC)
-    labels = np.arange(100)
-    expected = expected_answers(payloads, {"label": labels}, absolute=5.0)
-    assert expected.matches(0, {"label": labels[list(payloads[0].rows)]})
-    assert not expected.matches(0, {"label": labels[list(payloads[0].rows)] + 1})
+    score, logit = np.full((100, 1), 0.5), np.full((100, 1), 1000.0)
+    score[0], logit[1] = np.nan, np.inf
+    expected = expected_answers(payloads, {"score": score, "logit": logit})
+    assert expected.absolute == {"score": pytest.approx(0.025), "logit": pytest.approx(50)}
+    for index, payload in enumerate(payloads):
+        answer = {"score": score[list(payload.rows)], "logit": logit[list(payload.rows)]}
+        assert expected.compare(index, answer) == "same"
+        assert expected.compare(index, {**answer, "score": answer["score"] + 1}) == (
+            "same" if 0 in payload.rows else "wrong"
+        )
+
+
+def test_labels_that_differ_are_flipped() -> None:
+    payloads = encode_payloads({"x": X}, target=GRPC)
+    outputs = {"label": np.arange(100), "tokens": np.arange(4000).reshape(100, 40), "word": np.full(100, "a")}
+    expected = expected_answers(payloads, {**outputs, "score": np.ones(100)})
+    rows = list(payloads[0].rows)
+    right = {name: array[rows] for name, array in outputs.items()} | {"score": np.ones(1)}
+    assert expected.compare(0, right) == "same"
+    assert expected.compare(0, {**right, "word": np.full(1, b"a", "O")}) == "same"
+    assert expected.compare(0, {**right, "score": np.full(1, b"1", "O")}) == "wrong"
+    assert expected.compare(0, {**right, "label": right["label"] + 1}) == "flipped"
+    assert expected.compare(0, {**right, "word": np.full(1, b"b", "O")}) == "flipped"
+    assert expected.compare(0, {**right, "label": right["label"] + 1, "score": np.zeros(1)}) == "wrong"
+    for changed, likeness in ((2, "same"), (3, "flipped")):  # of 40
+        tokens = right["tokens"].copy()
+        tokens[0, :changed] += 1
+        assert expected.compare(0, {**right, "tokens": tokens}) == likeness
+
+
+@pytest.mark.parametrize(
+    ("likenesses", "wrong"),
+    [
+        ([], 0),
+        ([(n % 32, "same") for n in range(64)], 0),
+        # One sample on the edge between two labels flips each time it is sent.
+        ([(n % 32, "flipped" if n % 32 == 7 else "same") for n in range(64)], 0),
+        ([(n % 32, "flipped" if n % 32 in {7, 8} else "same") for n in range(64)], 4),
+        ([(n, "flipped" if n < 3 else "same") for n in range(60)], 0),
+        ([(n, "flipped" if n < 4 else "same") for n in range(60)], 4),
+        ([(n % 32, "wrong" if n == 5 else "same") for n in range(64)], 1),
+        ([(0, "flipped"), (1, "wrong")], 1),
+    ],
+)
+def test_a_broken_server_is_told_from_a_sample_on_the_edge(likenesses: list[tuple[int, Any]], wrong: int) -> None:
+    assert count_wrong(likenesses) == wrong
