@@ -59,6 +59,8 @@ CHECK_TIMEOUT_S = 5
 MOST_METRICS = 1000
 # An example is written as JSON, so a large one would outweigh the model.
 LARGEST_EXAMPLE = 200_000
+# Where a database listens if its URI names no port.
+_DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 _MODEL_NAME = re.compile(r"[\w .-]+")
 _NOT_IN_A_LOGGED_NAME = re.compile(r"[^A-Za-z0-9_-]+")
 _PACKAGES = {"onnx": ("mlflow", "onnx", "onnxruntime", "numpy"), "openvino": ("mlflow", "openvino", "numpy")}
@@ -82,6 +84,7 @@ class MlflowTracker:
         """Returns when the tracking store answers; the embedded store is made where it is missing.
 
         Raises:
+            InputError: the URI's port is no number that a port may be.
             UnreachableError: it does not answer within seconds, or refuses.
         """
         with self._named_failures(), _impatient():
@@ -559,8 +562,17 @@ def _knock(uri: str) -> None:
     """Connects to the database's port once, because MLflow would try for minutes.
 
     Raises:
+        InputError: the port is no number that a port may be.
         OSError: nothing listens there.
     """
     parts = urlsplit(uri)
-    if parts.hostname and parts.port:
-        socket.create_connection((parts.hostname, parts.port), timeout=CHECK_TIMEOUT_S).close()
+    try:
+        port = parts.port or _DATABASE_PORTS.get(parts.scheme.partition("+")[0])
+    except ValueError:
+        # The URI is not shown: what stands in the port's place may be half of a password.
+        raise InputError(
+            f"the port in the {parts.scheme} URI of the tracking store is no number",
+            hint="In a password, '/', ':' and '@' are written %2F, %3A and %40.",
+        ) from None
+    if parts.hostname and port:
+        socket.create_connection((parts.hostname, port), timeout=CHECK_TIMEOUT_S).close()

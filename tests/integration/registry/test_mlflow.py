@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -347,6 +348,32 @@ def test_a_dead_database_is_named_within_seconds(tmp_path: Path) -> None:
     with pytest.raises(UnreachableError, match=r"postgresql://\*\*\*@127\.0\.0\.1:9/mlflow"):
         MlflowTracker("postgresql://ann:s3cret@127.0.0.1:9/mlflow", tmp_path).check()
     assert time.monotonic() - began < 15
+
+
+@pytest.mark.parametrize(
+    ("scheme", "port"),
+    [("postgresql", 5432), ("postgresql+psycopg2", 5432), ("mysql+pymysql", 3306), ("mssql+pyodbc", 1433)],
+)
+def test_a_database_without_a_port_is_knocked_at_where_it_would_listen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheme: str, port: int
+) -> None:
+    asked = []
+
+    def refuse(address: tuple[str, int], timeout: float) -> None:
+        asked.append((address, timeout))
+        raise ConnectionRefusedError("nobody listens")
+
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    with pytest.raises(UnreachableError, match="nobody listens"):
+        MlflowTracker(f"{scheme}://ann:s3cret@db.example/mlflow", tmp_path).check()
+    assert asked == [(("db.example", port), 5)]
+
+
+@pytest.mark.parametrize("uri", ["postgresql://ann:pw@db.example:s3cret/mlflow", "postgresql://ann:s3cret/7@db/mlflow"])
+def test_a_port_that_is_none_is_refused_without_the_secret(tmp_path: Path, uri: str) -> None:
+    with pytest.raises(InputError, match="port") as caught:
+        MlflowTracker(uri, tmp_path).check()
+    assert "s3cret" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["a/b", "", "it's", "a:b"])
