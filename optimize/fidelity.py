@@ -482,9 +482,13 @@ def fidelity_components(
     batch_size: int,
     samples_digest: str,
     metric: str,
+    metric_code: Mapping[str, str] | None = None,
     seed: int = 0,
-) -> dict[str, str | int]:
-    """What a `Fidelity` depends on, by name: equal components mean the same result, and say what differed if not."""
+) -> dict[str, Any]:
+    """What a `Fidelity` depends on, by name: equal components mean the same result, and say what differed if not.
+
+    ``metric_code`` is what `optimize.sources.code_digests` says of the user's own metric; a built-in one has none.
+    """
     return {
         "variant": variant_id,
         "engine": engine.key,
@@ -493,6 +497,7 @@ def fidelity_components(
         "batch_size": batch_size,
         "samples": samples_digest,
         "metric": metric,
+        "metric_code": dict(metric_code or {}),
         "seed": seed,
         "method": 1,
     }

@@ -200,10 +200,18 @@ def test_cosine_with_itself_is_one(rows):
     assert row_cosines(rows, rows) == pytest.approx(np.ones(5))
 
 
+def components(**more):
+    given = {"engine_version": "1", "instruction_set": "avx2", "batch_size": 8, "samples_digest": "s"} | more
+    return fidelity_components("v", EngineSpec(name="onnxruntime"), **{"metric": "accuracy", **given})
+
+
 def test_components_name_all_that_matters():
-    engine = EngineSpec(name="onnxruntime")
-    got = fidelity_components(
-        "v", engine, engine_version="1", instruction_set="avx2", batch_size=8, samples_digest="s", metric="accuracy"
-    )
-    assert got["engine"] == engine.key
+    got = components()
+    assert got["engine"] == EngineSpec(name="onnxruntime").key
     assert got["batch_size"] == 8
+
+
+def test_the_code_of_the_users_metric_matters():
+    before, after = (components(metric="mine:score", metric_code={"mine": digest}) for digest in ("1", "2"))
+    assert before != after
+    assert components() == components(metric_code=None) == components(metric_code={})
