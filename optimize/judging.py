@@ -11,6 +11,7 @@ from optimize.plan import Workspace
 from optimize.recipes import engine_label
 from optimize.samples import Samples
 from optimize.screening import screen_variant
+from optimize.sources import code_digests
 from profiles.measure.host import widest_instruction_set
 from registry.codec import digest
 from registry.errors import BurnishError, InputError, NotApplicableError, ServerDiedError, StorageError
@@ -116,6 +117,7 @@ def _fidelity(
         batch_size=batch_size,
         samples_digest=evaluation.digest,
         metric=plan.config.metric,
+        metric_code=code_digests(plan.config.metric, plan.base) if ":" in plan.config.metric else None,
         seed=plan.config.seed,
     )
     components["reference"] = "itself" if reference is None else reference.stem
