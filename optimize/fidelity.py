@@ -1,5 +1,8 @@
 """How truly a variant answers in one engine: parity with the baseline, the task metric, and what flipped.
 
+A variant of another source than the baseline's is judged by the task metric alone: it is another model of the same
+task, whose outputs may have other names and widths.
+
 `measure_fidelity` has a child process run the held-out samples and compare the answers; `compare_outputs` is the
 comparison alone. Intervals are 95 %. Their sources:
 
@@ -49,7 +52,12 @@ Ends = tuple[float | None, float | None]
 
 
 def compare_outputs(
-    reference: Outputs, variant: Outputs, labels: NDArray[Any] | None, metric: Metric | None
+    reference: Outputs,
+    variant: Outputs,
+    labels: NDArray[Any] | None,
+    metric: Metric | None,
+    *,
+    parity: bool = True,
 ) -> dict[str, Estimate]:
     """How the variant's answers differ from the reference's, sample by sample.
 
@@ -58,18 +66,25 @@ def compare_outputs(
         variant: the same of the variant, in the same order of samples.
         labels: what the task metric understands, or None.
         metric: the task metric, or None for parity alone.
+        parity: whether the two are the same model, so that their answers are to be alike. Another model of the same
+            task may name and shape its outputs otherwise; then the metric alone tells.
 
     Returns:
-        ``cosine`` (mean over samples, of the output where it is lowest), ``max_abs_error`` (over all outputs), and
-        with a metric ``accuracy``, ``accuracy_drop`` (reference minus variant) and, where the metric knows of
+        With parity ``cosine`` (mean over samples, of the output where it is lowest) and ``max_abs_error`` (over all
+        outputs); with a metric ``accuracy``, ``accuracy_drop`` (reference minus variant) and, where the metric knows of
         decisions, ``flip_rate``.
 
     Raises:
-        StageError: the answers are of other names or shapes than the reference's, or hold NaN or new infinities.
+        StageError: the answers hold NaN or new infinities, or, with parity, are of other names or shapes than the
+            reference's.
         InputError: the metric cannot be given.
     """
-    check_alike(reference, variant)
-    found = _parity(reference, variant)
+    if parity:
+        check_alike(reference, variant)
+        found = _parity(reference, variant)
+    else:
+        check_finite(variant)
+        found = {}
     if metric is not None:
         found |= _task(reference, variant, labels, metric)
     return found
@@ -94,6 +109,18 @@ def check_alike(reference: Outputs, variant: Outputs) -> None:
         _refuse_rows(np.isnan(wanted), f"the baseline gives NaN in the output {name!r}")
         _refuse_rows(np.isnan(got), f"gives NaN in the output {name!r}")
         _refuse_rows(np.isinf(got) & (got != wanted), f"overflows to infinity in the output {name!r}")
+
+
+def check_finite(outputs: Outputs) -> None:
+    """Returns when no answer is NaN or infinite.
+
+    Raises:
+        StageError: one is.
+    """
+    for name, array in outputs.items():
+        if array.dtype.kind == "f":
+            _refuse_rows(np.isnan(array), f"gives NaN in the output {name!r}")
+            _refuse_rows(np.isinf(array), f"overflows to infinity in the output {name!r}")
 
 
 def _refuse_rows(bad: NDArray[np.bool_], what: str) -> None:
@@ -258,16 +285,16 @@ Resampled = tuple[NDArray[Any], Any]
 
 def _from_rows(before: Resampled, after: Resampled, unit: str) -> dict[str, Estimate]:
     """Estimates of a metric that is no mean, from samples drawn again for both models alike."""
-    (was, reduce), (now, _) = before, after
+    (was, reduce), (now, reduce_now) = before, after
     count = len(was)
-    drop = reduce(was) - reduce(now)
+    drop = reduce(was) - reduce_now(now)
     if count < FEWEST:
-        return _from_numbers(reduce(was), reduce(now), {"rows": was}, unit)
+        return _from_numbers(reduce(was), reduce_now(now), {"rows": was}, unit)
     generator = np.random.default_rng(_SEED)
     pairs = np.empty((RESAMPLES, 2))
     for i in range(RESAMPLES):
         drawn = generator.integers(0, count, count)
-        pairs[i] = reduce(was[drawn]), reduce(now[drawn])
+        pairs[i] = reduce(was[drawn]), reduce_now(now[drawn])
     value_low, value_high = np.quantile(pairs[:, 1], [0.025, 0.975])
     low, high = np.quantile(pairs[:, 0] - pairs[:, 1], [0.025, 0.975])
     changed = int((was != now).any(axis=1).sum())
@@ -275,7 +302,7 @@ def _from_rows(before: Resampled, after: Resampled, unit: str) -> dict[str, Esti
         unseen = exact_bounds(changed, count)[1] * count * _weight_of_one_flip(was, reduce)
         low, high = min(low, -unseen), max(high, unseen)
     return {
-        "accuracy": _estimate(reduce(now), (float(value_low), float(value_high)), count, "bootstrap", unit),
+        "accuracy": _estimate(reduce_now(now), (float(value_low), float(value_high)), count, "bootstrap", unit),
         "accuracy_drop": _estimate(drop, (float(low), float(high)), count, "paired bootstrap", unit),
     }
 
@@ -312,6 +339,7 @@ def evaluate(
     threads: int,
     seed: int,
     reference: str | None = None,
+    parity: bool = True,
     metric: str | None = None,
 ) -> dict[str, Any]:
     """Runs the samples through a model in this process; the child's side of `measure_fidelity`.
@@ -325,6 +353,7 @@ def evaluate(
         threads: of the session.
         seed: of the shuffle.
         reference: the ``.npz`` of the baseline's answers; None where this is the baseline.
+        parity: whether the answers are to be like the baseline's; see `compare_outputs`.
         metric: the task metric's name, or None.
 
     Returns:
@@ -348,7 +377,7 @@ def evaluate(
         raise StageError(str(error)) from error
     outputs = _in_order(answers, sizes, order)
     wanted = outputs if reference is None else load_outputs(Path(reference))
-    found = compare_outputs(wanted, outputs, held_out.labels, chosen)
+    found = compare_outputs(wanted, outputs, held_out.labels, chosen, parity=parity)
     if reference is None:
         found |= _of_itself(found)
     _save(Path(out), outputs)
@@ -404,6 +433,7 @@ def measure_fidelity(
     samples_digest: str,
     out: Path,
     reference: Path | None,
+    parity: bool = True,
     metric: str,
     batch_size: int,
     instruction_set: str,
@@ -423,6 +453,8 @@ def measure_fidelity(
         samples_digest: their digest.
         out: where the answers are kept, as ``.npz``.
         reference: the baseline's answers, kept by an earlier call; None where this is the baseline.
+        parity: whether they are of the same source, so that the answers are to be alike; if not, the metric alone is
+            judged, and ``cosine`` and ``max_abs_error`` are not given.
         metric: the task metric's name.
         batch_size: samples a run, which should be what is served where the variant is batch dependent.
         instruction_set: the widest that the engine can use here.
@@ -448,6 +480,7 @@ def measure_fidelity(
             "threads": threads,
             "seed": seed,
             "reference": None if reference is None else str(reference.resolve()),
+            "parity": parity,
             "metric": metric,
         },
         limits=limits,
@@ -483,6 +516,7 @@ def fidelity_components(
     samples_digest: str,
     metric: str,
     metric_code: Mapping[str, str] | None = None,
+    parity: bool = True,
     seed: int = 0,
 ) -> dict[str, Any]:
     """What a `Fidelity` depends on, by name: equal components mean the same result, and say what differed if not.
@@ -498,6 +532,7 @@ def fidelity_components(
         "samples": samples_digest,
         "metric": metric,
         "metric_code": dict(metric_code or {}),
+        "parity": parity,
         "seed": seed,
         "method": 1,
     }

@@ -33,7 +33,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-def fidelity(folder, name, engine=ORT, reference=None, metric="accuracy", out=None):
+def fidelity(folder, name, engine=ORT, reference=None, metric="accuracy", out=None, parity=True):
     return measure_fidelity(
         "v",
         folder / name,
@@ -42,6 +42,7 @@ def fidelity(folder, name, engine=ORT, reference=None, metric="accuracy", out=No
         samples_digest="s",
         out=folder / (out or f"{name}.npz"),
         reference=reference,
+        parity=parity,
         metric=metric,
         batch_size=8,
         instruction_set="avx2",
@@ -75,6 +76,24 @@ def test_an_answer_that_depends_on_its_neighbours_differs(folder):
     save(folder / "mixed.onnx", "z = MatMul(x, w) m = ReduceMax <axes = [0], keepdims = 1> (z) y = Div(z, m)")
     got = fidelity(folder, "mixed.onnx", reference=folder / "linear.onnx.npz")
     assert got.metrics["max_abs_error"].value > 0
+
+
+def test_another_architecture_with_another_width_is_judged_by_retrieval(folder):
+    labels = np.full(101, -1)
+    labels[:50] = np.arange(50, 100)
+    rows = np.random.default_rng(2).normal(size=(101, 8)).astype(np.float32)
+    rows[50:100] = rows[:50] + 0.01
+    np.savez(folder / "samples.npz", x=rows, labels=labels)
+    fidelity(folder, "linear.onnx", metric="recall_at_1")
+    save(folder / "wide.onnx", "embedding = Relu(x)", "float[batch,8] x) => (float[batch,8] embedding")
+    options = {"reference": folder / "linear.onnx.npz", "metric": "recall_at_1"}
+    with pytest.raises(StageError, match="its outputs are"):
+        fidelity(folder, "wide.onnx", **options)
+    got = fidelity(folder, "wide.onnx", parity=False, **options)
+    assert set(got.metrics) == {"accuracy", "accuracy_drop", "flip_rate"}
+    assert got.metrics["accuracy"].runs == got.metrics["accuracy_drop"].runs == 50
+    assert got.metrics["accuracy"].value > 0.9
+    assert load_outputs(folder / "wide.onnx.npz")["embedding"].shape == (101, 8)
 
 
 def test_nan_is_a_failure_with_a_reason(folder):

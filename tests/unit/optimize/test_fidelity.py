@@ -178,6 +178,25 @@ def test_answers_that_cannot_be_compared(variant, text):
         compare_outputs({"y": logits()}, variant, None, None)
 
 
+def test_another_model_of_the_same_task_is_judged_by_the_metric_alone():
+    reference = logits(classes=3)
+    labels = reference.argmax(axis=1)
+    wider = np.full((200, 5), -9, np.float32)
+    wider[:, :3] = reference
+    wider[:2, :3] = -reference[:2]
+    for metric in ("accuracy", "f1"):
+        got = compare_outputs({"y": reference}, {"scores": wider}, labels, find_metric(metric), parity=False)
+        assert set(got) == {"accuracy", "accuracy_drop", "flip_rate"}
+        assert got["flip_rate"].value == 0.01
+        assert got["accuracy_drop"].value == pytest.approx(0.01, abs=0.002)
+
+
+@pytest.mark.parametrize(("value", "text"), [(np.nan, "gives NaN"), (-np.inf, "overflows to infinity")])
+def test_another_model_may_not_answer_with_what_is_no_number(value, text):
+    with pytest.raises(StageError, match=text):
+        compare_outputs({"z": logits()}, damaged(value), np.zeros(200, int), find_metric("accuracy"), parity=False)
+
+
 def test_infinities_that_the_baseline_has_too_are_no_fault():
     got = compare_outputs(damaged(-np.inf), damaged(-np.inf), None, None)
     assert got["cosine"].value == pytest.approx(1.0)
@@ -214,4 +233,5 @@ def test_components_name_all_that_matters():
 def test_the_code_of_the_users_metric_matters():
     before, after = (components(metric="mine:score", metric_code={"mine": digest}) for digest in ("1", "2"))
     assert before != after
+    assert components(parity=False) != components()
     assert components() == components(metric_code=None) == components(metric_code={})
