@@ -90,10 +90,11 @@ def _judge_one(
     served = sorted({profile.max_batch_size for profile in workspace.plan.profiles})
     sizes = served if variant.batch_dependent else served[-1:]
     reference = None if baseline is None else next(iter(baseline.answers.values()))
+    parity = baseline is None or variant.source == baseline.variant.source
     fidelities, answers = {}, {}
     for size in sizes:
         fidelities[size], answers[size] = _fidelity(
-            workspace, variant, engine, batch_size=size, evaluation=evaluation, reference=reference
+            workspace, variant, engine, batch_size=size, evaluation=evaluation, reference=reference, parity=parity
         )
     return Judged(name=_name(variant, engine), variant=variant, engine=engine, fidelities=fidelities, answers=answers)
 
@@ -106,6 +107,7 @@ def _fidelity(
     batch_size: int,
     evaluation: Samples,
     reference: Path | None,
+    parity: bool,
 ) -> tuple[Fidelity, Path]:
     plan = workspace.plan
     instruction_set = widest_instruction_set(plan.host)
@@ -118,6 +120,7 @@ def _fidelity(
         samples_digest=evaluation.digest,
         metric=plan.config.metric,
         metric_code=code_digests(plan.config.metric, plan.base) if ":" in plan.config.metric else None,
+        parity=parity,
         seed=plan.config.seed,
     )
     components["reference"] = "itself" if reference is None else reference.stem
@@ -132,6 +135,7 @@ def _fidelity(
             samples_digest=evaluation.digest,
             out=answers,
             reference=reference,
+            parity=parity,
             metric=plan.config.metric,
             batch_size=batch_size,
             instruction_set=instruction_set,
