@@ -14,6 +14,7 @@ from profiles.load.engine import LoadGenerator
 from profiles.load.payloads import Expected, Payload, encode_payloads, expected_answers
 from profiles.measure.capacity import find_capacity
 from profiles.measure.rounds import measure_in_round, round_order
+from registry.codec import digest
 from registry.errors import BurnishError
 from registry.policy import DEFAULT_LOAD, loads_named
 from registry.records import (
@@ -172,6 +173,9 @@ class _Hall:
     def measure_round(self, serving: Serving, number: int, position: int) -> str:
         """The candidate's runs in one round."""
         candidate_id = serving.candidate.id
+        components = {"candidate": candidate_id, "loads": list(self._loads), "round": number, **self._shared}
+        # Named by all that the round depends on: another level's or seed's arrays are not to overwrite these.
+        folder = self._workspace.folder("raw") / candidate_id / f"round-{number}-{digest(components)}"
 
         def run() -> Round:
             deployment = self._deployment(serving)
@@ -187,11 +191,11 @@ class _Hall:
                 position=position,
                 seed=self._plan.config.seed,
                 raw_root=self._plan.work,
+                folder=folder,
                 expected=_expected(payloads, serving),
                 a_a=self._plan.level.a_a and serving.baseline,
             )
 
-        components = {"candidate": candidate_id, "loads": list(self._loads), "round": number, **self._shared}
         made, known = self._workspace.remember("Round", serving.candidate.name, components, run)
         self._rounds.append(made)
         invalid = sum(not run.valid for run in made.runs)

@@ -406,6 +406,7 @@ class RunRecord:
             ``cpu_s_per_1k``.
         findings: the gates it failed; a run with any is invalid.
         raw: path inside the campaign's folder of the compressed arrays (intended, sent, done in ns, status).
+        raw_sha256: SHA-256 (hex) of that file; empty in records from before it was kept.
     """
 
     load: LoadProfile
@@ -416,6 +417,7 @@ class RunRecord:
     metrics: Mapping[str, float]
     findings: tuple[GateFinding, ...]
     raw: str
+    raw_sha256: str = ""
 
     @property
     def valid(self) -> bool:

@@ -15,7 +15,7 @@ from typing import Any, Self
 
 from profiles.deploy.cluster import Usage
 from profiles.load.payloads import Expected, Likeness, Payload, count_wrong, decode_outputs
-from profiles.load.recording import Recording, load_arrays
+from profiles.load.recording import Recording, file_sha256, load_arrays
 from profiles.load.summary import summarize
 from registry.codec import to_jsonable
 from registry.errors import BurnishError, UnreachableError
@@ -106,7 +106,8 @@ class LoadGenerator:
             logger.info("%s: a request failed: %s", profile.name, recording.first_error)
         checked, wrong = _check(answer["replies"], replies, target, expected)
         raw = raw_path.name if raw_root is None else raw_path.relative_to(raw_root).as_posix()
-        return summarize(recording, profile, raw=raw, usage=spent, checked=checked, wrong=wrong)
+        sha256 = file_sha256(raw_path)
+        return summarize(recording, profile, raw=raw, raw_sha256=sha256, usage=spent, checked=checked, wrong=wrong)
 
     def close(self) -> None:
         """Ends the process; the next `run` starts another."""

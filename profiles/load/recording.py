@@ -1,6 +1,10 @@
 """What a window of load leaves behind: the time of every request, and what the client saw of itself."""
 
+import hashlib
+import io
 import os
+import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from profiles.load.transports import Status
+from registry.errors import InputError
 
 NS_PER_S = 1_000_000_000
 NS_PER_MS = 1_000_000
@@ -182,7 +187,34 @@ def save_arrays(path: Path, recording: Recording) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def load_arrays(path: Path) -> dict[str, NDArray[np.int64]]:
-    """The arrays that `save_arrays` wrote: ``intended_ns``, ``sent_ns``, ``done_ns``, ``status``, ``payload``."""
-    with np.load(path, allow_pickle=False) as stored:
-        return {name: stored[name] for name in stored.files}
+def load_arrays(path: Path, sha256: str = "") -> dict[str, NDArray[np.int64]]:
+    """The arrays that `save_arrays` wrote: ``intended_ns``, ``sent_ns``, ``done_ns``, ``status``, ``payload``.
+
+    Args:
+        path: of the file.
+        sha256: the SHA-256 (hex) that the file must have; empty where that is not known.
+
+    Raises:
+        InputError: the file is missing or damaged, or is not the one of this digest.
+    """
+    try:
+        content = path.read_bytes()
+        if sha256 and hashlib.sha256(content).hexdigest() != sha256:
+            raise _unusable(path, "it is not the file that was written when the window was measured")
+        with np.load(io.BytesIO(content), allow_pickle=False) as stored:
+            return {name: stored[name] for name in stored.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise _unusable(path, str(error)) from error
+
+
+def file_sha256(path: Path) -> str:
+    """The SHA-256 (hex) of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _unusable(path: Path, reason: str) -> InputError:
+    return InputError(
+        f"the times of a measured window in {path} cannot be used: {reason}",
+        hint="Restore the file, or remove the working folder to have everything measured anew.",
+    )

@@ -13,6 +13,7 @@ def summarize(
     profile: LoadProfile,
     *,
     raw: str,
+    raw_sha256: str = "",
     usage: tuple[float, float] | None = None,
     checked: int = 0,
     wrong: int = 0,
@@ -23,6 +24,7 @@ def summarize(
         recording: what the window left behind.
         profile: what was offered.
         raw: where the arrays are kept, as the record shall name it.
+        raw_sha256: of that file.
         usage: (CPU seconds of the server during the window, its resident memory in MB after), where known.
         checked: replies compared with the reference.
         wrong: those of them that differed.
@@ -44,6 +46,7 @@ def summarize(
         metrics=metrics,
         findings=_findings(recording, profile, metrics, checked=checked, wrong=wrong),
         raw=raw,
+        raw_sha256=raw_sha256,
     )
 
 

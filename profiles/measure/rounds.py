@@ -88,6 +88,7 @@ def measure_in_round(
     position: int,
     seed: int,
     raw_root: Path,
+    folder: Path,
     expected: Expected | None = None,
     a_a: bool = False,
 ) -> Round:
@@ -107,7 +108,8 @@ def measure_in_round(
         number: of the round.
         position: of the candidate in it.
         seed: of the campaign.
-        raw_root: the campaign's folder; arrays go below ``raw/`` in it, and records name them relative to it.
+        raw_root: the campaign's folder; records name the files of arrays relative to it.
+        folder: where below it the arrays go; no other measurement's, or the last one overwrites the other.
         expected: the reference's answers, to check replies under load.
         a_a: whether every run is made twice, the second named with `AGAIN`: for the baseline, whose two runs of the
             same thing give the noise floor.
@@ -117,7 +119,6 @@ def measure_in_round(
         ServerDiedError: it ended.
         InputError: a load's name is not one.
     """
-    folder = raw_root / "raw" / deployment.candidate.id / f"round-{number}"
 
     def run(profile: LoadProfile, path: Path) -> RunRecord:
         return generator.run(
@@ -203,6 +204,9 @@ def reduce_rounds(
         One measurement that belongs to no load (``max_throughput_rps``, ``saturation_rps``, ``cpu_s_per_1k``,
         ``rss_mb``, ``load_time_s``), and one a load with its latencies. A metric is left out where no valid run has
         it, or too few requests are behind it. Runs of an A/A pair's second half are not among them.
+
+    Raises:
+        InputError: arrays of a run are missing or damaged, or are not those that were measured.
     """
     of_load = _runs_by_load(candidate_id, rounds)
     closed = of_load.pop(CLOSED, [])
@@ -230,6 +234,9 @@ def compare_rounds(
         rounds: of the campaign.
         raw_root: the campaign's folder.
         level: says which percentiles count.
+
+    Raises:
+        InputError: arrays of a run are missing or damaged, or are not those that were measured.
     """
     values = dict(_values(rounds, raw_root, level))
     numbers = sorted({number for _, number, _ in values})
@@ -308,7 +315,7 @@ def _over_runs(runs: Sequence[RunRecord], names: Mapping[str, tuple[str, str]]) 
 
 def _at_load(candidate_id: str, load: str, runs: Sequence[RunRecord], raw_root: Path, level: Level) -> Measurement:
     valid = [run for run in runs if run.valid]
-    arrays = [load_arrays(raw_root / run.raw) for run in valid]
+    arrays = [load_arrays(raw_root / run.raw, run.raw_sha256) for run in valid]
     latencies = [_latencies(run, stored) for run, stored in zip(valid, arrays, strict=True)]
     services = [_services(stored) for stored in arrays]
     metrics = {
@@ -356,7 +363,7 @@ def _values(
             if run.load.name.removesuffix(AGAIN) == CLOSED:
                 metrics = {"max_throughput_rps": run.metrics["throughput_rps"]}
             else:
-                latencies = _latencies(run, load_arrays(raw_root / run.raw))
+                latencies = _latencies(run, load_arrays(raw_root / run.raw, run.raw_sha256))
                 metrics = {
                     f"latency_p{percentile}_ms": nearest_rank(latencies, percentile)
                     for percentile in level.percentiles

@@ -104,6 +104,7 @@ def test_a_candidate_from_capacity_to_comparison(
                 position=position,
                 seed=1,
                 raw_root=tmp_path,
+                folder=tmp_path / "raw" / deployment.candidate.id / f"{number}",
                 a_a=position == 0,
             )
             rounds.append(one)

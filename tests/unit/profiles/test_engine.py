@@ -1,6 +1,7 @@
 """The load generator against a fake server; what is asserted of time is only what no busy machine can upset."""
 
 import datetime
+import hashlib
 import ipaddress
 import os
 import signal
@@ -79,7 +80,8 @@ def test_raw_arrays_are_kept_whole(generator: LoadGenerator, tmp_path: Path) -> 
             generator, server, profile(OpenLoop(rate_rps=200, arrivals="constant")), tmp_path, raw_root=tmp_path
         )
     assert record.raw == "raw/w.npz"
-    arrays = load_arrays(tmp_path / record.raw)
+    arrays = load_arrays(tmp_path / record.raw, record.raw_sha256)
+    assert record.raw_sha256 == hashlib.sha256((tmp_path / record.raw).read_bytes()).hexdigest()
     assert set(arrays) == {"intended_ns", "sent_ns", "done_ns", "status", "payload"}
     assert len(arrays["intended_ns"]) == record.scheduled == 80
     assert arrays["status"].dtype == np.int8

@@ -1,12 +1,15 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from profiles.load.recording import Trace
+from profiles.load.recording import Trace, file_sha256, load_arrays, save_arrays
 from profiles.load.summary import summarize
 from profiles.load.transports import Status
 from profiles.testing import Exponential, Fixed, Queue, Stall, simulate
+from registry.errors import InputError
 from registry.records import ClosedLoop, LoadProfile, OpenLoop
 
 MS = 1_000_000
@@ -113,3 +116,18 @@ def test_what_came_and_went_adds_up(requests: list[tuple[int, int]], start: int,
     left = int(((done > start) & (done <= start + length)).sum())
     arrived = int(((sent > start) & (sent <= start + length)).sum())
     assert window.in_flight_end == here + arrived - left
+
+
+def test_arrays_come_back_or_are_refused(tmp_path: Path) -> None:
+    wanted = profile(OpenLoop(rate_rps=500), 1)
+    recording = simulate(Fixed(0.012), wanted)
+    path = tmp_path / "w.npz"
+    save_arrays(path, recording)
+    assert np.array_equal(load_arrays(path, file_sha256(path))["done_ns"], recording.done_ns)
+    with pytest.raises(InputError, match="not the file that was written"):
+        load_arrays(path, "0" * 64)
+    whole = path.read_bytes()
+    for end in (0, 3, 100, len(whole) // 2, len(whole) - 5):
+        path.write_bytes(whole[:end])
+        with pytest.raises(InputError, match=str(path)):
+            load_arrays(path)

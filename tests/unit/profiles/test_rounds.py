@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from profiles.deploy.cluster import Usage
-from profiles.load.recording import save_arrays
+from profiles.load.recording import file_sha256, save_arrays
 from profiles.load.summary import summarize
 from profiles.measure.levels import Level, find_level
 from profiles.measure.rounds import (
@@ -67,7 +67,11 @@ class SimulatedGenerator:
         recording = simulate(law, profile)
         save_arrays(raw_path, recording)
         record = summarize(
-            recording, profile, raw=raw_path.relative_to(raw_root).as_posix(), usage=(0.002 * recording.answered, 80.0)
+            recording,
+            profile,
+            raw=raw_path.relative_to(raw_root).as_posix(),
+            raw_sha256=file_sha256(raw_path),
+            usage=(0.002 * recording.answered, 80.0),
         )
         if self.spoil:
             self.spoil -= 1
@@ -113,6 +117,7 @@ def measured(
         position=0,
         seed=5,
         raw_root=root,
+        folder=root / "raw" / name / f"round-{number}",
         a_a=a_a,
     )
 
@@ -264,6 +269,24 @@ def test_comparison_with_the_baseline(tmp_path: Path) -> None:
     assert throughput.noise_floor >= 0.02
     assert comparisons["latency_p50_ms", "concurrency 1"].word == "faster"
     assert {one.candidate_id for one in comparisons.values()} == {"fast"}
+
+
+def test_only_the_arrays_that_were_measured_are_reduced(tmp_path: Path) -> None:
+    rounds = campaign(tmp_path, rounds=2)
+    path = tmp_path / rounds[1].runs[1].raw
+    others = (tmp_path / rounds[3].runs[1].raw).read_bytes()
+
+    def reduce() -> Any:
+        return reduce_rounds("fast", rounds, capacity("fast", 0.002), raw_root=tmp_path, level=QUICK)
+
+    reduce()
+    for spoil in (lambda: path.write_bytes(others), lambda: path.write_bytes(others[:100]), path.unlink):
+        spoil()
+        with pytest.raises(InputError, match=str(path)) as caught:
+            reduce()
+        assert "Restore the file, or remove the working folder" in str(caught.value)
+        with pytest.raises(InputError, match=str(path)):
+            compare_rounds("base", rounds, raw_root=tmp_path, level=QUICK)
 
 
 def test_the_noise_floor_comes_from_the_baselines_two_runs(tmp_path: Path) -> None:
