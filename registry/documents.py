@@ -58,15 +58,6 @@ def parse_document(text: str, model: type[M], *, name: str) -> M:
         raise _refusal(_explain(tree, model, error)) from error
 
 
-def load_plain(path: Path) -> Any:
-    """The document at ``path`` as dicts with text keys, lists and scalars, for files that have no model.
-
-    Raises:
-        DocumentError: the file is missing, unreadable, too large, or not YAML as this module takes it.
-    """
-    return _parse(_read(path), str(path)).value
-
-
 # --- text to values --------------------------------------------------------------------------------------------
 
 

@@ -41,53 +41,16 @@ class Entry:
     record: Any
 
 
-class Journal:
-    """The entries of a campaign, to read; `read_ledger` gives one."""
+class Ledger:
+    """The journal of a campaign, open for its one writer. Not for use by several threads at once."""
 
-    def __init__(self, entries: tuple[Entry, ...]) -> None:
+    def __init__(self, path: Path, descriptor: int, entries: tuple[Entry, ...]) -> None:
+        self.path = path
+        self._descriptor = descriptor
         self._entries: list[Entry] = []
         self._by_key: dict[str, Entry] = {}
         for entry in entries:
             self._keep(entry)
-
-    def find(self, kind: str, components: Components) -> Any:
-        """The record of work that was done before, or None."""
-        entry = self._by_key.get(_key(kind, components))
-        return None if entry is None else entry.record
-
-    def why(self, kind: str, subject: str, components: Components) -> str | None:
-        """A sentence on why no earlier result for this subject could be used: which components differ.
-
-        None where the work is done already, or where nothing was done for this subject before.
-        """
-        if _key(kind, components) in self._by_key:
-            return None
-        newest = next(
-            (entry for entry in reversed(self._entries) if (entry.kind, entry.subject) == (kind, subject)), None
-        )
-        if newest is None:
-            return None
-        return f"{subject} is done again: {'; '.join(_differences(newest.components, _plain(components)))}."
-
-    def entries(self, kind: str) -> tuple[Entry, ...]:
-        """The entries of one kind, in the order they were committed."""
-        return tuple(entry for entry in self._entries if entry.kind == kind)
-
-    def _keep(self, entry: Entry) -> None:
-        if entry.key in self._by_key:
-            _log.warning("the journal holds %s %r twice; the first counts", entry.kind, entry.subject)
-            return
-        self._by_key[entry.key] = entry
-        self._entries.append(entry)
-
-
-class Ledger(Journal):
-    """The journal of a campaign, open for its one writer. Not for use by several threads at once."""
-
-    def __init__(self, path: Path, descriptor: int, entries: tuple[Entry, ...]) -> None:
-        super().__init__(entries)
-        self.path = path
-        self._descriptor = descriptor
 
     @classmethod
     @contextmanager
@@ -120,6 +83,29 @@ class Ledger(Journal):
             finally:
                 os.close(descriptor)
 
+    def find(self, kind: str, components: Components) -> Any:
+        """The record of work that was done before, or None."""
+        entry = self._by_key.get(_key(kind, components))
+        return None if entry is None else entry.record
+
+    def why(self, kind: str, subject: str, components: Components) -> str | None:
+        """A sentence on why no earlier result for this subject could be used: which components differ.
+
+        None where the work is done already, or where nothing was done for this subject before.
+        """
+        if _key(kind, components) in self._by_key:
+            return None
+        newest = next(
+            (entry for entry in reversed(self._entries) if (entry.kind, entry.subject) == (kind, subject)), None
+        )
+        if newest is None:
+            return None
+        return f"{subject} is done again: {'; '.join(_differences(newest.components, _plain(components)))}."
+
+    def entries(self, kind: str) -> tuple[Entry, ...]:
+        """The entries of one kind, in the order they were committed."""
+        return tuple(entry for entry in self._entries if entry.kind == kind)
+
     def commit(self, kind: str, subject: str, components: Components, record: R) -> R:
         """Writes a result so that it survives any kill, and returns it as it will be read back.
 
@@ -148,20 +134,12 @@ class Ledger(Journal):
                     os.ftruncate(self._descriptor, size)
                 raise
 
-
-def read_ledger(path: Path) -> Journal:
-    """The journal at ``path`` as it is now, without a lock: for looking on while a run is going.
-
-    Raises:
-        InputError: there is no such file, it cannot be read, or a line is damaged.
-    """
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise InputError(
-            f"no journal of a campaign at {path}: {error.strerror}", hint="Name the folder of a campaign that was run."
-        ) from error
-    return Journal(_parse(content, path)[0])
+    def _keep(self, entry: Entry) -> None:
+        if entry.key in self._by_key:
+            _log.warning("the journal holds %s %r twice; the first counts", entry.kind, entry.subject)
+            return
+        self._by_key[entry.key] = entry
+        self._entries.append(entry)
 
 
 # --- lines -----------------------------------------------------------------------------------------------------
@@ -271,7 +249,7 @@ def _occupied(path: Path, owner: bytes) -> BurnishError:
     pid = owner.decode(errors="replace").strip()
     return InputError(
         f"another burnish is working in {path.parent}" + (f" (pid {pid})" if pid else ""),
-        hint="Wait for it to end, or end it; `burnish report` and `burnish status` may look on meanwhile.",
+        hint="Wait for it to end, or end it; the same command then goes on where it stopped.",
     )
 
 

@@ -72,15 +72,12 @@ _TOKEN = re.compile(
 )
 
 
-def parse_policy(
-    constraints: Sequence[str], objective: str | Sequence[str], *, default_load: str = DEFAULT_LOAD
-) -> Policy:
+def parse_policy(constraints: Sequence[str], objective: str | Sequence[str]) -> Policy:
     """The policy that the lines say.
 
     Args:
         constraints: one line each, such as ``latency_p90_ms <= 50 at 0.8 saturation``.
         objective: one line, such as ``maximize max_throughput_rps``, or several in falling order of weight.
-        default_load: the load of a latency that names none.
 
     Raises:
         PolicyError: a line is not understood; the message shows it with a mark under the wrong word.
@@ -90,23 +87,10 @@ def parse_policy(
         raise PolicyError(
             "the policy has no objective", hint="Say what to make best, for example: maximize max_throughput_rps"
         )
-    load = parse_load(default_load)
     return Policy(
-        constraints=tuple(_constraint(_Line(line), load) for line in constraints),
-        objectives=tuple(_objective(_Line(line), load) for line in lines),
+        constraints=tuple(_constraint(_Line(line)) for line in constraints),
+        objectives=tuple(_objective(_Line(line)) for line in lines),
     )
-
-
-def parse_load(text: str) -> str:
-    """The load in its one written form: ``0.8 saturation``, ``100 rps`` or ``concurrency 1``.
-
-    Raises:
-        PolicyError: the text names no load; the message marks the wrong word.
-    """
-    line = _Line(text)
-    load = _load(line)
-    line.expect_end("a load ends here")
-    return load
 
 
 def loads_named(policy: Policy) -> tuple[str, ...]:
@@ -161,7 +145,7 @@ class _Line:
         raise PolicyError(f"{problem}\n  {self.text}\n  {mark}", hint=hint)
 
 
-def _constraint(line: _Line, default_load: str) -> Constraint:
+def _constraint(line: _Line) -> Constraint:
     name, metric = _known_metric(line)
     operator = line.take("operator")
     if operator is None or operator.text not in _OPERATORS:
@@ -169,7 +153,7 @@ def _constraint(line: _Line, default_load: str) -> Constraint:
         near = {"≤": "<=", "≥": ">=", "=<": "<=", "=>": ">="}.get(wrong.text)
         line.refuse("expected <=, >=, < or > after the metric", wrong, hint=f"Did you mean {near}?" if near else None)
     limit, relative = _limit(line, metric)
-    load = _load_of(line, name, metric, default_load)
+    load = _load_of(line, name, metric)
     _end_of(line, metric)
     return Constraint(
         text=line.text,
@@ -181,7 +165,7 @@ def _constraint(line: _Line, default_load: str) -> Constraint:
     )
 
 
-def _objective(line: _Line, default_load: str) -> Objective:
+def _objective(line: _Line) -> Objective:
     token = line.token
     direction = line.take("word", "maximize") or line.take("word", "minimize")
     if direction is None:
@@ -191,7 +175,7 @@ def _objective(line: _Line, default_load: str) -> Objective:
     better = _BETTER[metric.larger_is_better]
     if direction.text != better:
         line.refuse(f"{name} is better the other way", direction, hint=f"Write: {better} {name}")
-    load = _load_of(line, name, metric, default_load)
+    load = _load_of(line, name, metric)
     _end_of(line, metric)
     return Objective(
         text=line.text, direction=cast(Literal["maximize", "minimize"], direction.text), metric=name, load=load
@@ -234,16 +218,17 @@ def _value(line: _Line, number: _Token, *, percent: bool = False) -> float:
     return value
 
 
-def _load_of(line: _Line, name: str, metric: Metric, default_load: str) -> str | None:
+def _load_of(line: _Line, name: str, metric: Metric) -> str | None:
     at = line.take("word", "at")
     if at is None:
-        return default_load if metric.needs_load else None
+        return DEFAULT_LOAD if metric.needs_load else None
     if not metric.needs_load:
         line.refuse(f"{name} belongs to no load", at, hint="Leave out what follows from here.")
     return _load(line)
 
 
 def _load(line: _Line) -> str:
+    """The load in its one written form: ``0.8 saturation``, ``100 rps`` or ``concurrency 1``."""
     token = line.token
     if line.take("word", "concurrency"):
         return _concurrency(line)

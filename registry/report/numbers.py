@@ -55,11 +55,6 @@ def times_interval(estimate: Estimate | None) -> str:
     return "" if estimate is None else _interval(estimate, min(RATIO_DECIMALS, decimals(estimate)))
 
 
-def needs(samples: int) -> str:
-    """In the place of a number that the sample did not earn: ``n/a (needs 1,000)``."""
-    return f"n/a (needs {samples:,})"
-
-
 def plain(value: float, figures: int = DEFAULT_FIGURES) -> str:
     """A number that is no estimate (a limit, a rate that was set), with at most so many figures: ``50``, ``329.6``."""
     if float(value).is_integer():

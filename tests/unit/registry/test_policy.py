@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from registry.errors import PolicyError
-from registry.policy import DEFAULT_LOAD, METRICS, loads_named, parse_load, parse_policy
+from registry.policy import DEFAULT_LOAD, METRICS, loads_named, parse_policy
 from registry.records import Constraint, Objective, Policy
 
 GOAL = "maximize max_throughput_rps"
@@ -72,11 +72,6 @@ def test_loads_are_named_once_in_order():
     )
     assert loads_named(policy) == ("0.8 saturation", "concurrency 1", "50 rps")
     assert loads_named(parse_policy([], GOAL)) == ()
-
-
-def test_the_default_load_may_be_another():
-    policy = parse_policy(["latency_p90_ms <= 5"], "minimize latency_p50_ms", default_load="20.0 rps")
-    assert loads_named(policy) == ("20 rps",)
 
 
 @pytest.mark.parametrize(
@@ -155,13 +150,8 @@ def test_no_objective_is_refused():
     ],
 )
 def test_loads_have_one_form(text, normal):
-    assert parse_load(text) == normal
-    assert parse_load(normal) == normal
-
-
-def test_a_load_has_an_end():
-    with pytest.raises(PolicyError, match="a load ends here"):
-        parse_load("100 rps now")
+    for written in (text, normal):
+        assert loads_named(parse_policy([f"latency_p90_ms <= 5 at {written}"], GOAL)) == (normal,)
 
 
 @given(

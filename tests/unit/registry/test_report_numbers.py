@@ -41,7 +41,6 @@ def test_what_was_counted_has_no_interval() -> None:
 def test_what_is_missing_is_said_so() -> None:
     assert numbers.text(None) == numbers.short(None) == numbers.times(None) == numbers.number(None) == "not known"
     assert numbers.interval(None) == ""
-    assert numbers.needs(1000) == "n/a (needs 1,000)"
 
 
 def test_units_are_written_as_read() -> None:
