@@ -1,22 +1,26 @@
 """What a campaign is to make, serve and measure, decided before anything heavy begins."""
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from optimize.config import CampaignConfig, RecipeConfig, SourceConfig
+from optimize.metrics import BUILT_IN, find_metric
 from optimize.recipes import recipe, recipe_from_mapping
 from profiles.measure.host import fingerprint_host, split_cpus
-from profiles.measure.levels import Level, find_level
+from profiles.measure.levels import Level, load_levels, load_levels
 from registry.codec import digest
-from registry.errors import InputError
+from registry.errors import InputError, PolicyError
 from registry.ledger import Ledger
 from registry.policy import parse_policy
 from registry.ports import Store
-from registry.records import Host, Policy, Recipe, ServingProfile
+from registry.records import Constraint, Host, Objective, Policy, Recipe, ServingProfile
 
 R = TypeVar("R")
+
+_PERCENTILE = re.compile(r"latency_p(\d+)_ms")
 
 
 class Observer(Protocol):
@@ -117,8 +121,8 @@ def plan(config: CampaignConfig, *, base: Path, work: Path) -> Plan:
     """The campaign, with everything decided that the file and this machine decide.
 
     Raises:
-        InputError: a preset is unknown, the baseline is missing, a file that is named does not exist, or a policy line
-            cannot be understood.
+        InputError: a preset or the metric is unknown, the baseline is missing, a file that is named does not exist, or
+            a policy line cannot be understood, or names what this level or metric cannot give.
     """
     server_cpus, client_cpus, pinning = split_cpus()
     host = fingerprint_host(pinning)
@@ -128,7 +132,7 @@ def plan(config: CampaignConfig, *, base: Path, work: Path) -> Plan:
         base=base.resolve(),
         work=work.resolve(),
         policy=parse_policy(config.policy.constraints, config.policy.objectives),
-        level=find_level(config.level),
+        level=_level(config, base),
         recipes=recipes,
         profiles=tuple(entry.profile() for entry in config.serving),
         host=host,
@@ -136,6 +140,7 @@ def plan(config: CampaignConfig, *, base: Path, work: Path) -> Plan:
         client_cpus=tuple(client_cpus),
     )
     _check_files(planned)
+    _check_policy(planned)
     return planned
 
 
@@ -149,6 +154,15 @@ def plan_id(planned: Plan, *, sources: tuple[str, ...], samples_digest: str) -> 
             "host": planned.host.fingerprint,
         }
     )
+
+
+def _level(config: CampaignConfig, base: Path) -> Level:
+    levels = load_levels()
+    if config.levels is not None:
+        levels = load_levels((base / config.levels).resolve()) | levels  # the shipped names keep their meaning
+    if config.level not in levels:
+        raise InputError(f"there is no level {config.level!r}", hint=f"The levels are: {', '.join(sorted(levels))}.")
+    return levels[config.level]
 
 
 def _recipes(config: CampaignConfig, instruction_sets: tuple[str, ...]) -> tuple[Recipe, ...]:
@@ -181,3 +195,42 @@ def _check_files(planned: Plan) -> None:
                 f"samples.{key}: no file at {planned.path(given)}",
                 hint="Write one array per input with numpy.savez; paths are relative to the campaign file.",
             )
+
+
+def _check_policy(planned: Plan) -> None:
+    """Returns when every metric that the policy names will be measured, so that none is unknown after hours of work."""
+    decides = _decides(planned.config.metric)
+    lines: list[Constraint | Objective] = [*planned.policy.constraints, *planned.policy.objectives]
+    for line in lines:
+        _check_percentile(line, planned.level)
+        if line.metric == "flip_rate" and not decides:
+            raise PolicyError(
+                f"{line.text!r} cannot be judged: the metric {planned.config.metric!r} knows of no decisions to count "
+                "flips of",
+                hint=f"Limit accuracy_drop instead, or use one of the metrics {', '.join(_deciding())}.",
+            )
+
+
+def _check_percentile(line: Constraint | Objective, level: Level) -> None:
+    found = _PERCENTILE.fullmatch(line.metric)
+    if found is None or int(found[1]) in level.percentiles:
+        return
+    measured = " and ".join(f"p{percentile}" for percentile in level.percentiles)
+    fitting = [other.name for other in load_levels().values() if int(found[1]) in other.percentiles]
+    hint = f"Use the level {' or '.join(fitting)}" if fitting else "Name one of those"
+    raise PolicyError(
+        f"{line.text!r} cannot be judged: the level {level.name} measures {measured} only", hint=f"{hint}."
+    )
+
+
+def _decides(metric: str) -> bool:
+    """Whether the metric knows what was decided for each sample; the user's own do not.
+
+    Raises:
+        InputError: no built-in metric has this name.
+    """
+    return ":" not in metric and find_metric(metric).decide is not None
+
+
+def _deciding() -> list[str]:
+    return sorted(name for name, metric in BUILT_IN.items() if metric.decide is not None)

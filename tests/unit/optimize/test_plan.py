@@ -1,0 +1,52 @@
+"""What is refused before any work begins."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from optimize.config import CampaignConfig
+from optimize.plan import Plan, plan
+from registry.errors import InputError
+from tests.doubles.models import mlp, write_onnx
+
+
+def planned(folder: Path, *constraints: str, objective: str = "maximize max_throughput_rps", **fields: object) -> Plan:
+    write_onnx(mlp(), folder)
+    np.savez(folder / "samples.npz", x=np.ones((3, 8), np.float32), labels=np.zeros(3, np.int64))
+    given = {
+        "name": "tiny",
+        "sources": [{"onnx": "model.onnx"}],
+        "samples": {"evaluation": "samples.npz"},
+        "policy": {"constraints": constraints, "objective": objective},
+    }
+    return plan(CampaignConfig.model_validate(given | fields), base=folder, work=folder / "work")
+
+
+@pytest.mark.parametrize("level", ["quick", "standard"])
+def test_what_can_be_measured_is_taken(tmp_path: Path, level: str) -> None:
+    lines = ["latency_p90_ms <= 50", "flip_rate <= 0.01", "cosine >= 0.9", "service_p50_ms <= 9"]
+    assert len(planned(tmp_path, *lines, level=level).policy.constraints) == 4
+
+
+def test_a_percentile_that_the_level_does_not_measure(tmp_path: Path) -> None:
+    said = r"'latency_p99_ms <= 50 at 100 rps'.* quick measures p50 and p90 only"
+    with pytest.raises(InputError, match=said) as caught:
+        planned(tmp_path, "latency_p99_ms <= 50 at 100 rps", level="quick")
+    assert caught.value.hint == "Use the level standard."
+    with pytest.raises(InputError, match="'minimize latency_p95_ms'"):
+        planned(tmp_path, objective="minimize latency_p95_ms", level="quick")
+    assert planned(tmp_path, "latency_p99_ms <= 50", objective="minimize latency_p95_ms", level="standard")
+
+
+@pytest.mark.parametrize("metric", ["mse", "my_metric:score"])
+def test_flips_of_a_metric_that_decides_nothing(tmp_path: Path, metric: str) -> None:
+    with pytest.raises(InputError, match=rf"'flip_rate <= 0.01'.*'{metric}'") as caught:
+        planned(tmp_path, "flip_rate <= 0.01", metric=metric)
+    assert "accuracy_drop" in str(caught.value.hint)
+    assert planned(tmp_path, "cosine >= 0.9", metric=metric)
+
+
+def test_a_metric_that_is_misspelt(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="'acuracy'"):
+        planned(tmp_path, metric="acuracy")
