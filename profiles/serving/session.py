@@ -146,7 +146,6 @@ def open_session(
     graph_level: str = "all",
     threads: int = 1,
     providers: Sequence[str] | None = None,
-    cache: Path | str | None = None,
 ) -> Session:
     """The model of a file, open in an engine and ready to run.
 
@@ -159,7 +158,6 @@ def open_session(
         threads: that work on one run, 1 or more.
         providers: of ONNX Runtime, best first: ``cpu``, ``cuda``, ``tensorrt``; ``cpu`` where none are given. One
             that is asked for and not there is an error, never a silent fall back to the CPU.
-        cache: folder for TensorRT's built engines, which take minutes to build anew.
 
     Raises:
         SessionError: a setting is unknown, the engine or a provider is not installed, the file cannot be opened, or
@@ -181,7 +179,7 @@ def open_session(
             raise SessionError(f"openvino runs on the CPU here and takes no providers {', '.join(providers)}")
         opened = _OpenVino(entry, precision=precision, threads=threads)
     else:
-        opened = _OnnxRuntime(entry, graph_level=graph_level, threads=threads, providers=providers, cache=cache)
+        opened = _OnnxRuntime(entry, graph_level=graph_level, threads=threads, providers=providers)
     return Session(engine, opened)
 
 
@@ -195,7 +193,6 @@ class _OnnxRuntime:
         graph_level: str,
         threads: int,
         providers: Sequence[str] | None,
-        cache: Path | str | None,
     ) -> None:
         ort = _engine_module("onnxruntime")
         options = ort.SessionOptions()
@@ -209,7 +206,7 @@ class _OnnxRuntime:
         options.add_session_config_entry("session.inter_op.allow_spinning", "0")
         # What fails is raised, with the same text; the log would say it a second time.
         options.log_severity_level = _ORT_FATAL
-        chosen = _ort_providers(providers, ort.get_available_providers(), cache)
+        chosen = _ort_providers(providers, ort.get_available_providers())
         try:
             self._session = ort.InferenceSession(str(entry), options, providers=chosen)
         except Exception as error:
@@ -276,20 +273,15 @@ def _engine_module(name: str) -> Any:
         raise SessionError(f"the engine {name} is not installed here: {error}") from error
 
 
-def _ort_providers(
-    asked: Sequence[str] | None, available: Sequence[str], cache: Path | str | None
-) -> list[str | tuple[str, dict[str, str]]]:
-    chosen: list[str | tuple[str, dict[str, str]]] = []
+def _ort_providers(asked: Sequence[str] | None, available: Sequence[str]) -> list[str]:
+    chosen = []
     for name in asked or ("cpu",):
         if name not in _PROVIDERS:
             raise SessionError(f"no provider {name!r}; there are {', '.join(_PROVIDERS)}")
         provider = _PROVIDERS[name]
         if provider not in available:
             raise SessionError(f"this onnxruntime has no {provider}; it has {', '.join(available)}")
-        if name == "tensorrt" and cache is not None:
-            chosen.append((provider, {"trt_engine_cache_enable": "True", "trt_engine_cache_path": str(cache)}))
-        else:
-            chosen.append(provider)
+        chosen.append(provider)
     return chosen
 
 

@@ -131,15 +131,10 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         open_session(tmp_path / "absent.onnx", engine="onnxruntime")
 
 
-def test_tensorrt_keeps_its_engines_in_the_cache() -> None:
+def test_providers_keep_the_order_they_are_asked_in() -> None:
     available = ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
-    chosen = _ort_providers(["tensorrt", "cuda", "cpu"], available, "/cache")
-    assert chosen[0] == (
-        "TensorrtExecutionProvider",
-        {"trt_engine_cache_enable": "True", "trt_engine_cache_path": "/cache"},
-    )
-    assert chosen[1:] == ["CUDAExecutionProvider", "CPUExecutionProvider"]
-    assert _ort_providers(None, available, None) == ["CPUExecutionProvider"]
+    assert _ort_providers(["cuda", "cpu"], available) == ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    assert _ort_providers(None, available) == ["CPUExecutionProvider"]
 
 
 def test_strings_are_refused(tmp_path: Path) -> None:
