@@ -5,7 +5,7 @@ import json
 import shutil
 import tempfile
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,10 +69,11 @@ def export_torch(
     samples: str,
     folder: str,
     opset: int | None,
-    output_names: Sequence[str] | None,
     seed: int,
 ) -> Described:
     """Exports the module that a factory returns to ``model.onnx``, with any batch, and checks it against the module.
+
+    The outputs are named as the keys of the dict that ``forward`` returns, or ``output``.
 
     Args:
         factory: ``package.module:function``; called without arguments, it returns a ``torch.nn.Module``, or a pair of
@@ -81,7 +82,6 @@ def export_torch(
             of ``forward`` go there; otherwise the arrays go in their order.
         folder: where the files are written.
         opset: of the ONNX model, or None for the exporter's own.
-        output_names: names of the outputs, or None for ``output``, or the keys of a dict that ``forward`` returns.
         seed: of torch's random numbers before the factory is called.
 
     Raises:
@@ -98,7 +98,7 @@ def export_torch(
     module, given = _made(factory, seed)
     examples = _examples(module, given, Path(samples), factory)
     with torch.no_grad():
-        names = list(output_names or _output_names(_call(module, examples)))
+        names = _output_names(_call(module, examples))
     path = Path(folder) / ENTRY
     size = sum(tensor.numel() * tensor.element_size() for tensor in (*module.parameters(), *module.buffers()))
     try:

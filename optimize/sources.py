@@ -60,11 +60,12 @@ def load_torch(
     samples: Path,
     python_path: Path | None = None,
     opset: int | None = None,
-    output_names: Sequence[str] | None = None,
     seed: int = 0,
     limits: Limits | None = None,
 ) -> Source:
     """The source that a torch module is, exported by torch's dynamo exporter with any batch.
+
+    Its outputs have the names of the keys that ``forward`` returns, or ``output``.
 
     Args:
         name: the source's name in the campaign.
@@ -75,7 +76,6 @@ def load_torch(
         samples: ``.npz`` whose arrays name the inputs, and are the example where the factory gives none.
         python_path: the folder that the factory's package is in, appended to the module search path.
         opset: of the ONNX model, or None for the exporter's own.
-        output_names: names of the outputs, or None for ``output`` or the keys that ``forward`` returns.
         seed: of torch's random numbers before the factory is called.
         limits: of the child process.
 
@@ -88,7 +88,6 @@ def load_torch(
         "factory": factory,
         "samples": str(samples.absolute()),
         "opset": opset,
-        "output_names": None if output_names is None else list(output_names),
         "seed": seed,
     }
     function = "optimize.export:export_torch"
