@@ -8,7 +8,6 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from registry.records import ServingProfile
 
-Level = Literal["quick", "standard"]
 _NAME = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"
 Name = Annotated[str, Field(pattern=_NAME, max_length=50)]
 
@@ -185,7 +184,8 @@ class CampaignConfig(_Model):
         metric: the task metric: a built-in's name, or ``package.module:function``.
         variants: names of presets, or recipes of the user's own.
         serving: serving profiles; the first is the baseline's.
-        level: level of proof.
+        level: level of proof: ``quick``, ``standard``, or one of the file that ``levels`` names.
+        levels: a file with levels of the user's own, in the form of ``profiles/library/levels.yaml``; or None.
         policy: constraints and objective.
         registry: where results go.
         limits: of child processes.
@@ -198,7 +198,8 @@ class CampaignConfig(_Model):
     metric: str = "accuracy"
     variants: tuple[str | RecipeConfig, ...] = _ALL_PRESETS
     serving: tuple[ServingConfig, ...] = Field(default=_BOTH_SERVERS, min_length=1)
-    level: Level = "standard"
+    level: str = "standard"
+    levels: str | None = None
     policy: PolicyConfig = PolicyConfig()
     registry: RegistryConfig = RegistryConfig()
     limits: LimitsConfig = LimitsConfig()

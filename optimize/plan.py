@@ -10,7 +10,7 @@ from optimize.config import CampaignConfig, RecipeConfig, SourceConfig
 from optimize.metrics import BUILT_IN, find_metric
 from optimize.recipes import recipe, recipe_from_mapping
 from profiles.measure.host import fingerprint_host, split_cpus
-from profiles.measure.levels import Level, load_levels, load_levels
+from profiles.measure.levels import Level, load_levels
 from registry.codec import digest
 from registry.errors import InputError, PolicyError
 from registry.ledger import Ledger

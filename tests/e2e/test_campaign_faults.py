@@ -12,6 +12,7 @@ import pytest
 
 from registry import codec
 from registry.records import Campaign
+from tests.e2e.conftest import LEVELS
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -116,6 +117,7 @@ def test_a_server_that_is_never_ready_is_a_failed_candidate_and_exit_3(tiny: Pat
 @pytest.fixture
 def torch_folder(tmp_path: Path) -> Path:
     (tmp_path / "tiny_networks.py").write_text(FACTORIES)
+    (tmp_path / "levels.yaml").write_text(LEVELS)
     rng = np.random.default_rng(3)
     x = rng.normal(size=(900, 8)).astype(np.float32)
     np.savez(tmp_path / "evaluation.npz", x=x, labels=rng.integers(0, 4, 900))
@@ -129,7 +131,8 @@ def torch_folder(tmp_path: Path) -> Path:
         "samples: {evaluation: evaluation.npz, calibration: calibration.npz}\n"
         "variants: [float32, openvino]\n"
         "serving: [{server: mlserver}]\n"
-        "level: quick\n"
+        "level: brief\n"
+        "levels: levels.yaml\n"
         "policy: {constraints: [accuracy_drop <= 0.9], objective: maximize max_throughput_rps}\n"
     )
     return tmp_path

@@ -74,7 +74,9 @@ def test_inspect_of_what_is_no_model(monkeypatch, capsys, tmp_path: Path, conten
 
 
 def test_a_level_that_is_none(monkeypatch, capsys, tmp_path: Path):
-    burnish(monkeypatch, "init", str(tmp_path))
+    (tmp_path / "campaign.yaml").write_text(
+        "name: tiny\nsources: [{onnx: m.onnx}]\nsamples: {evaluation: e.npz}\nlevel: quick\n"
+    )
     assert burnish(monkeypatch, "run", str(tmp_path / "campaign.yaml"), "--level", "best") == 2
     assert "best" in capsys.readouterr().err
 

@@ -41,7 +41,6 @@ def test_an_unknown_key_names_line_and_nearest_key():
         ("serving: [{server: mlserver, max_batch_size: 8}]", "max_batch_delay_ms"),
         ("serving: [{server: triton, parallel_workers: 2}]", "parallel_workers"),
         ("serving: []", "serving"),
-        ("level: fast", "level"),
         ("sources: [{torch: 'no colon'}]", "torch"),
         ("seed: -1", "seed"),
     ],
