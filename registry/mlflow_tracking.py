@@ -183,7 +183,7 @@ class MlflowTracker:
             self._client.log_artifacts(parent_id, str(folder))
         models = self._log_models(campaign, experiment_id, parent_id)
         for candidate in campaign.candidates:
-            self._record_candidate(campaign, candidate, experiment_id, parent_id, models.get(candidate.variant_id))
+            self._record_candidate(campaign, candidate, experiment_id, parent_id, models.get(_model_key(candidate)))
         self._client.set_terminated(parent_id)
 
     def _record_candidate(
@@ -233,31 +233,31 @@ class MlflowTracker:
         for start in range(room, len(metrics), MOST_METRICS):
             self._client.log_batch(run_id, metrics=metrics[start : start + MOST_METRICS])
 
-    def _log_models(self, campaign: Campaign, experiment_id: str, parent_id: str) -> dict[str, str]:
-        """One logged model for each variant that was served, made or found: variant id -> model id."""
-        served = {candidate.variant_id for candidate in campaign.candidates}
-        models: dict[str, str] = {}
-        for variant in campaign.variants:
-            place = campaign.artifacts.get(variant.id)
-            if variant.id not in served:
+    def _log_models(self, campaign: Campaign, experiment_id: str, parent_id: str) -> dict[tuple[str, str], str]:
+        """One logged model for each variant and precision that was served, made or found: their key -> model id."""
+        variants = {variant.id: variant for variant in campaign.variants}
+        models: dict[tuple[str, str], str] = {}
+        for key, candidate in {_model_key(candidate): candidate for candidate in campaign.candidates}.items():
+            variant, place = variants.get(candidate.variant_id), campaign.artifacts.get(candidate.variant_id)
+            if variant is None or place is None or not Path(place).is_dir():
+                name = candidate.variant_name
+                logger.warning("The files of %s are not on this machine, so no model is logged.", name)
                 continue
-            if place is None or not Path(place).is_dir():
-                logger.warning("The files of %s are not on this machine, so no model is logged.", variant.name)
-                continue
-            models[variant.id] = self._logged(experiment_id, variant) or self._log_model(
-                campaign, variant, Path(place), experiment_id, parent_id
+            models[key] = self._logged(experiment_id, variant, candidate.engine.precision) or self._log_model(
+                campaign, variant, candidate, experiment_id=experiment_id, parent_id=parent_id
             )
         if models:
             outputs = [LoggedModelOutput(model_id, step=0) for model_id in models.values()]
             self._client.log_outputs(parent_id, outputs)
         return models
 
-    def _logged(self, experiment_id: str, variant: Variant) -> str | None:
+    def _logged(self, experiment_id: str, variant: Variant, precision: str) -> str | None:
         """The variant's model where an earlier try or campaign logged it; half-logged ones are removed."""
         query = f"tags.`burnish.variant_id` = '{variant.id}'"
         ready: str | None = None
         for model in _pages(lambda token: self._client.search_logged_models([experiment_id], query, page_token=token)):
-            if model.tags.get("burnish.artifact_digest") != variant.artifact.digest:
+            known = (model.tags.get("burnish.artifact_digest"), model.tags.get("burnish.precision"))
+            if known != (variant.artifact.digest, precision):
                 continue
             if str(model.status) == "READY":
                 ready = str(model.model_id)
@@ -265,16 +265,24 @@ class MlflowTracker:
                 self._client.delete_logged_model(model.model_id)
         return ready
 
-    def _log_model(self, campaign: Campaign, variant: Variant, place: Path, experiment_id: str, parent_id: str) -> str:
+    def _log_model(
+        self, campaign: Campaign, variant: Variant, candidate: Candidate, *, experiment_id: str, parent_id: str
+    ) -> str:
+        precision = candidate.engine.precision
         stages = " | ".join(tracked.stage_words(stage) for stage in variant.recipe.stages)
         made = self._client.create_logged_model(
             experiment_id,
-            name=_NOT_IN_A_LOGGED_NAME.sub("-", variant.name),
+            name=_NOT_IN_A_LOGGED_NAME.sub("-", candidate.variant_name),
             source_run_id=parent_id,
-            tags={"burnish.variant_id": variant.id, "burnish.artifact_digest": variant.artifact.digest},
+            tags={
+                "burnish.variant_id": variant.id,
+                "burnish.artifact_digest": variant.artifact.digest,
+                "burnish.precision": precision,
+            },
             params={
                 "recipe": stages or "none",
                 "format": variant.artifact.format,
+                "precision": precision,
                 "size_bytes": str(variant.artifact.size_bytes),
                 "source_digest": variant.source_digest,
                 "seed": str(variant.seed),
@@ -284,7 +292,7 @@ class MlflowTracker:
             described = Model(
                 artifact_path=made.artifact_location, model_uuid=made.model_id, model_id=made.model_id, run_id=parent_id
             )
-            _save_model(campaign, variant, place, described, folder / "model")
+            _save_model(campaign, variant, described, folder / "model", precision=precision)
             self._client.log_model_artifacts(made.model_id, str(folder / "model"))
         self._client.finalize_logged_model(made.model_id, "READY")
         return str(made.model_id)
@@ -431,8 +439,14 @@ def _inside(folder: Path, name: str) -> Path:
 # --- models ----------------------------------------------------------------------------------------------------
 
 
-def _save_model(campaign: Campaign, variant: Variant, place: Path, described: Model, path: Path) -> None:
+def _model_key(candidate: Candidate) -> tuple[str, str]:
+    """What two candidates of one logged model have in common: the variant's id, and the precision it computes in."""
+    return candidate.variant_id, candidate.engine.precision
+
+
+def _save_model(campaign: Campaign, variant: Variant, described: Model, path: Path, *, precision: str) -> None:
     """Writes the variant as an MLflow model: its own bytes, signature, input example and requirements."""
+    place = Path(campaign.artifacts[variant.id])
     given: dict[str, Any] = {
         "mlflow_model": described,
         "signature": _signature(variant),
@@ -444,7 +458,12 @@ def _save_model(campaign: Campaign, variant: Variant, place: Path, described: Mo
     else:
         code = Path(__file__).with_name("openvino_pyfunc.py")
         mlflow.pyfunc.save_model(
-            path, loader_module="openvino_pyfunc", data_path=str(place), code_paths=[str(code)], **given
+            path,
+            loader_module="openvino_pyfunc",
+            data_path=str(place),
+            code_paths=[str(code)],
+            model_config={"precision": precision},
+            **given,
         )
 
 

@@ -10,14 +10,25 @@ import numpy as np
 
 
 class OpenVinoModel:
-    """Answers ``predict`` with an OpenVINO model compiled for the CPU."""
+    """Answers ``predict`` with an OpenVINO model compiled for the CPU.
 
-    def __init__(self, entry: Path) -> None:
+    Args:
+        entry: the ``.xml`` of the model.
+        precision: ``default`` leaves it to OpenVINO, which computes in bfloat16 where the CPU has it; ``float32`` holds
+            it to float32.
+    """
+
+    def __init__(self, entry: Path, *, precision: str = "default") -> None:
         import openvino
 
-        self._compiled = openvino.Core().compile_model(str(entry), "CPU")
+        settings = {"INFERENCE_PRECISION_HINT": "f32"} if precision == "float32" else {}
+        self._compiled = openvino.Core().compile_model(str(entry), "CPU", settings)
         self._inputs = [port.get_any_name() for port in self._compiled.inputs]
         self._outputs = [port.get_any_name() for port in self._compiled.outputs]
+
+    def get_raw_model(self) -> Any:
+        """The compiled model, which ``mlflow.pyfunc.PyFuncModel.get_raw_model`` returns."""
+        return self._compiled
 
     def predict(self, model_input: Any, params: dict[str, Any] | None = None) -> dict[str, Any]:
         """The model's outputs by name.
@@ -37,6 +48,6 @@ class OpenVinoModel:
         return {name: answers[index] for index, name in enumerate(self._outputs)}
 
 
-def _load_pyfunc(path: str) -> OpenVinoModel:
-    """MLflow's entry: ``path`` is the artifact's folder, which holds one ``.xml``."""
-    return OpenVinoModel(next(iter(sorted(Path(path).glob("*.xml")))))
+def _load_pyfunc(path: str, model_config: dict[str, Any] | None = None) -> OpenVinoModel:
+    """MLflow's entry: ``path`` is the artifact's folder, which holds one ``.xml``; the config names the precision."""
+    return OpenVinoModel(next(iter(sorted(Path(path).glob("*.xml")))), **(model_config or {}))

@@ -218,6 +218,35 @@ def test_variants_load_back_and_answer_as_their_files_do(
 
 
 @pytest.mark.usefixtures("default_store")
+def test_a_model_held_to_float32_loads_back_held_to_it(uri: str, own_name: Campaign, tmp_path: Path) -> None:
+    """The same files served in two precisions are two models."""
+    openvino = pytest.importorskip("openvino")
+    free = campaigns.OPENVINO_TRITON
+    held = dataclasses.replace(
+        free, id="0" * 16, name="openvino.float32 @ triton", variant_name="openvino.float32",
+        engine=dataclasses.replace(free.engine, precision="float32"),
+    )  # fmt: skip
+    made = dataclasses.replace(own_name, candidates=(campaigns.BASELINE, free, held))
+    tracker = MlflowTracker(uri, tmp_path / "work")
+    client = MlflowClient(tracking_uri=uri)
+
+    def linked(campaign: Campaign) -> list[str]:
+        runs = tracker.publish(campaign, files={}).runs
+        return [client.get_run(runs[one.id]).inputs.model_inputs[0].model_id for one in (free, held)]
+
+    models = linked(made)
+    hints = [
+        mlflow.pyfunc.load_model(f"models:/{one}").get_raw_model().get_property("INFERENCE_PRECISION_HINT")
+        for one in models
+    ]
+    entry = Path(made.artifacts[free.variant_id]) / "model.xml"
+    chosen = openvino.Core().compile_model(str(entry), "CPU").get_property("INFERENCE_PRECISION_HINT")
+    assert hints == [chosen, openvino.Type.f32]
+    assert client.get_logged_model(models[1]).name == "openvino-float32"
+    assert linked(dataclasses.replace(made, verdict=campaigns.no_winner())) == models
+
+
+@pytest.mark.usefixtures("default_store")
 def test_the_logged_files_are_those_that_were_measured(uri: str, own_name: Campaign, tmp_path: Path) -> None:
     published = MlflowTracker(uri, tmp_path / "work").publish(own_name, files={})
     assert published.model_version is not None
