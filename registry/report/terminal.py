@@ -1,5 +1,6 @@
 """The verdict in a terminal: a table of candidates, the verdict, and what failed."""
 
+import re
 from textwrap import fill
 
 from rich import box
@@ -19,6 +20,9 @@ _STYLES = {"selected": "bold green", "rejected": "", "unknown": "yellow", "faile
 _WIDE = 96
 # "[1,222, 1,252]" and its like set the width of a column; a longer heading is broken.
 _NUMBER_WIDTH = 14
+# What the numbers leave to the variant's name at 80 columns; a longer name is broken after one of its own marks.
+_NAME_WIDTH = 13
+_NAME_PART = re.compile(r"[^./-]+[./-]*|[./-]+")
 
 
 def render_terminal(campaign: Campaign, console: Console) -> None:
@@ -53,7 +57,8 @@ def _table(campaign: Campaign, shown: tuple[Row, ...], width: int) -> Table:
 def _cells(row: Row, narrow: bool) -> list[Text]:
     candidate = row.candidate
     server, protocol = candidate.serving.server, f"{candidate.serving.protocol} b{candidate.serving.max_batch_size}"
-    variant = f"{candidate.variant_name}\n{engine_words(candidate.engine)}"
+    name = _broken(candidate.variant_name) if narrow else candidate.variant_name
+    variant = f"{name}\n{engine_words(candidate.engine)}"
     verdict = Text(row.outcome, style=_STYLES[row.outcome])
     if row.baseline:
         verdict.append("\nbaseline", style="dim")
@@ -66,6 +71,15 @@ def _cells(row: Row, narrow: bool) -> list[Text]:
     ]
     size = [] if narrow else [numbers.number(row.size_mb)]
     return [Text(printable(cell)) for cell in (str(row.number), *what, *found, *size)] + [verdict]
+
+
+def _broken(name: str) -> str:
+    lines = [""]
+    for part in _NAME_PART.findall(name):
+        if lines[-1] and len(lines[-1] + part) > _NAME_WIDTH:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(lines)
 
 
 def _against(row: Row) -> str:

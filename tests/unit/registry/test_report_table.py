@@ -96,6 +96,15 @@ def test_the_terminal_report_fits(width: int) -> None:
     assert "[16.2, 18.4]" in text
 
 
+def test_a_long_name_is_broken_at_its_own_marks() -> None:
+    made = campaigns.campaign()
+    named = dataclasses.replace(campaigns.STATIC_TRITON, variant_name="resnet/openvino-int8.bfloat16")
+    made = dataclasses.replace(made, candidates=(named, *(one for one in made.candidates if one.id != named.id)))
+    cells = [line[:17].strip() for line in shown(80, made).splitlines()]
+    assert {"1  resnet/", "openvino-", "int8.bfloat16"} <= set(cells)
+    assert "resnet/openvino-int8.bfloat16" in shown(120, made)
+
+
 def test_the_terminal_report_tells_every_reason() -> None:
     made = campaigns.campaign()
     text = " ".join(shown(100).split())
