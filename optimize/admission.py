@@ -8,13 +8,16 @@ import shutil
 from collections.abc import Iterable, Iterator
 from math import prod
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from optimize.signature import Signature, read_signature
+from optimize.engines.local import ChildFailure, Limits, run_in_child
+from optimize.signature import Described, Signature, describe_signature, read_signature
 from registry.errors import InputError, UntrustedModelError
 
 if TYPE_CHECKING:
     import onnx
+
+Format = Literal["onnx", "openvino"]
 
 ENTRY = "model.onnx"
 KNOWN_DOMAINS = frozenset({"", "ai.onnx", "ai.onnx.ml", "com.microsoft", "com.microsoft.nchwc"})
@@ -66,6 +69,47 @@ def admit(path: Path, folder: Path) -> Signature:
     _check_operators(model)
     _check_by_onnx(copy, path.name)
     return read_signature(copy)
+
+
+def admit_openvino(path: Path, folder: Path) -> Signature:
+    """Copies an OpenVINO ``.xml`` and its ``.bin`` into ``folder``, and returns the copy's signature.
+
+    Raises:
+        InputError: one of the two is missing, or they are no OpenVINO model.
+    """
+    for file in (path, path.with_suffix(".bin")):
+        if not file.is_file():
+            raise InputError(f"{path} has no {file.name} beside it", hint="OpenVINO keeps weights in a .bin file.")
+        shutil.copyfile(file, folder / file.name)
+    return read_signature(folder / path.name)
+
+
+def admit_here(*, path: str, folder: str, format: Format = "onnx") -> Described:
+    """Lets a model in, in this process, which is a child: by `admit`, or for ``openvino`` by `admit_openvino`."""
+    admit_it = admit_openvino if format == "openvino" else admit
+    return describe_signature(admit_it(Path(path), Path(folder)))
+
+
+def ask_child(function: str, path: Path, *, limits: Limits | None = None, **arguments: Any) -> Any:
+    """What a function finds out about a model that nobody has vouched for, in a child process with limits.
+
+    Args:
+        function: ``package.module:function``, called with the absolute ``path`` as text, and the arguments.
+        path: the model file.
+        limits: of the child.
+        arguments: the function's others.
+
+    Raises:
+        BurnishError: what the function raised.
+        UntrustedModelError: reading the model broke a limit, or crashed.
+    """
+    try:
+        return run_in_child(function, {"path": str(path.absolute()), **arguments}, limits=limits)
+    except ChildFailure as error:
+        if error.kind == "error":
+            raise
+        log = f"\n{error.log}" if error.log else ""
+        raise UntrustedModelError(f"{path} cannot be read: {error.message}{log}") from error
 
 
 def refuse_other_formats(path: Path) -> None:
@@ -308,12 +352,14 @@ def _external_bytes(tensor: "onnx.TensorProto", folder: Path) -> int:
     return max(0, min(length, size - offset))
 
 
-def external_files(path: Path) -> list[str]:
+def external_files(path: Path | str) -> list[str]:
     """The files that an ONNX model keeps weights in, as it names them, sorted; they are inside of its folder.
+
+    It parses the model: a child's work.
 
     Raises:
         InputError: it cannot be parsed.
         UntrustedModelError: it names a file outside of its folder.
     """
-    tensors = _tensors(_parse(path, path.name))
+    tensors = _tensors(_parse(Path(path), Path(path).name))
     return sorted({str(_inside(_location(tensor))) for tensor in tensors if _is_external(tensor)})

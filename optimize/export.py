@@ -6,16 +6,15 @@ import shutil
 import tempfile
 import traceback
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from optimize.admission import ENTRY, admit
+from optimize.admission import ENTRY
 from optimize.engines.child import resolve
 from optimize.samples import load_samples
-from optimize.signature import Signature, read_signature
+from optimize.signature import Described, describe_signature, read_signature
 from registry.errors import InputError, MissingExtraError, StageError, UntrustedModelError
 
 if TYPE_CHECKING:
@@ -29,18 +28,6 @@ _TOLERANCE = 1e-3  # of the largest answer; exporters reorder sums, and no more
 # What a Hugging Face folder may bring into an export. Everything else, and so pickles and code, stays outside.
 _KEPT_SUFFIXES = frozenset({".json", ".txt", ".safetensors", ".model"})
 _PICKLED_WEIGHTS = frozenset({".bin", ".pt", ".pth"})
-
-Described = dict[str, list[dict[str, Any]]]
-
-
-def admit_onnx(*, path: str, folder: str) -> Described:
-    """The signature of an ONNX file that was let in; see `optimize.admission.admit`."""
-    return _described(admit(Path(path), Path(folder)))
-
-
-def _described(signature: Signature) -> Described:
-    inputs, outputs = signature
-    return {"inputs": [asdict(spec) for spec in inputs], "outputs": [asdict(spec) for spec in outputs]}
 
 
 def tidy(model: "onnx.ModelProto") -> None:
@@ -112,7 +99,7 @@ def export_torch(
     _rewrite(path, opset=opset)
     for rows in (_EXAMPLES, 1):
         _check_against(module, {name: tensor[:rows] for name, tensor in examples.items()}, path, factory)
-    return _described(read_signature(path))
+    return describe_signature(read_signature(path))
 
 
 def _first_line(error: BaseException) -> str:
@@ -320,7 +307,7 @@ def export_huggingface(
     if pooling is not None:
         append_pooling(path, pooling, normalize=normalize)
     _rewrite(path, opset=opset)
-    return _described(read_signature(path))
+    return describe_signature(read_signature(path))
 
 
 def kept_files(folder: Path, *, allow_pickle: bool = False) -> list[Path]:

@@ -1,12 +1,12 @@
-"""What a model file is: its tensors, operators, opsets and size. Nothing is run."""
+"""What a model file is: its tensors, operators, opsets and size. Nothing is run, and a child process reads it."""
 
 from collections import Counter
-from dataclasses import asdict
 from math import prod
 from pathlib import Path
 from typing import Any
 
-from optimize.signature import read_signature
+from optimize.admission import ask_child
+from optimize.signature import describe_signature, read_signature
 from registry.errors import InputError
 
 
@@ -15,17 +15,23 @@ def describe(model: Path) -> dict[str, Any]:
 
     Raises:
         InputError: there is no such file, or it is neither ONNX nor OpenVINO IR.
+        UntrustedModelError: reading it broke a limit, or crashed.
     """
     if not model.is_file():
         raise InputError(f"no model at {model}", hint="Give the path of an .onnx file or of an OpenVINO .xml.")
-    inputs, outputs = read_signature(model)
-    shared = {
-        "path": str(model),
-        "size_bytes": sum(file.stat().st_size for file in _files(model)),
-        "inputs": [asdict(spec) for spec in inputs],
-        "outputs": [asdict(spec) for spec in outputs],
-    }
-    return shared | (_describe_openvino(model) if model.suffix == ".xml" else _describe_onnx(model))
+    size_bytes = sum(file.stat().st_size for file in _files(model))
+    return {"path": str(model), "size_bytes": size_bytes, **ask_child("optimize.inspection:describe_here", model)}
+
+
+def describe_here(*, path: str) -> dict[str, Any]:
+    """What `describe` says of the file's contents, found in this process, which is a child.
+
+    Raises:
+        InputError: it is neither ONNX nor OpenVINO IR.
+    """
+    model = Path(path)
+    signature = describe_signature(read_signature(model))
+    return signature | (_describe_openvino(model) if model.suffix == ".xml" else _describe_onnx(model))
 
 
 def _files(model: Path) -> list[Path]:

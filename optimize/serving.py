@@ -10,10 +10,10 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from optimize.admission import admit
+from optimize.admission import ENTRY, Format, ask_child
 from optimize.config import ServingConfig
 from optimize.samples import load_samples
-from optimize.signature import read_signature
+from optimize.signature import signature_of
 from profiles.deploy.local import LOOPBACK, LocalCluster, LocalDeployment, server_version
 from profiles.load.engine import LoadGenerator
 from profiles.load.payloads import encode_payloads
@@ -134,15 +134,10 @@ def _stored(entry: Path, store: FolderStore, work: Path) -> Any:
     """The model's own files in the store, and nothing else of its folder."""
     folder = work / "admitted"
     folder.mkdir()
-    if entry.suffix == ".xml":
-        inputs, outputs = read_signature(entry)
-        for file in (entry, entry.with_suffix(".bin")):
-            if not file.is_file():
-                raise InputError(f"{entry} has no {file.name} beside it", hint="OpenVINO keeps weights in a .bin file.")
-            (folder / file.name).write_bytes(file.read_bytes())
-        return store.add(folder, format="openvino", entry=entry.name, inputs=inputs, outputs=outputs)
-    inputs, outputs = admit(entry, folder)
-    return store.add(folder, format="onnx", entry="model.onnx", inputs=inputs, outputs=outputs)
+    kind: Format = "openvino" if entry.suffix == ".xml" else "onnx"
+    inputs, outputs = signature_of(ask_child("optimize.admission:admit_here", entry, folder=str(folder), format=kind))
+    name = entry.name if kind == "openvino" else ENTRY
+    return store.add(folder, format=kind, entry=name, inputs=inputs, outputs=outputs)
 
 
 def _candidate(stem: str, artifact_digest: str, kind: str, profile: ServingProfile, precision: str) -> Candidate:

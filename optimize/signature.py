@@ -1,11 +1,16 @@
 """The tensor signature of a model file: the names, types and shapes of its inputs and outputs."""
 
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+from registry import codec
 from registry.errors import InputError
 from registry.records import TensorSpec
 
 Signature = tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]
+Described = dict[str, list[dict[str, Any]]]
 
 
 def read_signature(entry: Path) -> Signature:
@@ -19,6 +24,20 @@ def read_signature(entry: Path) -> Signature:
     if entry.suffix == ".xml":
         return _openvino_signature(entry)
     return _onnx_signature(entry)
+
+
+def describe_signature(signature: Signature) -> Described:
+    """The signature as JSON has it, for a child process to hand back: ``inputs`` and ``outputs``."""
+    inputs, outputs = signature
+    return {"inputs": [asdict(spec) for spec in inputs], "outputs": [asdict(spec) for spec in outputs]}
+
+
+def signature_of(described: Mapping[str, Sequence[Any]]) -> Signature:
+    """The signature that `describe_signature` wrote."""
+    inputs, outputs = (
+        tuple(codec.from_jsonable(TensorSpec, spec) for spec in described[side]) for side in ("inputs", "outputs")
+    )
+    return inputs, outputs
 
 
 def _onnx_signature(entry: Path) -> Signature:

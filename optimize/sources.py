@@ -15,13 +15,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
-from optimize.admission import ENTRY, refuse_other_formats
+from optimize.admission import ENTRY, ask_child, refuse_other_formats
 from optimize.engines.local import Limits, run_in_child
 from optimize.export import kept_files
-from registry import codec
+from optimize.signature import signature_of
 from registry.errors import InputError
 from registry.ports import Store
-from registry.records import Artifact, Source, TensorSpec
+from registry.records import Artifact, Source
 
 Kind = Literal["onnx", "torch", "huggingface"]
 
@@ -47,7 +47,7 @@ def load_onnx(name: str, path: Path, store: Store, work: Path, *, limits: Limits
     """
     refuse_other_formats(path)
     arguments = {"path": str(path.absolute())}
-    function = "optimize.export:admit_onnx"
+    function = "optimize.admission:admit_here"
     return _load(name, "onnx", str(path), function, arguments, store=store, work=work, limits=limits)
 
 
@@ -159,9 +159,7 @@ def _load(
 ) -> Source:
     with _scratch(work) as folder:
         made = run_in_child(function, {**arguments, "folder": str(folder)}, limits=limits, python_path=python_path)
-        inputs, outputs = (
-            tuple(codec.from_jsonable(TensorSpec, spec) for spec in made[side]) for side in ("inputs", "outputs")
-        )
+        inputs, outputs = signature_of(made)
         artifact = store.add(folder, format="onnx", entry=ENTRY, inputs=inputs, outputs=outputs)
     return Source(name=name, kind=kind, location=location, digest=_source_digest(artifact), artifact=artifact)
 
@@ -223,10 +221,9 @@ def source_components(
 
 def _onnx_files(path: Path) -> dict[str, str]:
     """Digest of the model, and of the external data it names inside of its folder."""
-    from optimize.admission import external_files
-
     refuse_other_formats(path)
-    beside = {location: _sha256(path.parent / location) for location in external_files(path)}
+    locations = ask_child("optimize.admission:external_files", path)
+    beside = {location: _sha256(path.parent / location) for location in locations}
     return {ENTRY: _sha256(path), **beside}
 
 

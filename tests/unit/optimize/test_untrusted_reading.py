@@ -1,0 +1,85 @@
+"""Files that nobody has vouched for are opened in a child process, never in the user's own."""
+
+from pathlib import Path
+
+import onnx
+import pytest
+
+from optimize.admission import ask_child
+from optimize.engines.local import Limits
+from optimize.inspection import describe
+from optimize.serving import _stored
+from optimize.signature import describe_signature, read_signature, signature_of
+from optimize.sources import load_onnx, source_components
+from registry.errors import InputError, UntrustedModelError
+from registry.store import FolderStore
+from tests.doubles.models import mlp, two_inputs, write_onnx, write_openvino
+
+
+@pytest.fixture
+def closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process cannot open a model."""
+
+    def opened(*_: object, **__: object) -> None:
+        pytest.fail("a model was opened in the parent")
+
+    monkeypatch.setattr(onnx, "load", opened)
+    openvino = pytest.importorskip("openvino", reason="openvino is not installed")
+    monkeypatch.setattr(openvino, "Core", opened)
+
+
+def write(folder: Path, kind: str) -> Path:
+    write = write_onnx if kind == "onnx" else write_openvino
+    return folder / write(mlp(), folder).entry
+
+
+@pytest.mark.parametrize("kind", ["onnx", "openvino"])
+def test_a_model_is_inspected_by_a_child(tmp_path: Path, kind: str, request: pytest.FixtureRequest) -> None:
+    model = write(tmp_path, kind)
+    request.getfixturevalue("closed")
+    found = describe(model)
+    assert (found["format"], found["inputs"][0]["name"], found["path"]) == (kind, "x", str(model))
+    assert found["size_bytes"] > 1000
+    assert found["parameters"] > 100
+
+
+@pytest.mark.parametrize("kind", ["onnx", "openvino"])
+def test_a_model_to_serve_is_admitted_by_a_child(tmp_path: Path, kind: str, request: pytest.FixtureRequest) -> None:
+    model = write(tmp_path / "from", kind)
+    (tmp_path / "from" / "secret.txt").write_text("stays")
+    request.getfixturevalue("closed")
+    store = FolderStore(tmp_path / "work")
+    artifact = _stored(model, store, tmp_path / "work")
+    assert (artifact.format, [spec.name for spec in artifact.outputs]) == (kind, ["logits"])
+    assert (store.path(artifact) / artifact.entry).is_file()
+    assert not [file for file in artifact.files if "secret" in file.path]
+
+
+def test_weights_missing_beside_an_openvino_model(tmp_path: Path) -> None:
+    model = write(tmp_path, "openvino")
+    model.with_suffix(".bin").unlink()
+    (tmp_path / "work").mkdir()
+    with pytest.raises(InputError, match=r"model\.xml has no model\.bin beside it"):
+        _stored(model, FolderStore(tmp_path / "work"), tmp_path / "work")
+
+
+def test_an_openvino_model_is_no_onnx_source(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="not an ONNX model"):
+        load_onnx("m", write(tmp_path, "openvino"), FolderStore(tmp_path / "work"), tmp_path / "work")
+
+
+def test_external_files_of_a_source_are_listed_by_a_child(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    model = write(tmp_path, "onnx")
+    request.getfixturevalue("closed")
+    assert set(source_components("onnx", str(model))["files"]) == {"model.onnx"}
+
+
+def test_a_model_that_breaks_a_limit_is_refused(tmp_path: Path) -> None:
+    model = write(tmp_path, "onnx")
+    with pytest.raises(UntrustedModelError, match=r"model\.onnx cannot be read: .*timeout"):
+        ask_child("optimize.admission:external_files", model, limits=Limits(timeout_s=0.01))
+
+
+def test_a_signature_comes_back_from_the_child_as_it_was(tmp_path: Path) -> None:
+    signature = read_signature(tmp_path / write_onnx(two_inputs(), tmp_path).entry)
+    assert signature_of(describe_signature(signature)) == signature
