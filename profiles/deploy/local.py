@@ -348,11 +348,12 @@ def server_version(server: Server) -> str:
 
     Raises:
         MissingExtraError: it is not installed.
-        UnreachableError: it is installed and does not run.
+        UnreachableError: it is installed and does not run, or could not run a model.
     """
     if server == "mlserver":
         return _installed("mlserver", extra="mlserver", what="MLServer")
     wheel = _installed("nvidia-pytriton", extra="triton", what="Triton")
+    check_libraries(_stub())
     return f"{_triton_version()} (nvidia-pytriton {wheel})"
 
 
@@ -397,6 +398,30 @@ def _triton_version() -> str:
     if match is None:
         raise UnreachableError(f"tritonserver does not start: {(said.stderr + said.stdout)[-1000:]}")
     return match[1]
+
+
+def check_libraries(binary: Path) -> None:
+    """Returns when every library that a binary of Triton's needs is found, with the environment it is started with.
+
+    A server starts without its stub's libpython, and then fails on every model.
+
+    Raises:
+        UnreachableError: one is not found.
+    """
+    # The loader itself says so, without running the binary (ld.so(8)).
+    environment = {**server_environment("triton"), "LD_TRACE_LOADED_OBJECTS": "1"}
+    try:
+        said = subprocess.run(
+            [str(binary)], env=environment, capture_output=True, text=True, timeout=60, check=False
+        ).stdout
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise UnreachableError(f"{binary.name} does not start: {error}") from error
+    if missing := re.findall(r"(\S+) => not found", said):
+        package = missing[0].partition(".so")[0]
+        raise UnreachableError(
+            f"Triton's Python backend needs {', '.join(missing)}, which is not here",
+            hint=f"On Debian and Ubuntu: apt-get install {package}",
+        )
 
 
 def _require(candidate: Candidate) -> None:
@@ -478,16 +503,22 @@ def _triton_home() -> Path:
     return _site_packages() / "pytriton" / "tritonserver"
 
 
-def _backend_folder(work: Path) -> Path:
-    """A folder that holds Triton's Python backend with the stub of this Python, as links into the wheel.
+def _stub() -> Path:
+    """The process that runs a Python model for Triton.
 
     Raises:
-        UnreachableError: the wheel has no stub for this Python.
+        UnreachableError: the wheel has none for this Python.
     """
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     stub = _triton_home() / "python_backend_stubs" / version / "triton_python_backend_stub"
     if not stub.exists():
         raise UnreachableError(f"the Triton that is installed has no Python backend for Python {version}")
+    return stub
+
+
+def _backend_folder(work: Path) -> Path:
+    """A folder that holds Triton's Python backend with the stub of this Python, as links into the wheel."""
+    stub = _stub()
     folder = work / "triton-backends" / "python"
     folder.mkdir(parents=True, exist_ok=True)
     for source in (*(_triton_home() / "backends" / "python").iterdir(), stub):
