@@ -49,7 +49,7 @@ def render_html(campaign: Campaign) -> str:
             for miss in campaign.verdict.closest
         ],
         failures=campaign.failures,
-        method=_method(campaign),
+        method=_method(campaign, shown),
         variants=[_variant(campaign, variant) for variant in campaign.variants],
         rendered=_rendered(campaign),
         install=[f"{name}=={version.partition('+')[0]}" for name, version in sorted(campaign.versions.items())],
@@ -170,7 +170,7 @@ def _loser(campaign: Campaign, row: Row) -> dict[str, Any]:
     }
 
 
-def _method(campaign: Campaign) -> list[tuple[str, str]]:
+def _method(campaign: Campaign, shown: tuple[Row, ...]) -> list[tuple[str, str]]:
     """What was measured how, as terms and their descriptions."""
     host = campaign.host
     level = f"{campaign.level}: {_LEVELS[campaign.level]}" if campaign.level in _LEVELS else campaign.level
@@ -181,6 +181,7 @@ def _method(campaign: Campaign) -> list[tuple[str, str]]:
     entries = [
         ("Level", level),
         ("Rounds", f"{counted}, {order}; {runs} runs, {invalid} of them invalid" if counted else "none"),
+        ("Runs left out", _left_out(campaign, shown)),
         ("Loads", "; ".join(_loads(campaign)) or "none"),
         ("Latency", "counted from the intended send time; a run that fails a validity gate is not used"),
         ("Accuracy", _accuracy_words(campaign)),
@@ -195,6 +196,21 @@ def _method(campaign: Campaign) -> list[tuple[str, str]]:
         ("Versions", ", ".join(f"{name} {version}" for name, version in sorted(campaign.versions.items()))),
     ]
     return [(term, words) for term, words in entries if words]
+
+
+def _left_out(campaign: Campaign, shown: tuple[Row, ...]) -> str:
+    """Of each candidate that was measured, how many invalid runs its numbers leave out, and at which loads."""
+    words = []
+    for row in shown:
+        found = [one for one in campaign.measurements if one.candidate_id == row.candidate.id]
+        places = [
+            f"{one.invalid_runs} {f'at {one.load}' if one.load else 'in a closed loop'}"
+            for one in found
+            if one.invalid_runs
+        ]
+        if found:
+            words.append(f"{row.number}. {row.candidate.name}: {', '.join(places) or 'none'}")
+    return "; ".join(words)
 
 
 def _loads(campaign: Campaign) -> list[str]:

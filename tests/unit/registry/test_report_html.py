@@ -1,6 +1,7 @@
 """The report's page: complete, self-contained, safe and the same each time."""
 
 import dataclasses
+import html
 import importlib.resources
 import re
 from html.parser import HTMLParser
@@ -82,6 +83,19 @@ def test_the_page_tells_the_whole_campaign(page: Page) -> None:
     assert "not known" in page.text
     assert "closed loop, 8 outstanding" in page.text
     assert "Poisson" in page.text
+
+
+def test_the_page_counts_what_each_candidates_numbers_leave_out() -> None:
+    made = campaigns.campaign()
+    closed = [
+        dataclasses.replace(one, invalid_runs=2)
+        if one.candidate_id == campaigns.OPENVINO_TRITON.id and one.load is None
+        else one
+        for one in made.measurements
+    ]
+    text = html.unescape(render_html(dataclasses.replace(made, measurements=tuple(closed))))
+    assert "2. openvino @ triton-grpc-b8-d2: 2 in a closed loop, 1 at 0.8 saturation; 3. int8-static" in text
+    assert "4. float32 @ mlserver-grpc-b8-d2: none" in text
 
 
 def test_the_page_asks_the_network_for_nothing(page: Page) -> None:
