@@ -3,7 +3,9 @@
 import os
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from urllib.parse import urlsplit
 
+from optimize.stages import broken_stages
 from profiles.deploy.local import available_servers
 from profiles.measure.host import fingerprint_host, split_cpus
 from registry.errors import BurnishError
@@ -16,6 +18,7 @@ def diagnose() -> dict[str, dict[str, str]]:
     """Findings by section: the host, engines, servers, tracking, and what is made of them. Nothing is changed."""
     server_cpus, client_cpus, pinning = split_cpus()
     host = fingerprint_host(pinning)
+    broken = broken_stages()
     return {
         "host": {
             "cpu": host.cpu_model,
@@ -27,6 +30,7 @@ def diagnose() -> dict[str, dict[str, str]]:
         },
         "engines and tools": {name: _installed(name, extra) for name, extra in _ENGINES.items()},
         "servers": {name: found.version or f"no: {found.reason}" for name, found in available_servers().items()},
+        **({"plug-ins that do not load": dict(broken)} if broken else {}),
         "tracking": {"mlflow": _installed("mlflow", None), "store": _tracking()},
         "burnish will": {
             "pin servers to": f"CPU {', '.join(map(str, server_cpus))}",
@@ -48,11 +52,23 @@ def _tracking() -> str:
     named = os.environ.get("MLFLOW_TRACKING_URI")
     if not named:
         return "SQLite in each campaign's working folder (MLFLOW_TRACKING_URI names another)"
+    if (database := _sqlite_file(named)) is not None and not database.exists():
+        return f"{redact(named)} will be created"
     try:
         open_tracker(named, Path()).check()
     except BurnishError as error:
         return f"unreachable: {error.message}"
     return f"{redact(named)} answers"
+
+
+def _sqlite_file(uri: str) -> Path | None:
+    """The file of a SQLite store, which may not be there yet; None for stores of other kinds."""
+    try:
+        parts = urlsplit(uri)
+    except ValueError:
+        return None
+    # sqlite:///name is relative and sqlite:////name absolute, as SQLAlchemy has it.
+    return Path(parts.path[1:]) if parts.scheme == "sqlite" and len(parts.path) > 1 else None
 
 
 def _int8(instruction_sets: tuple[str, ...]) -> str:
