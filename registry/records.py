@@ -640,6 +640,7 @@ class Campaign:
         rendered: candidate id -> path of a rendered file -> its text.
         versions: package -> version. Never environment variables.
         artifacts: variant id -> folder of its files on this machine.
+        samples_name: name of the file that held the evaluation samples, without its folder; empty where none did.
     """
 
     id: str
@@ -665,3 +666,4 @@ class Campaign:
     rendered: Mapping[str, Mapping[str, str]]
     artifacts: Mapping[str, str]
     verdict: Verdict
+    samples_name: str = ""
