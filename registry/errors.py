@@ -11,6 +11,7 @@
     ├── NoVariantError            exit 3  nothing meets the policy, or all is unknown
     ├── UnreachableError          exit 4  a server, cluster or store refused or did not answer
     │   ├── ServerDiedError               a server process ended while it was needed
+    │   ├── GeneratorLostError            the load generator's process ended, twice for the same window
     │   └── StorageError                  burnish's own working folder cannot be written or read
     ├── CheckFailedError          exit 5  a check found something
     ├── StageError                        a stage failed; becomes a Failure record in a campaign
@@ -98,6 +99,12 @@ class ServerDiedError(UnreachableError):
     """A server process ended while it was needed."""
 
     kind = "server_died"
+
+
+class GeneratorLostError(UnreachableError):
+    """The load generator's own process ended unasked, again after it was started anew; no server's fault."""
+
+    kind = "generator_lost"
 
 
 class StorageError(UnreachableError):

@@ -18,7 +18,7 @@ from profiles.load.payloads import Expected, Likeness, Payload, count_wrong, dec
 from profiles.load.recording import Recording, file_sha256, load_arrays
 from profiles.load.summary import summarize
 from registry.codec import to_jsonable
-from registry.errors import BurnishError, UnreachableError
+from registry.errors import BurnishError, GeneratorLostError, StorageError, UnreachableError
 from registry.records import LoadProfile, RunRecord, Target
 
 logger = logging.getLogger(__name__)
@@ -84,6 +84,8 @@ class LoadGenerator:
             UnreachableError: the first request failed (with the server's message), or the server or the generator's
                 process stopped answering.
             ServerDiedError: ``usage`` found the server dead.
+            GeneratorLostError: the generator's process ended, and so did the one that took its place.
+            StorageError: payloads or arrays could not be written.
         """
         replies = self._work / REPLIES
         job = {
@@ -96,10 +98,9 @@ class LoadGenerator:
         }
         try:
             answer, spent = self._perform(job, profile, usage)
-        except BaseException:
-            # Whatever broke, the process is in the middle of something: the next window gets a new one.
-            self.close()
-            raise
+        except GeneratorLostError as error:
+            logger.warning("%s; the window is offered once more, by a new one", error.message)
+            answer, spent = self._perform(job, profile, usage)
         arrays = load_arrays(raw_path)
         recording = Recording(**arrays, **_tuples(answer["recording"]))  # type: ignore[arg-type]
         if recording.first_error:
@@ -127,6 +128,16 @@ class LoadGenerator:
         self, job: dict[str, Any], profile: LoadProfile, usage: Callable[[], Usage] | None
     ) -> tuple[dict[str, Any], tuple[float, float] | None]:
         """Sends the job and reads its events; returns the answer, and (CPU seconds, resident MB) of the server."""
+        try:
+            return self._converse(job, profile, usage)
+        except BaseException:
+            # Whatever broke, the process is in the middle of something: the next window gets a new one.
+            self.close()
+            raise
+
+    def _converse(
+        self, job: dict[str, Any], profile: LoadProfile, usage: Callable[[], Usage] | None
+    ) -> tuple[dict[str, Any], tuple[float, float] | None]:
         self._send(job)
         deadline = time.monotonic() + profile.warmup_s + profile.duration_s + 2 * profile.timeout_s + BESIDE_WINDOW_S
         marks: list[Usage] = []
@@ -137,7 +148,8 @@ class LoadGenerator:
             elif event["event"] == "failed":
                 if usage is not None:
                     usage()  # raises where the server died, which says more
-                raise UnreachableError(event["message"], hint=event["hint"])
+                kind = StorageError if event["kind"] == StorageError.kind else UnreachableError
+                raise kind(event["message"], hint=event["hint"])
             elif event["event"] == "done":
                 spent = (marks[1].cpu_s - marks[0].cpu_s, marks[1].rss_mb) if len(marks) == 2 else None
                 return event, spent
@@ -169,15 +181,15 @@ class LoadGenerator:
         # A queue of its own, so that nothing of an earlier process is taken for this one's.
         self._events = queue.SimpleQueue()
         threading.Thread(target=_forward, args=(self._process.stdout, self._events), daemon=True).start()
-        self._next_event(time.monotonic() + START_S)
+        self._next_event(time.monotonic() + START_S, late=GeneratorLostError)
 
-    def _next_event(self, deadline: float) -> dict[str, Any]:
+    def _next_event(self, deadline: float, late: type[UnreachableError] = UnreachableError) -> dict[str, Any]:
+        """The next event; where it does not come in time, the error ``late``."""
         try:
             line = self._events.get(timeout=max(0.0, deadline - time.monotonic()))
         except queue.Empty:
-            raise UnreachableError(
-                "the load generator did not finish in time", hint="Is the machine overloaded?"
-            ) from None
+            # Within a window the server may be the one that brought the machine to a stand.
+            raise late("the load generator did not answer in time", hint="Is the machine overloaded?") from None
         if line is None:
             raise self._lost()
         event: dict[str, Any] = json.loads(line)
@@ -186,14 +198,17 @@ class LoadGenerator:
     def _lost(self) -> BurnishError:
         log = self._work / "generator.log"
         tail = log.read_bytes()[-2000:].decode(errors="replace") if log.exists() else ""
-        return UnreachableError(f"the load generator's process ended unasked:\n{tail}", hint=f"Its log is {log}.")
+        return GeneratorLostError(f"the load generator's process ended unasked:\n{tail}", hint=f"Its log is {log}.")
 
     def _hand_over(self, payloads: tuple[Payload, ...]) -> dict[str, Any]:
         """The payloads in a file that the process reads; written anew only for another set."""
         if self._handed is not None and self._handed[0] is payloads:
             return self._handed[1]
         path = self._work / PAYLOADS
-        path.write_bytes(b"".join(payload.body for payload in payloads))
+        try:
+            path.write_bytes(b"".join(payload.body for payload in payloads))
+        except OSError as error:
+            raise StorageError(f"{path} cannot be written: {error.strerror}", hint="Check free space there.") from error
         entries, start = [], 0
         for payload in payloads:
             entries.append([start, len(payload.body), dict(payload.headers)])

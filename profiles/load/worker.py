@@ -22,7 +22,7 @@ from profiles.load.recording import save_arrays
 from profiles.load.transports import Status, Transport, make_transport
 from profiles.load.window import Kept, Offered, Window
 from registry.codec import from_jsonable
-from registry.errors import BurnishError, UnreachableError
+from registry.errors import BurnishError, StorageError, UnreachableError
 from registry.records import ClosedLoop, LoadProfile, OpenLoop, Target
 
 FIRST_ANSWER_S = 30.0
@@ -158,9 +158,16 @@ def _report(job: dict[str, Any], offered: Offered, witness: _Witness) -> dict[st
         steal=witness.steal,
         first_error=offered.first_error,
     )
-    save_arrays(Path(job["raw"]), recording)
+    try:
+        save_arrays(Path(job["raw"]), recording)
+        replies = _write_replies(Path(job["replies"]), offered.kept)
+    except OSError as error:
+        raise StorageError(
+            f"the times of a window could not be written to {job['raw']}: {error.strerror}",
+            hint="Check free space and permissions of the folder.",
+        ) from error
     return {
-        "replies": _write_replies(Path(job["replies"]), offered.kept),
+        "replies": replies,
         "recording": {
             name: getattr(recording, name)
             for name in (

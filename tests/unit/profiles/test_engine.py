@@ -20,7 +20,7 @@ from profiles.load.engine import LoadGenerator
 from profiles.load.payloads import Payload, encode_payloads, expected_answers
 from profiles.load.recording import load_arrays
 from profiles.testing import FakeV2Server, Fixed, Queue, Stall
-from registry.errors import ServerDiedError, UnreachableError
+from registry.errors import GeneratorLostError, ServerDiedError, StorageError, UnreachableError
 from registry.records import ClosedLoop, LoadProfile, OpenLoop, RunRecord, Target
 
 Protocol = Literal["grpc", "rest"]
@@ -208,19 +208,33 @@ def test_a_dead_server_is_named_by_who_knows(generator: LoadGenerator, tmp_path:
         run(generator, server, profile(ClosedLoop(concurrency=1)), tmp_path, usage=usage)
 
 
-def test_the_generator_recovers_from_the_loss_of_its_process(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kills", [1, 2])
+def test_a_lost_generator_is_replaced_once(tmp_path: Path, kills: int) -> None:
     before = set(psutil.Process().children())
+    killed: list[int] = []
 
     def kill() -> Usage:
         (child,) = set(psutil.Process().children()) - before
-        os.kill(child.pid, signal.SIGKILL)
+        if len(killed) < kills and child.pid not in killed:
+            killed.append(child.pid)
+            os.kill(child.pid, signal.SIGKILL)
         return Usage(cpu_s=0.0, rss_mb=0.0)
 
     with FakeV2Server(Fixed(0.005)) as server, LoadGenerator(None, tmp_path / "own") as generator:
         window = profile(ClosedLoop(concurrency=1), duration_s=0.2)
-        with pytest.raises(UnreachableError, match="ended unasked"):
-            run(generator, server, window, tmp_path, usage=kill)
-        assert run(generator, server, window, tmp_path).ok > 0
+        if kills == 1:
+            assert run(generator, server, window, tmp_path, usage=kill).ok > 0
+        else:
+            with pytest.raises(GeneratorLostError, match="ended unasked"):
+                run(generator, server, window, tmp_path, usage=kill)
+            assert run(generator, server, window, tmp_path).ok > 0
+    assert len(killed) == kills
+
+
+def test_a_folder_that_cannot_be_written_is_no_fault_of_the_server(generator: LoadGenerator, tmp_path: Path) -> None:
+    (tmp_path / "raw").write_text("in the way of a folder", encoding="utf-8")
+    with FakeV2Server(Fixed(0.005)) as server, pytest.raises(StorageError, match="could not be written"):
+        run(generator, server, profile(ClosedLoop(concurrency=1), duration_s=0.1), tmp_path)
 
 
 def test_no_process_is_left(tmp_path: Path) -> None:
