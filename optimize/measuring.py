@@ -13,9 +13,9 @@ from profiles.deploy.cluster import Cluster, Deployment
 from profiles.load.engine import LoadGenerator
 from profiles.load.payloads import Expected, Payload, encode_payloads, expected_answers
 from profiles.measure.capacity import find_capacity
-from profiles.measure.rounds import measure_in_round, round_order
+from profiles.measure.rounds import AGAIN, Slot, measure_in_round, round_order
 from registry.codec import digest
-from registry.errors import BurnishError
+from registry.errors import BurnishError, GeneratorLostError, StorageError
 from registry.policy import DEFAULT_LOAD, loads_named
 from registry.records import (
     Artifact,
@@ -39,7 +39,7 @@ class Serving:
         files: the folder with its files.
         answers: what it should answer for each sample (output name -> array), or None where an answer depends on its
             neighbours in the batch and so cannot be foretold.
-        baseline: whether others are compared with it, so that it is measured twice a round for the noise floor.
+        baseline: whether others are compared with it, so that it has two slots in a round, for the noise floor.
     """
 
     candidate: Candidate
@@ -73,29 +73,30 @@ def measure(
 
     Args:
         workspace: the plan, and where results go.
-        cluster: where candidates are deployed.
+        cluster: where candidates are deployed; what is still deployed at the end is left for its `close` to end.
         servings: the candidates.
         inputs: the evaluation samples, input name -> array of shape (samples, ...), that payloads are made of.
         samples_digest: what identifies them.
+
+    Raises:
+        StorageError: the working folder cannot be written.
+        GeneratorLostError: the load generator does not stay alive.
     """
     plan = workspace.plan
+    slots = [
+        Slot(serving.candidate.id, again)
+        for serving in servings
+        for again in ((False, True) if plan.level.a_a and serving.baseline else (False,))
+    ]
     with LoadGenerator(cpus=plan.client_cpus, work=plan.work) as generator:
         hall = _Hall(workspace, cluster, generator, servings=servings, inputs=inputs, samples_digest=samples_digest)
-        workspace.observer.phase("Measuring", len(servings) * (1 + plan.level.rounds))
-        try:
-            for serving in servings:
-                hall.attempt(serving, hall.find_capacity)
-            for number in range(plan.level.rounds):
-                order = round_order(plan.config.seed, number, [serving.candidate.id for serving in servings])
-                for position, candidate_id in enumerate(order):
-                    hall.attempt(hall.servings[candidate_id], _bound(hall.measure_round, number, position))
-        finally:
-            hall.undeploy_all()
+        workspace.observer.phase("Measuring", len(servings) + len(slots) * plan.level.rounds)
+        for serving in servings:
+            hall.attempt(serving, hall.find_capacity)
+        for number in range(plan.level.rounds):
+            for position, slot in enumerate(round_order(plan.config.seed, number, slots)):
+                hall.attempt(hall.servings[slot.candidate_id], hall.in_slot(slot, number, position))
     return hall.measured()
-
-
-def _bound(method: Callable[[Serving, int, int], str], number: int, position: int) -> Callable[[Serving], str]:
-    return lambda serving: method(serving, number, position)
 
 
 class _Hall:
@@ -131,13 +132,20 @@ class _Hall:
         self._failures: dict[str, Failure] = {}
 
     def attempt(self, serving: Serving, work: Callable[[Serving], str]) -> None:
-        """Does one piece of work on a candidate; a failure becomes its record, and the candidate is left out."""
+        """Does one piece of work on a candidate; a failure becomes its record, and the candidate is left out.
+
+        Raises:
+            StorageError: the working folder cannot be written.
+            GeneratorLostError: the load generator does not stay alive.
+        """
         name = serving.candidate.name
         if serving.candidate.id in self._failures:
             self._workspace.observer.done(name, "left out: it failed")
             return
         try:
             outcome = work(serving)
+        except (StorageError, GeneratorLostError):
+            raise  # no fault of the candidate; the next one would meet it too
         except BurnishError as error:
             phase: FailurePhase = "measure" if serving.candidate.id in self._deployments else "deploy"
             failure = failure_of(name, phase, error)
@@ -170,10 +178,23 @@ class _Hall:
         self._deployed[candidate_id] = self._remembered_deployment(serving)
         return f"saturates at {capacity.saturation_rps or 0:.0f} requests a second" + _reused(known)
 
-    def measure_round(self, serving: Serving, number: int, position: int) -> str:
-        """The candidate's runs in one round."""
+    def in_slot(self, slot: Slot, number: int, position: int) -> Callable[[Serving], str]:
+        """The work of measuring the slot's candidate in it."""
+        return lambda serving: self._measure_round(serving, slot, number, position)
+
+    def _measure_round(self, serving: Serving, slot: Slot, number: int, position: int) -> str:
         candidate_id = serving.candidate.id
-        components = {"candidate": candidate_id, "loads": list(self._loads), "round": number, **self._shared}
+        components = {
+            "candidate": candidate_id,
+            "again": slot.again,
+            # Pairs are compared because they stand close together in time: runs of a round with other candidates in
+            # it, perhaps of another day, are no pairs of this one's. Planned candidates count, failed or not. A round
+            # that a kill has parted in two stays one; the drift between its halves is what its noise floor is for.
+            "candidates": sorted(self.servings),
+            "loads": list(self._loads),
+            "round": number,
+            **self._shared,
+        }
         # Named by all that the round depends on: another level's or seed's arrays are not to overwrite these.
         folder = self._workspace.folder("raw") / candidate_id / f"round-{number}-{digest(components)}"
 
@@ -193,18 +214,14 @@ class _Hall:
                 raw_root=self._plan.work,
                 folder=folder,
                 expected=_expected(payloads, serving),
-                a_a=self._plan.level.a_a and serving.baseline,
+                again=slot.again,
             )
 
-        made, known = self._workspace.remember("Round", serving.candidate.name, components, run)
+        name = f"round {number + 1}{AGAIN if slot.again else ''}"
+        made, known = self._workspace.remember("Round", f"{name} of {serving.candidate.name}", components, run)
         self._rounds.append(made)
         invalid = sum(not run.valid for run in made.runs)
-        return f"round {number + 1}" + (f", {invalid} invalid runs" if invalid else "") + _reused(known)
-
-    def undeploy_all(self) -> None:
-        """Ends all that is deployed."""
-        for candidate_id in list(self._deployments):
-            self._undeploy(candidate_id)
+        return name + (f", {invalid} invalid runs" if invalid else "") + _reused(known)
 
     def measured(self) -> Measured:
         """What has been found."""

@@ -23,7 +23,7 @@ class Level:
         served: how many of the best screened variants are served beside the baseline; None for all.
         rounds: in each every candidate is measured once.
         reruns: how often an invalid window is measured again.
-        a_a: whether the baseline is measured twice a round, for the noise floor.
+        a_a: whether the baseline has two slots in each round, for the noise floor.
         warmup_s: sent before each window, not recorded.
         closed_s: the closed-loop window of a round.
         open_s: the open-loop window of a round, at least.

@@ -1,7 +1,7 @@
 """Interleaved, randomised rounds over candidates, and what they say together.
 
-A campaign drives them: in each round every candidate is measured once, in the order that chance gave
-(`round_order`), and what one gave in a round (`measure_in_round`) is committed before the next begins. After the
+A campaign drives them: in each round every candidate has a slot, and the baseline a second one, in the order that
+chance gave (`round_order`); what came of a slot (`measure_in_round`) is committed before the next begins. After the
 last round `reduce_rounds` gives each candidate's measurements and `compare_rounds` its comparisons with the baseline.
 """
 
@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,17 +37,30 @@ from registry.records import (
 )
 
 CLOSED = "closed"
-# The suffix of a load's name in the baseline's second run of a round.
+# The suffix of a load's name in the baseline's second slot of a round.
 AGAIN = " (A/A)"
 _LOAD = re.compile(r"(?P<kind>concurrency) (?P<n>\d+)|(?P<x>\d+(?:\.\d+)?) (?P<unit>saturation|rps)")
 RunWindow = Callable[[LoadProfile, Path], RunRecord]
 
 
-def round_order(seed: int, number: int, candidate_ids: Sequence[str]) -> tuple[str, ...]:
-    """The candidates in the order of one round: chance by seed and number, the same each time it is asked for."""
-    order = np.random.default_rng((seed, number)).permutation(len(candidate_ids))
-    ids = sorted(candidate_ids)
-    return tuple(ids[index] for index in order)
+class Slot(NamedTuple):
+    """A place in a round.
+
+    Attributes:
+        candidate_id: who is measured in it.
+        again: whether it is the second one of the same candidate. The baseline has two, as far apart as chance has
+            them, so that its two runs of the same thing see as much of the machine's drift as a pair of candidates.
+    """
+
+    candidate_id: str
+    again: bool = False
+
+
+def round_order(seed: int, number: int, slots: Sequence[Slot]) -> tuple[Slot, ...]:
+    """The slots in the order of one round: chance by seed and number, the same each time it is asked for."""
+    order = np.random.default_rng((seed, number)).permutation(len(slots))
+    known = sorted(slots)
+    return tuple(known[index] for index in order)
 
 
 def load_of(name: str, capacity: Capacity) -> ClosedLoop | OpenLoop | None:
@@ -90,9 +104,9 @@ def measure_in_round(
     raw_root: Path,
     folder: Path,
     expected: Expected | None = None,
-    a_a: bool = False,
+    again: bool = False,
 ) -> Round:
-    """What one candidate gives in one round: a closed-loop run at its best concurrency, and a run at each load.
+    """What one candidate gives in one slot of a round: a closed-loop run at its best concurrency, and one at each load.
 
     An invalid window is run again, at most ``level.reruns`` times; the last is kept, with its findings. A load that
     refers to a saturation point is left out where the candidate has none. All candidates see the same arrivals in a
@@ -106,13 +120,13 @@ def measure_in_round(
         loads: names, see `load_of`; ``closed`` comes first whether named or not.
         level: how long windows are.
         number: of the round.
-        position: of the candidate in it.
+        position: of the slot in it.
         seed: of the campaign.
         raw_root: the campaign's folder; records name the files of arrays relative to it.
         folder: where below it the arrays go; no other measurement's, or the last one overwrites the other.
         expected: the reference's answers, to check replies under load.
-        a_a: whether every run is made twice, the second named with `AGAIN`: for the baseline, whose two runs of the
-            same thing give the noise floor.
+        again: whether it is the candidate's second slot; its runs are named with `AGAIN`, and give the noise floor
+            together with those of the first.
 
     Raises:
         UnreachableError: the server refused, or stopped answering.
@@ -131,14 +145,11 @@ def measure_in_round(
             expected=expected,
         )
 
-    names = [CLOSED, *(name for name in loads if name != CLOSED)]
+    suffix = AGAIN if again else ""
     runs = []
-    for again in (False, True) if a_a else (False,):
-        for name in names:
-            profile = window_profile(name, capacity, level, seed=_window_seed(seed, number, name, again))
-            if profile is None:
-                continue
-            suffix = AGAIN if again else ""
+    for name in (CLOSED, *(name for name in loads if name != CLOSED)):
+        profile = window_profile(name, capacity, level, seed=_window_seed(seed, number, name, again))
+        if profile is not None:
             runs.append(run_until_valid(run, profile, folder / f"{_slug(name + suffix)}.npz", level, suffix))
     return Round(candidate_id=deployment.candidate.id, number=number, position=position, runs=tuple(runs))
 

@@ -92,7 +92,7 @@ def test_a_candidate_from_capacity_to_comparison(
         capacities[identity] = find_capacity(run, level, candidate_id=identity)
         assert capacities[identity].ladder[-1][1] > 50
     for number in range(2):
-        for position, deployment in enumerate(deployments):
+        for position, deployment in enumerate((*deployments, deployments[0])):
             one = measure_in_round(
                 generator,
                 deployment,
@@ -105,10 +105,10 @@ def test_a_candidate_from_capacity_to_comparison(
                 seed=1,
                 raw_root=tmp_path,
                 folder=tmp_path / "raw" / deployment.candidate.id / f"{number}",
-                a_a=position == 0,
+                again=position == len(deployments),
             )
             rounds.append(one)
-    assert [len(one.runs) for one in rounds] == [4, 2, 4, 2]
+    assert [len(one.runs) for one in rounds] == [2] * 6
     for deployment in deployments:
         identity = deployment.candidate.id
         found = reduce_rounds(identity, rounds, capacities[identity], raw_root=tmp_path, level=level)

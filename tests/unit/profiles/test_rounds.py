@@ -12,6 +12,7 @@ from profiles.load.summary import summarize
 from profiles.measure.levels import Level, find_level
 from profiles.measure.rounds import (
     AGAIN,
+    Slot,
     compare_rounds,
     load_of,
     measure_in_round,
@@ -104,7 +105,7 @@ def capacity(name: str, service_s: float, saturation_rps: float | None = None) -
 
 
 def measured(
-    generator: SimulatedGenerator, name: str, number: int, root: Path, *, a_a: bool = False, level: Level = QUICK
+    generator: SimulatedGenerator, name: str, number: int, root: Path, *, again: bool = False, level: Level = QUICK
 ) -> Round:
     return measure_in_round(
         generator,  # type: ignore[arg-type]
@@ -118,7 +119,7 @@ def measured(
         seed=5,
         raw_root=root,
         folder=root / "raw" / name / f"round-{number}",
-        a_a=a_a,
+        again=again,
     )
 
 
@@ -127,17 +128,26 @@ def campaign(root: Path, rounds: int = 5) -> list[Round]:
     return [
         one
         for number in range(rounds)
-        for one in (measured(base, "base", number, root, a_a=True), measured(fast, "fast", number, root))
+        for one in (
+            measured(base, "base", number, root),
+            measured(fast, "fast", number, root),
+            measured(base, "base", number, root, again=True),
+        )
     ]
 
 
 def test_order_is_chance_by_seed_and_round() -> None:
-    ids = [f"c{n}" for n in range(8)]
-    first = round_order(1, 0, ids)
-    assert sorted(first) == ids
-    assert first == round_order(1, 0, list(reversed(ids)))
-    assert len({round_order(1, number, ids) for number in range(6)}) == 6
-    assert first != round_order(2, 0, ids)
+    slots = [Slot(f"c{n}") for n in range(8)] + [Slot("c0", again=True)]
+    first = round_order(1, 0, slots)
+    assert sorted(first) == sorted(slots)
+    assert first == round_order(1, 0, list(reversed(slots)))
+    assert len({round_order(1, number, slots) for number in range(6)}) == 6
+    assert first != round_order(2, 0, slots)
+    apart = [
+        order.index(Slot("c0", again=True)) - order.index(Slot("c0"))
+        for order in (round_order(1, number, slots) for number in range(40))
+    ]
+    assert min(apart) < -3 < 3 < max(apart)
 
 
 def test_names_of_loads() -> None:
@@ -170,10 +180,12 @@ def test_a_round_holds_a_run_for_each_load(tmp_path: Path) -> None:
         assert run.raw.startswith("raw/c/round-3/")
 
 
-def test_the_baseline_is_measured_twice(tmp_path: Path) -> None:
-    one = measured(SimulatedGenerator(0.004), "c", 0, tmp_path, a_a=True)
-    assert [run.load.name for run in one.runs[3:]] == [name + AGAIN for name in ("closed", *LOADS)]
-    assert len({run.raw for run in one.runs}) == 6
+def test_a_second_slot_is_told_from_the_first(tmp_path: Path) -> None:
+    first = measured(SimulatedGenerator(0.004), "c", 0, tmp_path)
+    again = measured(SimulatedGenerator(0.004), "c", 0, tmp_path, again=True)
+    assert [run.load.name for run in again.runs] == [name + AGAIN for name in ("closed", *LOADS)]
+    assert len({run.raw for run in (*first.runs, *again.runs)}) == 6
+    assert not {run.load.seed for run in first.runs} & {run.load.seed for run in again.runs}
 
 
 def test_candidates_share_arrivals_within_a_round_only(tmp_path: Path) -> None:
@@ -233,8 +245,8 @@ def test_reduction(tmp_path: Path) -> None:
 def test_invalid_runs_are_left_out_and_counted(tmp_path: Path) -> None:
     rounds = campaign(tmp_path, rounds=2)
     spoilt = GateFinding(gate="steal", observed="9%", limit="2%")
-    last = rounds[-1]
-    rounds[-1] = replace(last, runs=tuple(replace(run, findings=(spoilt,)) for run in last.runs))
+    last = rounds[4]
+    rounds[4] = replace(last, runs=tuple(replace(run, findings=(spoilt,)) for run in last.runs))
     found = reduce_rounds("fast", rounds, capacity("fast", 0.002), raw_root=tmp_path, level=QUICK)
     assert [one.invalid_runs for one in found] == [1, 1, 1]
     assert measurement(found, None).metrics["max_throughput_rps"].method == "single run"
@@ -274,7 +286,7 @@ def test_comparison_with_the_baseline(tmp_path: Path) -> None:
 def test_only_the_arrays_that_were_measured_are_reduced(tmp_path: Path) -> None:
     rounds = campaign(tmp_path, rounds=2)
     path = tmp_path / rounds[1].runs[1].raw
-    others = (tmp_path / rounds[3].runs[1].raw).read_bytes()
+    others = (tmp_path / rounds[4].runs[1].raw).read_bytes()
 
     def reduce() -> Any:
         return reduce_rounds("fast", rounds, capacity("fast", 0.002), raw_root=tmp_path, level=QUICK)

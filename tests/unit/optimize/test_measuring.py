@@ -1,0 +1,339 @@
+"""Rounds of a campaign over servers that are not there, in virtual time."""
+
+import itertools
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import pytest
+
+from optimize import measuring
+from optimize.config import CampaignConfig, SamplesConfig, SourceConfig
+from optimize.measuring import Measured, Serving, measure
+from optimize.plan import Plan, Workspace
+from profiles.deploy.cluster import Usage
+from profiles.load.recording import file_sha256, save_arrays
+from profiles.load.summary import summarize
+from profiles.measure.levels import find_level
+from profiles.measure.rounds import AGAIN, compare_rounds, reduce_rounds
+from profiles.testing import Queue, simulate
+from registry.errors import BurnishError, GeneratorLostError, ServerDiedError, StorageError, UnreachableError
+from registry.ledger import Ledger
+from registry.policy import parse_policy
+from registry.records import (
+    Artifact,
+    Candidate,
+    EngineSpec,
+    Host,
+    LoadProfile,
+    RunRecord,
+    ServingProfile,
+    Target,
+)
+from registry.store import FolderStore
+
+X = {"x": np.arange(12, dtype="f4").reshape(6, 2)}
+QUICK = find_level("quick")
+STANDARD = replace(find_level("standard"), closed_s=1.0, open_s=1.0, warmup_s=0.1, ladder_s=0.3, stage_s=0.3)
+ARTIFACT = Artifact(digest="d", format="onnx", entry="model.onnx", files=(), inputs=(), outputs=())
+
+
+@dataclass
+class FakeDeployment:
+    candidate: Candidate
+    load_time_s: float
+    rendered: dict[str, str] = field(default_factory=lambda: {"settings.json": "{}"})
+    ended: bool = False
+
+    @property
+    def target(self) -> Target:
+        return Target(url="127.0.0.1:1", protocol="grpc", model=self.candidate.id)
+
+    def usage(self) -> Usage:
+        return Usage(cpu_s=0.0, rss_mb=1.0)
+
+    def undeploy(self) -> None:
+        self.ended = True
+
+
+class FakeCluster:
+    """Deploys in no time; the load time tells which deployment of all it was."""
+
+    def __init__(self) -> None:
+        self.deployments: list[FakeDeployment] = []
+
+    def deploy(self, candidate: Candidate, artifact: Artifact, files: Path, *, timeout_s: float) -> FakeDeployment:
+        self.deployments.append(FakeDeployment(candidate, load_time_s=len(self.deployments) + 1.0))
+        return self.deployments[-1]
+
+    def close(self) -> None:
+        for deployment in self.deployments:
+            deployment.undeploy()
+
+
+class SimulatedGenerator:
+    """Offers windows in virtual time; a test may put something in the way of each."""
+
+    def __init__(self) -> None:
+        self.windows: list[tuple[str, LoadProfile]] = []
+        self.before: Callable[[str, LoadProfile], None] = lambda model, profile: None
+
+    def __call__(self, **_: Any) -> Self:
+        return self
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def run(
+        self,
+        target: Target,
+        payloads: Any,
+        profile: LoadProfile,
+        *,
+        raw_path: Path,
+        raw_root: Path | None = None,
+        **_: Any,
+    ) -> RunRecord:
+        self.before(target.model, profile)
+        self.windows.append((target.model, profile))
+        recording = simulate(Queue(0.004, service="exponential", seed=len(self.windows)), profile)
+        save_arrays(raw_path, recording)
+        name = raw_path.name if raw_root is None else raw_path.relative_to(raw_root).as_posix()
+        return summarize(recording, profile, raw=name, raw_sha256=file_sha256(raw_path))
+
+
+class Told:
+    """An observer that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.total = 0
+        self.lines: list[tuple[str, str]] = []
+        self.notes: list[str] = []
+
+    def phase(self, name: str, total: int) -> None:
+        self.total = total
+
+    def done(self, subject: str, outcome: str) -> None:
+        self.lines.append((subject, outcome))
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def serving(name: str, baseline: bool = False) -> Serving:
+    candidate = Candidate(
+        id=name,
+        name=f"{name} @ fake",
+        variant_id=name,
+        variant_name=name,
+        engine=EngineSpec(name="onnxruntime"),
+        engine_version="1",
+        serving=ServingProfile(server="mlserver", backend="burnish"),
+        server_version="1",
+    )
+    return Serving(candidate=candidate, artifact=ARTIFACT, files=Path(), answers=None, baseline=baseline)
+
+
+BASE, FAST = serving("base", baseline=True), serving("fast")
+
+
+@dataclass
+class Session:
+    """One run of a campaign's measuring; several of them share a working folder, as the same command again does."""
+
+    work: Path
+    generator: SimulatedGenerator
+    told: Told = field(default_factory=Told)
+    cluster: FakeCluster = field(default_factory=FakeCluster)
+
+    def measure(self, *servings: Serving, level: Any = QUICK) -> Measured:
+        plan = Plan(
+            config=CampaignConfig(
+                name="c", sources=(SourceConfig(onnx="m.onnx"),), samples=SamplesConfig(evaluation="x.npz")
+            ),
+            base=self.work,
+            work=self.work,
+            policy=parse_policy((), ("maximize max_throughput_rps",)),
+            level=level,
+            recipes=(),
+            profiles=(BASE.candidate.serving,),
+            host=Host(
+                fingerprint="h",
+                cpu_model="c",
+                cores=2,
+                memory_mb=1,
+                instruction_sets=(),
+                gpus=(),
+                kernel="k",
+                pinning="p",
+            ),
+            server_cpus=(0,),
+            client_cpus=(1,),
+        )
+        with ExitStack() as stack:
+            ledger = stack.enter_context(Ledger.open(self.work / "ledger.jsonl"))
+            workspace = Workspace(plan=plan, store=FolderStore(self.work), ledger=ledger, observer=self.told)
+            return measure(workspace, self.cluster, servings, X, "samples")
+
+
+@pytest.fixture
+def generator(monkeypatch: pytest.MonkeyPatch) -> SimulatedGenerator:
+    generator = SimulatedGenerator()
+    monkeypatch.setattr(measuring, "LoadGenerator", generator)
+    return generator
+
+
+def reduced(work: Path, found: Measured, level: Any = QUICK) -> list[Any]:
+    return [
+        reduce_rounds(capacity.candidate_id, found.rounds, capacity, raw_root=work, level=level)
+        for capacity in found.capacities
+    ] + list(compare_rounds("base", found.rounds, raw_root=work, level=level))
+
+
+def test_every_candidate_is_measured_and_the_baseline_twice(tmp_path: Path, generator: SimulatedGenerator) -> None:
+    session = Session(tmp_path, generator)
+    found = session.measure(BASE, FAST)
+    assert not found.failures
+    assert [one.candidate_id for one in found.deployed] == ["base", "fast"]
+    assert len(session.told.lines) == session.told.total == 2 + QUICK.rounds * 3
+    for number in range(QUICK.rounds):
+        of_round = [one for one in found.rounds if one.number == number]
+        assert [one.position for one in of_round] == [0, 1, 2]
+        assert sorted(one.candidate_id for one in of_round) == ["base", "base", "fast"]
+        again = [one for one in of_round if one.runs[0].load.name.endswith(AGAIN)]
+        assert [one.candidate_id for one in again] == ["base"]
+    # Nothing of the first round is said to be "done again" in the second.
+    assert session.told.notes == []
+    assert reduced(tmp_path, found)
+
+
+def test_the_baselines_two_slots_do_not_always_touch(tmp_path: Path, generator: SimulatedGenerator) -> None:
+    others = [serving(f"v{n}") for n in range(4)]
+    found = Session(tmp_path, generator).measure(BASE, *others, level=replace(QUICK, rounds=8))
+    gaps = {
+        abs(one.position - other.position)
+        for one, other in itertools.combinations(found.rounds, 2)
+        if one.number == other.number and one.candidate_id == other.candidate_id
+    }
+    assert max(gaps) > 1
+
+
+def test_the_same_again_measures_nothing(tmp_path: Path, generator: SimulatedGenerator) -> None:
+    first = Session(tmp_path, generator).measure(BASE, FAST)
+    generator.windows.clear()
+    session = Session(tmp_path, generator)
+    assert session.measure(BASE, FAST) == first
+    assert generator.windows == []
+    assert session.cluster.deployments == []
+
+
+def test_levels_that_share_a_folder_keep_their_own_arrays(tmp_path: Path, generator: SimulatedGenerator) -> None:
+    quick = Session(tmp_path, generator).measure(BASE, FAST)
+    before = reduced(tmp_path, quick)
+    standard = Session(tmp_path, generator).measure(BASE, FAST, level=STANDARD)
+    generator.windows.clear()
+    assert Session(tmp_path, generator).measure(BASE, FAST) == quick
+    assert generator.windows == []
+    assert reduced(tmp_path, quick) == before
+    assert reduced(tmp_path, standard, STANDARD)
+
+
+def test_a_new_candidate_is_measured_in_rounds_of_its_own(tmp_path: Path, generator: SimulatedGenerator) -> None:
+    Session(tmp_path, generator).measure(BASE, FAST)
+    generator.windows.clear()
+    session = Session(tmp_path, generator)
+    session.measure(BASE, FAST, serving("late"))
+    assert {model for model, profile in generator.windows if profile.name == "capacity"} == {"late"}
+    in_rounds = [model for model, profile in generator.windows if profile.name.startswith("closed")]
+    assert {model: in_rounds.count(model) for model in in_rounds} == {
+        "base": 2 * QUICK.rounds,
+        "fast": QUICK.rounds,
+        "late": QUICK.rounds,
+    }
+    assert any("candidates was" in note for note in session.told.notes)
+
+
+@pytest.mark.parametrize("kept", [1, 2, 3, 5, 8, 10, 12])
+def test_a_killed_run_goes_on_where_it_stopped(tmp_path: Path, generator: SimulatedGenerator, kept: int) -> None:
+    whole = Session(tmp_path, generator).measure(BASE, FAST)
+    lines = (tmp_path / "ledger.jsonl").read_bytes().splitlines(keepends=True)
+    assert len(lines) == 4 + 3 * QUICK.rounds
+    (tmp_path / "ledger.jsonl").write_bytes(b"".join(lines[:kept]))
+    session = Session(tmp_path, generator)
+    again = session.measure(BASE, FAST)
+    assert [(one.candidate_id, one.number, one.position) for one in again.rounds] == [
+        (one.candidate_id, one.number, one.position) for one in whole.rounds
+    ]
+    assert reduced(tmp_path, again)
+    # What was seen when a candidate was deployed first stays, though it is deployed again for what is missing.
+    assert again.deployed[0].load_time_s == 1.0
+    assert len(session.cluster.deployments) <= 2
+    assert (tmp_path / "ledger.jsonl").read_bytes().startswith(b"".join(lines[:kept]))
+
+
+def test_a_candidate_that_dies_is_left_out_and_changes_no_round(tmp_path: Path, generator: SimulatedGenerator) -> None:
+    def die(model: str, profile: LoadProfile) -> None:
+        if model == "fast" and profile.name.startswith("closed"):
+            raise ServerDiedError("it ended with signal 9\nits log")
+
+    generator.before = die
+    session = Session(tmp_path, generator)
+    found = session.measure(BASE, FAST)
+    assert [(one.subject, one.phase, one.kind) for one in found.failures] == [("fast @ fake", "measure", "died")]
+    assert {one.candidate_id for one in found.rounds} == {"base"}
+    assert len(session.told.lines) == session.told.total
+    # It is taken away; the rest is left for whoever deployed it, who ends all at once.
+    assert {one.candidate.id: one.ended for one in session.cluster.deployments} == {"base": False, "fast": True}
+
+    generator.before = lambda model, profile: None
+    generator.windows.clear()
+    again = Session(tmp_path, generator)
+    assert not again.measure(BASE, FAST).failures
+    assert {model for model, _ in generator.windows} == {"fast"}
+    assert [one.candidate.id for one in again.cluster.deployments] == ["fast"]
+
+
+def test_a_candidate_that_cannot_be_deployed_is_left_out(tmp_path: Path, generator: SimulatedGenerator) -> None:
+    session = Session(tmp_path, generator)
+    deploy = session.cluster.deploy
+
+    def refuse(candidate: Candidate, *args: Any, **more: Any) -> FakeDeployment:
+        if candidate.id == "fast":
+            raise UnreachableError("the server refused the model")
+        return deploy(candidate, *args, **more)
+
+    session.cluster.deploy = refuse  # type: ignore[method-assign]
+    found = session.measure(BASE, FAST)
+    assert [(one.subject, one.phase, one.kind) for one in found.failures] == [("fast @ fake", "deploy", "error")]
+
+
+@pytest.mark.parametrize("error", [StorageError("no space left"), GeneratorLostError("it ended unasked")])
+@pytest.mark.parametrize("where", ["capacity", "closed"])
+def test_what_is_no_candidates_fault_ends_the_campaign(
+    tmp_path: Path, generator: SimulatedGenerator, error: BurnishError, where: str
+) -> None:
+    def fail(model: str, profile: LoadProfile) -> None:
+        if profile.name.startswith(where):
+            raise error
+
+    generator.before = fail
+    with pytest.raises(type(error)) as caught:
+        Session(tmp_path, generator).measure(BASE, FAST)
+    assert caught.value.exit_code == 4
+
+
+def test_a_ledger_that_cannot_be_written_ends_the_campaign(
+    tmp_path: Path, generator: SimulatedGenerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise StorageError("the journal could not be written")
+
+    monkeypatch.setattr(Ledger, "commit", refuse)
+    with pytest.raises(StorageError):
+        Session(tmp_path, generator).measure(BASE, FAST)
