@@ -38,12 +38,22 @@ with warnings.catch_warnings():
     import mlflow.onnx
     import mlflow.pyfunc
 from mlflow import MlflowClient
-from mlflow.entities import LoggedModelInput, LoggedModelOutput, Metric, Param, Run
+from mlflow.entities import (
+    Dataset,
+    DatasetInput,
+    InputTag,
+    LoggedModelInput,
+    LoggedModelOutput,
+    Metric,
+    Param,
+    Run,
+)
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
 from mlflow.types import Schema
 from mlflow.types import TensorSpec as MlflowTensorSpec
+from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
 
 from registry import codec, tracked
 from registry.errors import InputError, UnreachableError
@@ -61,6 +71,8 @@ MOST_METRICS = 1000
 LARGEST_EXAMPLE = 200_000
 # Where a database listens if its URI names no port.
 _DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
+# MLflow takes 36; all of it is in the parameters.
+_DATASET_DIGEST_CHARS = 16
 _MODEL_NAME = re.compile(r"[\w .-]+")
 _NOT_IN_A_LOGGED_NAME = re.compile(r"[^A-Za-z0-9_-]+")
 _PACKAGES = {"onnx": ("mlflow", "onnx", "onnxruntime", "numpy"), "openvino": ("mlflow", "openvino", "numpy")}
@@ -178,6 +190,7 @@ class MlflowTracker:
             {**tracked.campaign_tags(campaign), "burnish.content": content, **_shown_tags(campaign)},
         )
         self._log(parent_id, params=tracked.campaign_parameters(campaign))
+        self._client.log_inputs(parent_id, datasets=[_samples(campaign)])
         with _folder() as folder:
             _write_campaign(campaign, files, folder)
             self._client.log_artifacts(parent_id, str(folder))
@@ -386,6 +399,20 @@ def _content(campaign: Campaign) -> str:
 
 def _started_ms(campaign: Campaign) -> int:
     return int(datetime.fromisoformat(campaign.started_at).timestamp() * 1000)
+
+
+def _samples(campaign: Campaign) -> DatasetInput:
+    """The evaluation samples as MLflow knows a dataset; the samples themselves stay where they are."""
+    name = campaign.samples_name or "evaluation samples"
+    rows = max((one.samples for one in campaign.fidelities), default=None)
+    dataset = Dataset(
+        name=name,
+        digest=campaign.samples_digest[:_DATASET_DIGEST_CHARS],
+        source_type="local",
+        source=json.dumps({"uri": name}),
+        profile=None if rows is None else json.dumps({"num_rows": rows}),
+    )
+    return DatasetInput(dataset, tags=[InputTag(MLFLOW_DATASET_CONTEXT, "evaluation")])
 
 
 def _shown_tags(campaign: Campaign) -> dict[str, str]:

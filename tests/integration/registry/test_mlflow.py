@@ -174,6 +174,16 @@ def test_a_campaign_is_a_parent_run_with_a_child_for_each_candidate(
     assert "invalid" in unknown.data.tags["burnish.reason"]
 
 
+def test_the_evaluation_samples_are_the_campaigns_dataset(uri: str, own_name: Campaign, tmp_path: Path) -> None:
+    named = dataclasses.replace(own_name, samples_name="evaluation.npz")
+    published = MlflowTracker(uri, tmp_path / "work").publish(named, files={})
+    (given,) = MlflowClient(tracking_uri=uri).get_run(published.runs[named.id]).inputs.dataset_inputs
+    assert (given.dataset.name, json.loads(given.dataset.source)) == ("evaluation.npz", {"uri": "evaluation.npz"})
+    assert named.samples_digest.startswith(given.dataset.digest)
+    assert json.loads(given.dataset.profile) == {"num_rows": 899}
+    assert {tag.key: tag.value for tag in given.tags} == {"mlflow.data.context": "evaluation"}
+
+
 def test_no_environment_variable_reaches_a_run(
     uri: str, own_name: Campaign, report: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
