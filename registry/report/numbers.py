@@ -20,7 +20,7 @@ _MOST_DECIMALS = 6
 
 def number(estimate: Estimate | None) -> str:
     """The value alone, without its unit: ``1,237``, ``0.9844``, ``not known``."""
-    return NOT_KNOWN if estimate is None else _fixed(estimate.value, decimals(estimate))
+    return NOT_KNOWN if estimate is None else _fixed(estimate.value, _value_decimals(estimate))
 
 
 def interval(estimate: Estimate | None) -> str:
@@ -47,7 +47,7 @@ def times(estimate: Estimate | None) -> str:
     """A ratio: ``2.72×``; ``not known`` where there is none."""
     if estimate is None:
         return NOT_KNOWN
-    return f"{_fixed(estimate.value, min(RATIO_DECIMALS, decimals(estimate)))}×"
+    return f"{_fixed(estimate.value, min(RATIO_DECIMALS, _value_decimals(estimate)))}×"
 
 
 def times_interval(estimate: Estimate | None) -> str:
@@ -78,6 +78,11 @@ def decimals(estimate: Estimate) -> int:
         return min(_MOST_DECIMALS, DEFAULT_FIGURES - 1 - _magnitude(estimate.value))
     earned = INTERVAL_FIGURES - 1 - _magnitude(width) if width > _SMALLEST_WIDTH else most
     return min(_MOST_DECIMALS, earned, most)
+
+
+def _value_decimals(estimate: Estimate) -> int:
+    """As `decimals`, but an interval far wider than the value does not round the value's whole part away."""
+    return max(decimals(estimate), min(0, INTERVAL_FIGURES - 1 - _magnitude(estimate.value)))
 
 
 def half_width(estimate: Estimate) -> float | None:

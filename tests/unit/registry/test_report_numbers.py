@@ -21,7 +21,9 @@ def estimate(value: float, low: float | None, high: float | None, unit: str = "m
         (0.0011, -0.0022, 0.0044, "0.0011 [-0.0022, 0.0044] ms"),
         (0.0, 0.0, 0.0033, "0.0000 [0.0000, 0.0033] ms"),
         (455.3123, 455.31, 455.32, "455.3 [455.3, 455.3] ms"),
-        (3.0, -500.0, 500.0, "0 [-500, 500] ms"),
+        (3.0, -500.0, 500.0, "3 [-500, 500] ms"),
+        (31.2, 0.003, 351_234.0, "31 [0, 350,000] ms"),
+        (-1234.0, -351_234.0, 3.0, "-1,200 [-350,000, 0] ms"),
         (12.345678, None, None, "12.3 ms"),
         (12.345678, None, 13.5, "12.3 […, 13.5] ms"),
         (0.0, None, None, "0.00 ms"),
@@ -47,6 +49,7 @@ def test_units_are_written_as_read() -> None:
     assert numbers.short(estimate(1236.94, 1222.1, 1251.7, "1/s")) == "1,237/s"
     assert numbers.short(estimate(0.98442, 0.9773, 0.9915, "fraction")) == "0.9844"
     assert numbers.times(estimate(2.7167, 2.6567, 2.7767, "1")) == "2.72×"
+    assert numbers.times(estimate(2.7167, 0.001, 7380.0, "1")) == "3×"
 
 
 @pytest.mark.parametrize(
