@@ -216,6 +216,7 @@ def _assembled(
         host=planned.host,
         versions=_versions(),
         samples_digest=evaluation.digest,
+        samples_name=Path(planned.config.samples.evaluation).name,
         task_metric=planned.config.metric,
         sources=tuple(sources),
         variants=tuple(variants),
