@@ -71,7 +71,7 @@ def units(work: Path) -> dict[str, int]:
     counts: dict[str, int] = {}
     for entry in map(json.loads, committed(work).splitlines()):
         parts = entry["components"]
-        details = [str(parts[name]) for name in ("round", "half", "batch_size") if name in parts]
+        details = [str(parts[name]) for name in ("round", "again", "batch_size") if name in parts]
         unit = " ".join([entry["kind"], entry["subject"], *details])
         counts[unit] = counts.get(unit, 0) + 1
     return counts
