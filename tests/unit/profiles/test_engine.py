@@ -221,7 +221,7 @@ def test_a_lost_generator_is_replaced_once(tmp_path: Path, kills: int) -> None:
         return Usage(cpu_s=0.0, rss_mb=0.0)
 
     with FakeV2Server(Fixed(0.005)) as server, LoadGenerator(None, tmp_path / "own") as generator:
-        window = profile(ClosedLoop(concurrency=1), duration_s=0.2)
+        window = profile(ClosedLoop(concurrency=1), duration_s=0.5)
         if kills == 1:
             assert run(generator, server, window, tmp_path, usage=kill).ok > 0
         else:
@@ -290,7 +290,7 @@ def test_tls_is_verified(
     monkeypatch: pytest.MonkeyPatch,
     protocol: Protocol,
 ) -> None:
-    window = profile(ClosedLoop(concurrency=2), duration_s=0.2)
+    window = profile(ClosedLoop(concurrency=2), duration_s=1.0)
     with FakeV2Server(tls=certificate) as server:
         with pytest.raises(UnreachableError):
             run(generator, server, window, tmp_path, protocol=protocol)
