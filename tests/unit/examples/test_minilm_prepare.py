@@ -8,6 +8,7 @@ import pytest
 from optimize.samples import load_samples
 
 ROOT = Path(__file__).parents[3]
+THE, NO, SMALL_NO = 2, 3, 4
 tokenizers = pytest.importorskip("tokenizers", reason="examples/minilm needs the extra 'hf'", exc_type=ImportError)
 
 
@@ -23,7 +24,9 @@ def prepare() -> ModuleType:
 
 @pytest.fixture
 def tokenizer() -> "tokenizers.Tokenizer":
-    model = tokenizers.models.WordLevel({"[UNK]": 1, "[PAD]": 0, "the": 2}, unk_token="[UNK]")
+    model = tokenizers.models.WordLevel(
+        {"[PAD]": 0, "[UNK]": 1, "the": THE, "No": NO, "no": SMALL_NO}, unk_token="[UNK]"
+    )
     made = tokenizers.Tokenizer(model)
     made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     return made
@@ -65,28 +68,37 @@ def test_pairs_are_read_without_running_code_in_a_fixed_order(prepare: ModuleTyp
     write("a/a.py", f"First in the order. {rest('A')}", f"Said of two things. {rest('D')}")
     write("test/t.py", f"Not of the library. {rest('E')}")
     (tmp_path / "broken.py").write_text("def f(:\n")
-    pairs = prepare.docstring_pairs(tmp_path)
+    pairs, _ = prepare.judged_and_apart(prepare.docstrings(tmp_path))
     assert [pair.query for pair in pairs] == ["First in the order.", "Second in the order."]
+
+
+def test_texts_apart_make_no_pair_and_are_long_enough(prepare: ModuleType) -> None:
+    long, short, judged = " ".join(["word"] * 20), " ".join(["word"] * 19), f"First in the order. {rest('A')}"
+    twice = [f"Said of two things. {' '.join([word] * 20)}" for word in "BC"]
+    twins = [f"Said in two places. {' '.join(['D'] * 20)}"] * 2
+    pairs, apart = prepare.judged_and_apart([long, short, judged, *twice, *twins, long])
+    assert pairs == [prepare.split(judged)]
+    assert apart == [long]
 
 
 def test_labels_name_the_row_of_each_document(
     prepare: ModuleType, tokenizer: "tokenizers.Tokenizer", tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prepare, "CALIBRATION_PAIRS", 2)
-    pairs = [prepare.Pair("the " * (i + 1), "no " * (i + 1)) for i in range(70)]
-    assert prepare.write_samples(pairs, tokenizer, tmp_path) == 68
+    monkeypatch.setattr(prepare, "CALIBRATION_ROWS", 3)
+    texts = [f"{'the ' * (i + 4)}end. {'No ' * (i + 8)}" for i in range(40)]
+    apart = ["no " * (i + 20) for i in range(9)]
+    assert prepare.write_samples([*texts, *apart], tokenizer, tmp_path) == 40
     judged, calibration = (load_samples(tmp_path / f"{name}.npz") for name in ("evaluation", "calibration"))
     labels, tokens, mask = judged.labels, judged.inputs["input_ids"], judged.inputs["attention_mask"]
     assert labels is not None
     assert set(judged.inputs) == {"input_ids", "attention_mask", "token_type_ids"}
-    assert {(array.dtype, array.shape) for array in judged.inputs.values()} == {(np.dtype("int64"), (136, 64))}
-    np.testing.assert_array_equal(labels, [*range(68, 136), *[-1] * 68])
-    np.testing.assert_array_equal(mask[:68].sum(1), mask[labels[:68]].sum(1))
-    assert set(tokens[:68].ravel()) == {0, 2}
-    assert set(tokens[68:].ravel()) == {0, 1}
-    assert len(calibration) == 4
-    lengths = set(calibration.inputs["attention_mask"].sum(1))
-    assert len(lengths) == 2
+    assert {(array.dtype, array.shape) for array in judged.inputs.values()} == {(np.dtype("int64"), (80, 64))}
+    np.testing.assert_array_equal(labels, [*range(40, 80), *[-1] * 40])
+    # A query of n words before "end." has a document of n + 4.
+    np.testing.assert_array_equal((tokens[:40] == THE).sum(1) + 4, (tokens[labels[:40]] == NO).sum(1))
+    np.testing.assert_array_equal(mask, tokens != 0)
+    assert len(calibration) == 3
+    assert set(np.unique(calibration.inputs["input_ids"])) == {0, SMALL_NO}
     assert calibration.labels is None
 
 
@@ -94,9 +106,10 @@ def test_labels_name_the_row_of_each_document(
 def test_the_standard_library_gives_at_least_1500_queries(prepare: ModuleType) -> None:
     import sysconfig
 
-    pairs = prepare.docstring_pairs(Path(sysconfig.get_path("stdlib")))
-    assert len(pairs) - prepare.CALIBRATION_PAIRS >= 1500
+    pairs, apart = prepare.judged_and_apart(prepare.docstrings(Path(sysconfig.get_path("stdlib"))))
+    assert len(pairs) >= 1500
     assert len({pair.query for pair in pairs}) == len({pair.document for pair in pairs}) == len(pairs)
+    assert len(apart) >= prepare.CALIBRATION_ROWS
 
 
 def test_without_the_package_the_message_says_how_to_install_it(
