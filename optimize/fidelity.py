@@ -338,6 +338,7 @@ def evaluate(
     batch_size: int,
     threads: int,
     seed: int,
+    samples_digest: str | None = None,
     reference: str | None = None,
     parity: bool = True,
     metric: str | None = None,
@@ -352,6 +353,7 @@ def evaluate(
         batch_size: samples a run; their order is shuffled, so that each meets mixed neighbours.
         threads: of the session.
         seed: of the shuffle.
+        samples_digest: what the samples' digest must be, or None.
         reference: the ``.npz`` of the baseline's answers; None where this is the baseline.
         parity: whether the answers are to be like the baseline's; see `compare_outputs`.
         metric: the task metric's name, or None.
@@ -366,6 +368,8 @@ def evaluate(
     from profiles.serving.session import SessionError, open_session
 
     held_out = load_samples(Path(samples))
+    if samples_digest is not None and held_out.digest != samples_digest:
+        raise InputError(f"{samples} changed while the campaign ran", hint="Run it again; what was judged is kept.")
     chosen = None if metric is None else find_metric(metric)
     try:
         session = open_session(entry, engine=engine["name"], precision=engine["precision"],
@@ -475,6 +479,7 @@ def measure_fidelity(
             "entry": str(entry.resolve()),
             "engine": {"name": engine.name, "precision": engine.precision, "graph_level": engine.graph_level},
             "samples": str(samples.resolve()),
+            "samples_digest": samples_digest,
             "out": str(out.resolve()),
             "batch_size": batch_size,
             "threads": threads,

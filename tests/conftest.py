@@ -5,6 +5,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from hypothesis import settings
+
+# How long an example takes is the machine's affair, and machines are shared.
+settings.register_profile("burnish", deadline=None)
+settings.load_profile("burnish")
 
 REQUIRE_ALL = os.environ.get("BURNISH_REQUIRE_ALL") == "1"
 

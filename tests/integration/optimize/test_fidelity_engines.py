@@ -33,13 +33,13 @@ def folder(tmp_path):
     return tmp_path
 
 
-def fidelity(folder, name, engine=ORT, reference=None, metric="accuracy", out=None, parity=True):
+def fidelity(folder, name, engine=ORT, reference=None, metric="accuracy", out=None, parity=True, digest=None):
     return measure_fidelity(
         "v",
         folder / name,
         engine,
         samples=folder / "samples.npz",
-        samples_digest="s",
+        samples_digest=digest or load_samples(folder / "samples.npz").digest,
         out=folder / (out or f"{name}.npz"),
         reference=reference,
         parity=parity,
@@ -48,6 +48,11 @@ def fidelity(folder, name, engine=ORT, reference=None, metric="accuracy", out=No
         instruction_set="avx2",
         python_path=folder,
     )
+
+
+def test_samples_that_changed_meanwhile_are_refused(folder):
+    with pytest.raises(InputError, match="changed while"):
+        fidelity(folder, "linear.onnx", digest="what it was")
 
 
 def test_baseline_is_itself_and_its_answers_are_in_order(folder):
