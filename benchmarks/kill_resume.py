@@ -22,16 +22,41 @@ from registry.records import Campaign
 
 MOMENTS = 10
 VARIANTS = "[float32, int8-static, openvino]"
+# Shorter than level quick: what is asked is whether work is lost, not how fast a variant is.
+LEVELS = """
+levels:
+  - name: short
+    provisional: true
+    screen_s: 0.3
+    served: 2
+    rounds: 3
+    reruns: 1
+    a_a: true
+    warmup_s: 0.2
+    closed_s: 0.5
+    open_s: 0.6
+    longest_s: 2.0
+    requests: 100
+    percentiles: [50, 90]
+    ladder: [1, 4, 8]
+    ladder_s: 0.3
+    stages: [0.5, 0.7, 0.9]
+    stage_s: 0.4
+    timeout_s: 5.0
+"""
 BURNISH = str(Path(sys.executable).with_name("burnish"))
 
 
 def lay_out(folder: Path) -> Path:
-    """The demo's campaign with fewer variants, from the ONNX file so that nothing is trained."""
+    """The demo's campaign with fewer variants, one server and short windows, from an ONNX file: nothing is trained."""
     text = (folder / "demo" / "campaign.yaml").read_text(encoding="utf-8")
     lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
     source = "    onnx: " + str(folder / "float32" / "model.onnx")
     lines = [source if line.strip().startswith("torch:") else line for line in lines]
     lines = [f"variants: {VARIANTS}" if line.startswith("variants:") else line for line in lines]
+    lines = ["level: short\nlevels: levels.yaml" if line.startswith("level:") else line for line in lines]
+    lines = [line for line in lines if "server: triton" not in line]
+    (folder / "demo" / "levels.yaml").write_text(LEVELS, encoding="utf-8")
     path = folder / "demo" / "small.yaml"
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
