@@ -60,7 +60,7 @@ from registry.errors import InputError, UnreachableError
 from registry.ports import Published
 from registry.records import Campaign, Candidate, TensorSpec, Variant
 from registry.report.markdown import render_markdown
-from registry.tracking import redact, without_secrets
+from registry.tracking import embedded_uri, redact, without_secrets
 
 logger = logging.getLogger(__name__)
 
@@ -102,6 +102,8 @@ class MlflowTracker:
         with self._named_failures(), _impatient():
             if self._embedded:
                 self._work.mkdir(parents=True, exist_ok=True)
+                if self._uri == embedded_uri(self._work):
+                    _make_database(Path(self._uri.removeprefix("sqlite:///")))
             elif not self._served:
                 _knock(self._uri)
             self._client.search_experiments(max_results=1)
@@ -602,6 +604,16 @@ def _default_store(uri: str, *, needed: bool) -> Iterator[None]:
         yield
     finally:
         mlflow.set_tracking_uri(before)
+
+
+def _make_database(path: Path) -> None:
+    """Makes the embedded store whole or not at all: MLflow takes seconds to lay out its tables, and reads no half."""
+    if path.exists():
+        return
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.unlink(missing_ok=True)
+    MlflowClient(tracking_uri=f"sqlite:///{partial}").search_experiments(max_results=1)
+    partial.replace(path)
 
 
 def _knock(uri: str) -> None:
