@@ -1,6 +1,7 @@
 """What holds for every test."""
 
 import os
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +13,9 @@ settings.register_profile("burnish", deadline=None)
 settings.load_profile("burnish")
 
 REQUIRE_ALL = os.environ.get("BURNISH_REQUIRE_ALL") == "1"
+
+# A shell starts background jobs with SIGINT ignored, and children inherit that; tests of Ctrl-C need the usual.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Nothing here talks to the outside; what a library would send home stays home.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
