@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 import socket
 import time
@@ -364,8 +365,11 @@ def test_the_same_winner_measured_anew_stays_one_version_that_follows_the_verdic
 
 
 def test_a_variant_that_is_not_on_this_machine_is_recorded_without_a_model(
-    own_name: Campaign, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    own_name: Campaign, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Libraries that other tests import set levels for the whole process, and switch loggers off.
+    monkeypatch.setattr(logging.getLogger("registry.mlflow_tracking"), "disabled", False)
+    caplog.set_level(logging.WARNING, logger="registry.mlflow_tracking")
     bare = dataclasses.replace(own_name, artifacts={})
     published = open_tracker(None, tmp_path / "work").publish(bare, files={})
     assert published.model_version is None
