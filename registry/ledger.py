@@ -72,7 +72,7 @@ class Ledger:
                 with _refusals(path):
                     content = path.read_bytes()
                     if not content:
-                        _fsync_folder(path.parent)
+                        fsync_folder(path.parent)
                 entries, whole_bytes = _parse(content, path)
                 if whole_bytes < len(content):
                     _log.warning("%s: cutting off an unfinished last line of a killed run", path)
@@ -259,7 +259,8 @@ def _write_whole(descriptor: int, line: bytes) -> None:
     os.fsync(descriptor)
 
 
-def _fsync_folder(folder: Path) -> None:
+def fsync_folder(folder: Path) -> None:
+    """Returns when what was created, renamed or removed in the folder would survive a loss of power."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)

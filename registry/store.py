@@ -23,6 +23,7 @@ from typing import Literal
 
 from registry import codec
 from registry.errors import InputError, StorageError
+from registry.ledger import fsync_folder
 from registry.records import Artifact, ArtifactFile, TensorSpec
 
 _log = logging.getLogger(__name__)
@@ -139,9 +140,9 @@ class FolderStore:
         if artifact.digest not in self:
             _move_folder(workplace / "files", place)
             _write_durably(workplace / "record.json", codec.dumps(artifact).encode())
-            _fsync_folder(self._artifacts)
+            fsync_folder(self._artifacts)
             (workplace / "record.json").rename(self._record_path(artifact.digest))
-            _fsync_folder(self._artifacts)
+            fsync_folder(self._artifacts)
         stored = self.get(artifact.digest)
         self.path(stored)
         if (stored.format, stored.entry) != (artifact.format, artifact.entry):
@@ -232,7 +233,7 @@ def _copy(sources: dict[str, Path], place: Path) -> tuple[ArtifactFile, ...]:
             os.fsync(writer.fileno())
         files.append(ArtifactFile(path=name, sha256=hasher.hexdigest(), size_bytes=size_bytes))
     for parent, _, _ in os.walk(place):
-        _fsync_folder(Path(parent))
+        fsync_folder(Path(parent))
     return tuple(files)
 
 
@@ -273,14 +274,6 @@ def _write_durably(path: Path, content: bytes) -> None:
         stream.flush()
         os.fchmod(stream.fileno(), _READ_ONLY)
         os.fsync(stream.fileno())
-
-
-def _fsync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager
