@@ -96,6 +96,11 @@ class RecipeConfig(_Model):
     stages: tuple[StageConfig, ...]
     engine: Literal["onnxruntime", "openvino"] | None = None
 
+    @field_validator("stages", mode="before")
+    @classmethod
+    def _names(cls, value: Any) -> Any:
+        return [{"name": one} if isinstance(one, str) else one for one in value] if isinstance(value, list) else value
+
 
 class ServingConfig(_Model):
     """A serving profile; see `registry.records.ServingProfile`."""
@@ -167,7 +172,6 @@ class LimitsConfig(_Model):
     load_timeout_s: float = Field(default=60.0, gt=0)
 
 
-_ALL_PRESETS = ("float32", "ort-optimized", "int8-dynamic", "int8-static", "float16", "openvino", "openvino-int8")
 _BOTH_SERVERS = (
     ServingConfig(server="mlserver", max_batch_size=8, max_batch_delay_ms=2.0),
     ServingConfig(server="triton", max_batch_size=8, max_batch_delay_ms=2.0),
@@ -182,7 +186,9 @@ class CampaignConfig(_Model):
         sources: the models; the first is the baseline's.
         samples: held-out and calibration samples.
         metric: the task metric: a built-in's name, or ``package.module:function``.
-        variants: names of presets, or recipes of the user's own.
+        variants: names of recipes and of sets (``fast``, ``balanced``, ``thorough``), and recipes written here; a
+            single name may stand alone.
+        recipes: a file with recipes and sets of the user's own, in the form of ``optimize/recipes.yaml``; or None.
         serving: serving profiles; the first is the baseline's.
         level: level of proof: ``quick``, ``standard``, or one of the file that ``levels`` names.
         levels: a file with levels of the user's own, in the form of ``profiles/library/levels.yaml``; or None.
@@ -196,7 +202,8 @@ class CampaignConfig(_Model):
     sources: tuple[SourceConfig, ...] = Field(min_length=1)
     samples: SamplesConfig
     metric: str = "accuracy"
-    variants: tuple[str | RecipeConfig, ...] = _ALL_PRESETS
+    variants: tuple[str | RecipeConfig, ...] = ("balanced",)
+    recipes: str | None = None
     serving: tuple[ServingConfig, ...] = Field(default=_BOTH_SERVERS, min_length=1)
     level: str = "standard"
     levels: str | None = None
@@ -204,6 +211,11 @@ class CampaignConfig(_Model):
     registry: RegistryConfig = RegistryConfig()
     limits: LimitsConfig = LimitsConfig()
     seed: int = Field(default=0, ge=0, lt=2**31)
+
+    @field_validator("variants", mode="before")
+    @classmethod
+    def _one_name(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
 
     @field_validator("sources", "serving")
     @classmethod

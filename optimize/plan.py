@@ -2,16 +2,16 @@
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from optimize.config import CampaignConfig, RecipeConfig, SourceConfig
+from optimize.config import CampaignConfig, SourceConfig
 from optimize.metrics import BUILT_IN, find_metric
-from optimize.recipes import recipe, recipe_from_mapping
+from optimize.recipes import BASELINE, load_recipes, recipes_of
 from profiles.measure.host import fingerprint_host, split_cpus
 from profiles.measure.levels import Level, load_levels
-from registry.codec import digest
+from registry.codec import digest, to_jsonable
 from registry.errors import InputError, PolicyError
 from registry.ledger import Ledger
 from registry.policy import parse_policy
@@ -126,7 +126,7 @@ def plan(config: CampaignConfig, *, base: Path, work: Path) -> Plan:
     """
     server_cpus, client_cpus, pinning = split_cpus()
     host = fingerprint_host(pinning)
-    recipes = _recipes(config, host.instruction_sets)
+    recipes = _recipes(config, base, host.instruction_sets)
     planned = Plan(
         config=config,
         base=base.resolve(),
@@ -149,6 +149,9 @@ def plan_id(planned: Plan, *, sources: tuple[str, ...], samples_digest: str) -> 
     return digest(
         {
             "config": planned.config.model_dump(mode="json", exclude={"registry", "limits"}),
+            # Names in the configuration may stand for what files of the user's say.
+            "recipes": to_jsonable(planned.recipes),
+            "level": asdict(planned.level),
             "sources": list(sources),
             "samples": samples_digest,
             "host": planned.host.fingerprint,
@@ -165,15 +168,15 @@ def _level(config: CampaignConfig, base: Path) -> Level:
     return levels[config.level]
 
 
-def _recipes(config: CampaignConfig, instruction_sets: tuple[str, ...]) -> tuple[Recipe, ...]:
+def _recipes(config: CampaignConfig, base: Path, instruction_sets: tuple[str, ...]) -> tuple[Recipe, ...]:
+    library = load_recipes(None if config.recipes is None else (base / config.recipes).resolve())
     recipes: dict[str, Recipe] = {}
-    for entry in ("float32", *config.variants):  # the baseline comes first, named or not
-        if isinstance(entry, RecipeConfig):
-            made = recipe_from_mapping(
-                entry.model_dump(mode="json", exclude_none=True), instruction_sets=instruction_sets
-            )
-        else:
-            made = recipe(entry, instruction_sets=instruction_sets)
+    written = (
+        made
+        for entry in (BASELINE, *config.variants)  # the baseline comes first, named or not
+        for made in recipes_of(entry, instruction_sets=instruction_sets, library=library)
+    )
+    for made in written:
         if recipes.setdefault(made.name, made) != made:
             raise InputError(f"two variants are named {made.name!r}", hint="Give each recipe a name of its own.")
         twin = next((one.name for one in recipes.values() if one.stages == made.stages and one.name != made.name), None)

@@ -3,15 +3,19 @@
 import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
 
+from optimize.config import RecipeConfig
 from optimize.stages import make_stage
 from optimize.stages.base import Context, Format, StageInput
 from registry import codec
+from registry.documents import load_document
 from registry.errors import InputError, NotApplicableError
 from registry.records import EngineSpec, Recipe, StageCall, TensorSpec
 
@@ -22,39 +26,104 @@ _OPENVINO = EngineSpec(name="openvino", precision="float32")
 _OPENVINO_DEFAULT = EngineSpec(name="openvino", precision="default")
 # Where the CPU has one of these, OpenVINO computes a float32 model in bfloat16 unless it is told otherwise.
 _BFLOAT16_SETS = frozenset({"avx512_bf16", "amx_bf16"})
-_PRESETS = {
-    "float32": (),
-    "ort-optimized": (StageCall(name="simplify.ort"),),
-    "fused": (StageCall(name="simplify.transformer"),),
-    "int8-dynamic": (StageCall(name="quantize.dynamic"),),
-    "int8-static": (StageCall(name="quantize.static"),),
-    "float16": (StageCall(name="precision.float16"),),
-    "openvino": (StageCall(name="convert.openvino"),),
-    "openvino-int8": (StageCall(name="convert.openvino"), StageCall(name="quantize.openvino")),
-}
+LIBRARY = Path(__file__).with_name("recipes.yaml")
+
+
+class _LibraryModel(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    recipes: tuple[RecipeConfig, ...] = ()
+    sets: Mapping[str, tuple[str, ...]] = {}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecipeLibrary:
+    """Named recipes, and named sets of them.
+
+    Attributes:
+        recipes: name -> the recipe as it was written.
+        sets: name -> names of recipes, in order.
+    """
+
+    recipes: Mapping[str, RecipeConfig]
+    sets: Mapping[str, tuple[str, ...]]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All names that a campaign may write: recipes first, then sets."""
+        return (*self.recipes, *self.sets)
+
+
+@cache
+def load_recipes(path: Path | None = None) -> RecipeLibrary:
+    """The recipes that ship with burnish, and those of a file of the same form beside them.
+
+    Raises:
+        DocumentError: the file does not fit.
+        InputError: it takes a shipped name, gives a name twice, or has a set of recipes that are not there.
+    """
+    shipped = _library(LIBRARY, RecipeLibrary(recipes={}, sets={}))
+    if path is None:
+        return shipped
+    own = _library(path, shipped)
+    return RecipeLibrary(recipes={**shipped.recipes, **own.recipes}, sets={**shipped.sets, **own.sets})
+
+
+def _library(path: Path, shipped: RecipeLibrary) -> RecipeLibrary:
+    document = load_document(path, _LibraryModel)
+    names = [one.name for one in document.recipes] + list(document.sets)
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise InputError(f"{path}: the name {twice[0]!r} is given twice", hint="Each recipe and set has its own.")
+    if taken := sorted({*names}.intersection(shipped.names)):
+        raise InputError(f"{path}: the name {taken[0]!r} is one of burnish's own", hint="Choose another.")
+    recipes = {one.name: one for one in document.recipes}
+    known = (*shipped.recipes, *recipes)
+    for name, members in document.sets.items():
+        if unknown := [member for member in members if member not in known]:
+            raise _unknown(f"recipe in the set {name!r} of {path}:", unknown[0], known)
+    return RecipeLibrary(recipes=recipes, sets=document.sets)
 
 
 def preset_names() -> tuple[str, ...]:
     """The names of the shipped recipes, the baseline first."""
-    return tuple(_PRESETS)
+    return tuple(load_recipes().recipes)
 
 
-def recipe(name: str, *, instruction_sets: Sequence[str] = ()) -> Recipe:
-    """A shipped recipe, with the engines that make a difference on this CPU.
+def recipe(name: str, *, instruction_sets: Sequence[str] = (), library: RecipeLibrary | None = None) -> Recipe:
+    """A recipe of the library, with the engines that make a difference on this CPU.
 
     Args:
-        name: one of `preset_names`.
+        name: of a recipe; `recipes_of` takes sets, too.
         instruction_sets: those of the CPU (``avx512_vnni``, ``avx512_bf16``, ...).
+        library: where it is looked up; None for the shipped one.
 
     Raises:
-        InputError: there is no such recipe.
+        InputError: there is no such recipe, or what it says does not fit a stage.
     """
-    if name not in _PRESETS:
-        raise _unknown("recipe", name, preset_names())
-    stages = _PRESETS[name]
-    takes_openvino = any(call.name.endswith(".openvino") for call in stages)
-    engines = openvino_engines(instruction_sets) if takes_openvino else (_ORT,)
-    return Recipe(name=name, stages=stages, engines=engines)
+    known = library or load_recipes()
+    if name not in known.recipes:
+        raise _unknown("recipe", name, known.names)
+    return recipe_from_mapping(_words(known.recipes[name]), instruction_sets=instruction_sets)
+
+
+def recipes_of(
+    entry: str | RecipeConfig, *, instruction_sets: Sequence[str] = (), library: RecipeLibrary | None = None
+) -> tuple[Recipe, ...]:
+    """The recipes of one entry of a campaign's variants: the name of a recipe or of a set, or a recipe written there.
+
+    Raises:
+        InputError: there is no such recipe or set, or what a recipe says does not fit a stage.
+    """
+    if not isinstance(entry, str):
+        return (recipe_from_mapping(_words(entry), instruction_sets=instruction_sets),)
+    known = library or load_recipes()
+    return tuple(
+        recipe(name, instruction_sets=instruction_sets, library=known) for name in known.sets.get(entry, (entry,))
+    )
+
+
+def _words(written: RecipeConfig) -> dict[str, Any]:
+    return written.model_dump(mode="json", exclude_none=True)
 
 
 def openvino_engines(instruction_sets: Sequence[str]) -> tuple[EngineSpec, ...]:

@@ -10,7 +10,7 @@ import onnx
 import pytest
 
 from optimize.calibration import whole_batches, write_ranges
-from optimize.recipes import apply_recipe, preset_names, recipe
+from optimize.recipes import apply_recipe, load_recipes, recipe
 from optimize.stages import make_stage
 from optimize.stages.base import Context, read_input
 from optimize.stages.simplify import optimize_with_ort
@@ -269,8 +269,8 @@ def tokens(count, seed=0, *, left=False):
     return {"input_ids": ids * mask, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
 
 
-@pytest.mark.parametrize("name", preset_names())
-def test_every_preset_makes_something_of_an_encoder(name, bert_export, tmp_path):
+@pytest.mark.parametrize("name", load_recipes().sets["balanced"])
+def test_every_balanced_recipe_makes_something_of_an_encoder(name, bert_export, tmp_path):
     calibration = tokens(16)
     made = apply_recipe(recipe(name), bert_export, calibration=calibration, seed=0, threads=1, work=tmp_path)
     assert (made.inputs, made.outputs) != ((), ())

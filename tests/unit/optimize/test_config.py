@@ -17,9 +17,9 @@ def parse(text: str) -> CampaignConfig:
     return parse_document(text, CampaignConfig, name="campaign.yaml")
 
 
-def test_a_minimal_file_gets_every_preset_and_both_servers():
+def test_a_minimal_file_gets_the_balanced_recipes_and_both_servers():
     config = parse(MINIMAL)
-    assert "float32" in config.variants
+    assert config.variants == ("balanced",)
     assert {profile.server for profile in config.serving} == {"mlserver", "triton"}
     assert config.sources[0].kind == "onnx"
 
@@ -76,3 +76,7 @@ def test_shipped_campaign_files_are_valid(shipped: str):
 
     text = files("optimize.demo").joinpath(shipped).read_text(encoding="utf-8")
     assert parse(text).sources
+
+
+def test_a_set_of_recipes_may_stand_alone():
+    assert parse(MINIMAL + "variants: fast\n").variants == ("fast",)

@@ -5,10 +5,12 @@ import pytest
 from optimize.recipes import (
     apply_recipe,
     engine_label,
+    load_recipes,
     needs_calibration,
     preset_names,
     recipe,
     recipe_from_mapping,
+    recipes_of,
     tool_versions,
     variant_id,
 )
@@ -150,3 +152,47 @@ def test_a_recipe_that_changes_nothing_does_not_apply(tmp_path):
     mine = recipe_from_mapping({"name": "mine", "stages": [passing]})
     with pytest.raises(NotApplicableError, match="no stage of the recipe 'mine' changes"):
         apply_recipe(mine, source, calibration=None, seed=0, threads=1, work=tmp_path / "work")
+
+
+def test_the_sets_grow_from_fast_to_thorough():
+    sets = load_recipes().sets
+    assert set(sets["fast"]) < set(sets["balanced"]) < set(sets["thorough"])
+    assert [made.name for made in recipes_of("fast")] == list(sets["fast"])
+
+
+OWN = """
+recipes:
+  - name: gentle
+    stages: [{name: quantize.static, ops: matmul, per_channel: false}]
+sets:
+  mine: [float32, gentle, openvino]
+"""
+
+
+@pytest.fixture
+def own(tmp_path):
+    (tmp_path / "recipes.yaml").write_text(OWN)
+    return tmp_path / "recipes.yaml"
+
+
+def test_a_file_of_the_users_own_adds_recipes_and_sets(own):
+    made = recipes_of("mine", library=load_recipes(own))
+    assert [one.name for one in made] == ["float32", "gentle", "openvino"]
+    assert made[1].stages == (StageCall(name="quantize.static", params={"ops": "matmul", "per_channel": False}),)
+    assert "fast" in load_recipes(own).sets
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ("name: gentle", "name: int8-static", "'int8-static' is one of burnish's own"),
+        ("mine:", "fast:", "'fast' is one of burnish's own"),
+        ("mine:", "gentle:", "'gentle' is given twice"),
+        ("float32, gentle, openvino", "gentel", "no recipe in the set 'mine' .* 'gentel'"),
+        ("stages:", "stage:", "stage"),
+    ],
+)
+def test_mistakes_in_a_file_of_recipes_are_told(own, before, after, message):
+    own.write_text(OWN.replace(before, after))
+    with pytest.raises(InputError, match=message):
+        load_recipes(own)
