@@ -3,6 +3,7 @@
 import contextlib
 import shutil
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -85,9 +86,33 @@ def _workspace(planned: Plan, observer: Observer) -> Iterator[Workspace]:
         yield Workspace(plan=planned, store=FolderStore(planned.work), ledger=ledger, observer=observer)
 
 
-def _campaign(workspace: Workspace) -> Campaign:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """What a campaign knows before it serves anything: every variant made, judged and timed in process."""
+
+    evaluation: Samples
+    sources: list[Source]
+    variants: list[Variant]
+    judged: list[Judged]
+    failures: list[Failure]
+
+
+def judge_campaign(config: CampaignConfig, *, base: Path, work: Path, observer: Observer) -> Prepared:
+    """The part of a campaign that needs no server: variants made, judged against the baseline, timed in process.
+
+    `run_campaign` with the same working folder goes on from there.
+
+    Raises:
+        InputError: the configuration or the samples do not fit.
+    """
+    planned = plan(config, base=base, work=work)
+    planned.work.mkdir(parents=True, exist_ok=True)
+    with _workspace(planned, observer) as workspace:
+        return _prepare(workspace)
+
+
+def _prepare(workspace: Workspace) -> Prepared:
     planned = workspace.plan
-    started_at = datetime.now(UTC).isoformat(timespec="seconds")
     samples = planned.config.samples
     evaluation = load_samples(planned.path(samples.evaluation))
     calibration = None if samples.calibration is None else load_samples(planned.path(samples.calibration))
@@ -96,21 +121,34 @@ def _campaign(workspace: Workspace) -> Campaign:
     variants, unmade = make_all(workspace, sources, calibration)
     judged, misjudged = judge_variants(workspace, variants, evaluation)
     timed, untimed = screen_variants(workspace, judged)
-    served, unserved = choose_served(workspace, timed)
-    servings = _servings(workspace, served)
-    with LocalCluster(planned.work, server_cpus=planned.server_cpus) as cluster:
-        measured = measure(workspace, cluster, servings, evaluation.inputs, evaluation.digest)
-    everything = [*failures, *unfit, *unmade, *misjudged, *untimed, *unserved, *measured.failures]
-    return _assembled(
-        workspace,
-        started_at=started_at,
+    return Prepared(
         evaluation=evaluation,
         sources=sources,
         variants=variants,
         judged=timed,
+        failures=[*failures, *unfit, *unmade, *misjudged, *untimed],
+    )
+
+
+def _campaign(workspace: Workspace) -> Campaign:
+    planned = workspace.plan
+    started_at = datetime.now(UTC).isoformat(timespec="seconds")
+    prepared = _prepare(workspace)
+    served, unserved = choose_served(workspace, prepared.judged)
+    servings = _servings(workspace, served)
+    evaluation = prepared.evaluation
+    with LocalCluster(planned.work, server_cpus=planned.server_cpus) as cluster:
+        measured = measure(workspace, cluster, servings, evaluation.inputs, evaluation.digest)
+    return _assembled(
+        workspace,
+        started_at=started_at,
+        evaluation=evaluation,
+        sources=prepared.sources,
+        variants=prepared.variants,
+        judged=prepared.judged,
         servings=servings,
         measured=measured,
-        failures=everything,
+        failures=[*prepared.failures, *unserved, *measured.failures],
     )
 
 
@@ -314,6 +352,37 @@ def make_variants(
         made, unmade = make_all(workspace, sources, samples)
         placed = [_placed(workspace, variant, out) for variant in made]
     return placed, [to_jsonable(failure) for failure in (*failures, *unmade)]
+
+
+def judge_variants_of(
+    model: Path, *, variants: tuple[str, ...], work: Path | None, observer: Observer
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """What the variants of a campaign file answer and how long they take in process; no server is involved.
+
+    Returns:
+        Each variant in each of its engines (name, id, engine, metrics) and the failures, as plain values.
+
+    Raises:
+        InputError: the model is no campaign file, or the samples do not fit.
+    """
+    if model.suffix not in {".yaml", ".yml"}:
+        raise InputError(
+            f"{model} says nothing of samples and metric, so that nothing can be judged",
+            hint="Name both in a campaign file (burnish init) and give that.",
+        )
+    config = _config_for(model, variants, None)
+    prepared = judge_campaign(config, base=model.parent, work=work or model.parent / "burnish-work", observer=observer)
+    judged = [
+        {
+            "name": one.name,
+            "id": one.variant.id,
+            "engine": one.engine.key,
+            "metrics": to_jsonable({**fidelity.metrics, **(one.screening.metrics if one.screening else {})}),
+        }
+        for one in prepared.judged
+        for fidelity in one.fidelities.values()
+    ]
+    return judged, [to_jsonable(failure) for failure in prepared.failures]
 
 
 def _config_for(model: Path, variants: tuple[str, ...], calibration: Path | None) -> CampaignConfig:

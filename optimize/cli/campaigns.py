@@ -1,7 +1,7 @@
 """``burnish demo``, ``init``, ``make`` and ``run``: campaigns, and parts of them."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -69,26 +69,41 @@ def make(
     out: Annotated[Path, typer.Option(help="A folder for the variants, one folder each.")] = Path("variants"),
     variant: Annotated[list[str] | None, typer.Option(help="Only this one; may be given again.")] = None,
     calibration: Annotated[Path | None, typer.Option(help="For an ONNX file: samples for static int8.")] = None,
+    judge: Annotated[
+        bool, typer.Option("--judge", help="For a campaign file: judge their answers and time them in process, too.")
+    ] = False,
     work: Work = None,
     json_output: Json = False,
 ) -> None:
-    """Make variants, and nothing else.
+    """Make variants, and nothing else; with --judge also what each is worth before a server is involved.
 
     Example: burnish make model.onnx --variant int8-dynamic --out variants
     """
-    from optimize.campaign import make_variants
+    from optimize.campaign import judge_variants_of, make_variants
 
     with progress() as observer, terminable():
+        names = tuple(variant or ())
         made, failures = make_variants(
-            model, variants=tuple(variant or ()), calibration=calibration, out=out, work=work, observer=observer
+            model, variants=names, calibration=calibration, out=out, work=work, observer=observer
         )
+        judged: list[dict[str, Any]] = []
+        if judge:
+            judged, failures = judge_variants_of(model, variants=names, work=work, observer=observer)
     if json_output:
-        emit_json({"variants": made, "failures": failures})
+        emit_json({"variants": made, "failures": failures, **({"judged": judged} if judge else {})})
         return
     for entry in made:
         typer.echo(f"{entry['name']:<24} {entry['size_bytes'] / 1e6:8.2f} MB  {entry['path']}")
+    for one in judged:
+        typer.echo(f"{one['name']:<24} {', '.join(told(name, number) for name, number in one['metrics'].items())}")
     for failure in failures:
         typer.echo(f"{failure['subject']:<24} {failure['kind']}: {failure['reason']}")
+
+
+def told(name: str, estimate: dict[str, Any]) -> str:
+    """A number for a person: ``accuracy_drop 0.0011 [-0.0037, 0.0059]``."""
+    ends = "" if estimate["low"] is None else f" [{estimate['low']:.4g}, {estimate['high']:.4g}]"
+    return f"{name} {estimate['value']:.4g}{ends}"
 
 
 def init(
