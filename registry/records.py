@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Scalar = bool | int | float | str | None
-Params = Mapping[str, Scalar]
+# A stage takes single values, and lists of names.
+Param = Scalar | tuple[str, ...]
+Params = Mapping[str, Param]
 
 # --- models ----------------------------------------------------------------------------------------------------
 
@@ -82,10 +84,15 @@ class Source:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageCall:
-    """One stage of a recipe, with the parameters it is called with."""
+    """One stage of a recipe, with the parameters it is called with; lists, as YAML has them, become tuples."""
 
     name: str
     params: Params = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Makes equal calls equal, wherever they were read."""
+        params = {name: tuple(value) if isinstance(value, list) else value for name, value in self.params.items()}
+        object.__setattr__(self, "params", params)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,6 +126,28 @@ class Recipe:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Adaptation:
+    """One step that turns samples of the source into those of a variant which takes another input.
+
+    Attributes:
+        input: the input's name.
+        way: ``cast`` to another type, ``truncate`` to the first entries of an axis, or ``resize`` an image.
+        dtype: with ``cast``, numpy's name of the type; a float becomes the whole number nearest to
+            ``(value - offset) / scale``.
+        axes: with ``truncate`` and ``resize``, which axes; 0 is the samples'.
+        sizes: their new sizes.
+    """
+
+    input: str
+    way: Literal["cast", "truncate", "resize"]
+    dtype: str = ""
+    scale: float = 1.0
+    offset: float = 0.0
+    axes: tuple[int, ...] = ()
+    sizes: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Variant:
     """An artifact made from a source by a recipe.
 
@@ -131,6 +160,7 @@ class Variant:
         batch_dependent: whether an answer depends on its neighbours in the batch (dynamic quantization).
         made_in_s: how long the stages took.
         notes: what the stages have to say of what they did.
+        adaptation: how its inputs come from the source's, in order; empty where they are the same.
     """
 
     id: str
@@ -146,6 +176,7 @@ class Variant:
     batch_dependent: bool = False
     made_in_s: float = 0.0
     notes: tuple[str, ...] = ()
+    adaptation: tuple[Adaptation, ...] = ()
 
 
 FailurePhase = Literal["source", "make", "fidelity", "screen", "deploy", "measure"]
@@ -185,7 +216,7 @@ class Estimate:
         high: upper end of the interval; None where nothing is known of it.
         runs: the independent runs, or the samples for a metric of fidelity, behind it.
         method: how the interval was found (``exact``, ``t over runs``, ``paired bootstrap``, ``single run``, ...).
-        unit: ``ms``, ``1/s``, ``MB``, ``s``, ``fraction``, ``bytes``, ``1``.
+        unit: ``ms``, ``1/s``, ``MB``, ``s``, ``fraction``, ``bytes``, ``dB``, ``1``.
 
     Raises:
         ValueError: value or an end is not finite, or the ends are out of order.
@@ -221,9 +252,13 @@ class Fidelity:
     Attributes:
         batch_size: the batch the answers were taken at, which counts where the variant is batch dependent.
         instruction_set: the widest set the engine can use here (``avx512_vnni``, ``avx2``, ...).
-        metrics: ``accuracy`` (the task metric), ``accuracy_drop`` (baseline minus variant), ``flip_rate``,
-            ``cosine``, ``max_abs_error``, ...
+        metrics: of the task ``accuracy`` (the task metric), ``accuracy_drop`` (baseline minus variant),
+            ``slice_drop_max`` (the same where it is largest among the samples' slices) and ``flip_rate``; of parity
+            with the baseline ``cosine``, ``worst_cosine``, ``snr_db``, ``p99_error``, ``mismatch_share`` and
+            ``max_abs_error`` (of several outputs also ``<metric>.<output>``); of an answer's neighbours in the batch
+            ``batch_dependence`` and ``batch_flip_rate``; where it was asked for, ``saturated_share``.
         task_metric: the name of the metric that ``accuracy`` holds.
+        notes: what numbers leave out: which slice lost most, which sample is least alike, what was not judged.
     """
 
     variant_id: str
@@ -235,6 +270,7 @@ class Fidelity:
     samples: int
     task_metric: str
     metrics: Metrics
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -248,6 +284,148 @@ class Screening:
     engine: EngineSpec
     threads: int
     metrics: Metrics
+
+
+# --- accuracy-aware search -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeGroup:
+    """Nodes that are left in float32 together.
+
+    Attributes:
+        nodes: their names in the prepared graph.
+        noise: what quantizing them alone adds to the outputs: power of the difference over power of the output.
+        macs: their share of the graph's multiply-accumulate operations.
+    """
+
+    nodes: tuple[str, ...]
+    noise: float
+    macs: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sensitivity:
+    """How much quantizing each group of nodes alone disturbs the outputs of a variant.
+
+    Attributes:
+        groups: the most disturbing first.
+        floor: the drop that a variant with all the baseline's answers would be given: no limit below its pessimistic
+            end can be met on these samples.
+        took_s: how long the ranking took.
+    """
+
+    variant_id: str
+    groups: tuple[NodeGroup, ...]
+    floor: Estimate
+    took_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SearchTrial:
+    """A variant made and judged with some nodes left in float32.
+
+    Attributes:
+        float_nodes: names of those nodes.
+        outcome: whether the limits on its loss of accuracy are met; ``failed`` where it could not be made or judged.
+        drop: its ``accuracy_drop``, or None where it failed or the metric gives none.
+        reason: one sentence for the user.
+        took_s: how long making and judging took.
+    """
+
+    float_nodes: tuple[str, ...]
+    outcome: Literal["pass", "fail", "unknown", "failed"]
+    drop: Estimate | None
+    reason: str
+    took_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AccuracySearch:
+    """What the search for nodes to leave in float32 came to.
+
+    Attributes:
+        variant_id: of the quantized variant that missed the limit.
+        variant_name: its name.
+        before: its loss of accuracy.
+        groups: the ranking it followed, the most disturbing first.
+        trials: in their order.
+        best: the trial that was kept, or None where none is better than the variant itself.
+        stopped: ``done``, by its budget (``trials``, ``minutes``), or ``exhausted`` where not even the longest set of
+            nodes met the limit.
+        monotone: whether no larger set lost certainly more than a smaller one, as the search assumes.
+        sentence: what was left out, and what it cost.
+    """
+
+    variant_id: str
+    variant_name: str
+    before: Estimate
+    groups: tuple[NodeGroup, ...]
+    trials: tuple[SearchTrial, ...]
+    best: SearchTrial | None
+    stopped: Literal["done", "trials", "minutes", "exhausted"]
+    monotone: bool
+    sentence: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OperatorShare:
+    """What the operators of one type take of a model's time in an engine.
+
+    Attributes:
+        operator: the engine's name of the type.
+        nodes: how many nodes of it ran.
+        time_share: fraction of the time of all operators, 0 to 1.
+    """
+
+    operator: str
+    nodes: int
+    time_share: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineGraph:
+    """The graph that an engine really runs, and where its time goes.
+
+    Attributes:
+        batch_size: samples in one run.
+        threads: of the session.
+        time: wall time of one run in ms, without the profiler.
+        operators: by falling share of the time.
+        macs: kind of arithmetic (``float32``, ``bfloat16``, ``float16``, ``int8``; ``int4 weights`` where only weights
+            are narrow) -> multiply-adds for one sample.
+        unfused_qdq: values that are quantized and dequantized at once, because no operator took both in, and weights
+            that are dequantized in each run.
+    """
+
+    engine: EngineSpec
+    engine_version: str
+    batch_size: int
+    threads: int
+    time: Estimate
+    operators: tuple[OperatorShare, ...]
+    macs: Mapping[str, int]
+    unfused_qdq: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Explanation:
+    """Why a variant is faster or slower than the baseline in one engine.
+
+    Attributes:
+        name: of the variant in its engine.
+        speedup: the baseline's time over the variant's.
+        before: the baseline's graph.
+        after: the variant's graph.
+        sentence: the reason in one sentence.
+    """
+
+    name: str
+    baseline: str
+    speedup: Estimate
+    before: EngineGraph
+    after: EngineGraph
+    sentence: str
 
 
 # --- serving ---------------------------------------------------------------------------------------------------

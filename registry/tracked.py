@@ -172,6 +172,8 @@ def _flat(estimates: Metrics | Mapping[str, Estimate], load: str | None = None) 
 
 
 def _scalar(value: object) -> str:
+    if isinstance(value, tuple):
+        return f"[{', '.join(value)}]"
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 

@@ -31,7 +31,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from optimize.samples import check_fit
 from optimize.signature import read_signature
 from registry.errors import BurnishError, InputError, NotApplicableError, StageContractError, StageError
-from registry.records import Artifact, Scalar, StageCall, TensorSpec
+from registry.records import Adaptation, Artifact, Param, StageCall, TensorSpec
 
 logger = logging.getLogger(__name__)
 
@@ -110,6 +110,7 @@ class StageResult:
     Attributes:
         changed: False where there was nothing to do: ``folder`` is then the source's.
         notes: what the stage has to say of what it did, one sentence each.
+        adaptation: how its inputs come from the source's, where a client has to send them in another form.
     """
 
     folder: Path
@@ -119,6 +120,7 @@ class StageResult:
     outputs: tuple[TensorSpec, ...]
     changed: bool
     notes: tuple[str, ...] = ()
+    adaptation: tuple[Adaptation, ...] = ()
 
 
 class StageParams(BaseModel):
@@ -152,7 +154,7 @@ class Stage(ABC):
 
     params: StageParams
 
-    def __init__(self, params: Mapping[str, Scalar] | None = None) -> None:
+    def __init__(self, params: Mapping[str, Param] | None = None) -> None:
         """Validates the parameters.
 
         Raises:
@@ -215,7 +217,9 @@ class Stage(ABC):
         self.ensures(source, result)
         return result
 
-    def written(self, context: Context, entry: str, *notes: str) -> StageResult:
+    def written(
+        self, context: Context, entry: str, *notes: str, adaptation: tuple[Adaptation, ...] = ()
+    ) -> StageResult:
         """The result for a model that was written to ``entry`` in ``context.out``; its signature is read back.
 
         Raises:
@@ -233,6 +237,7 @@ class Stage(ABC):
             outputs=made.outputs,
             changed=True,
             notes=notes,
+            adaptation=adaptation,
         )
 
     def unchanged(self, source: StageInput, note: str) -> StageResult:
@@ -265,7 +270,7 @@ class Stage(ABC):
             raise StageContractError(f"{self.name} must get an empty folder to write into, not {context.out}")
 
 
-def _validated(stage: str, model: type[StageParams], given: Mapping[str, Scalar]) -> StageParams:
+def _validated(stage: str, model: type[StageParams], given: Mapping[str, Param]) -> StageParams:
     known = sorted(model.model_fields)
     for key in given:
         if key not in known:

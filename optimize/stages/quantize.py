@@ -1,28 +1,33 @@
 """Stages that make int8 of float32: with ranges found at run time, or beforehand on samples."""
 
-import logging
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from optimize.calibration import Method, whole_batches, write_ranges
 from optimize.stages import onnx_files
-from optimize.stages.base import Context, Stage, StageInput, StageParams, StageResult
+from optimize.stages.base import Context, Stage, StageInput, StageResult
+from optimize.stages.preparation import (
+    PREPARED,
+    FloatNodesParams,
+    check_float_nodes,
+    is_large,
+    load,
+    prepare,
+    refuse_quantized,
+)
 from registry.errors import NotApplicableError
 
-logger = logging.getLogger(__name__)
+__all__ = ["DynamicInt8", "DynamicInt8Params", "StaticInt8", "StaticInt8Params", "prepare"]
 
 # Operators that ONNX Runtime computes fast with ranges found at run time. A Gemm becomes a MatMul first.
 _DYNAMIC_OPS = ("MatMul", "Gemm", "Attention", "LSTM")
 _WEIGHTED_OPS = ("Conv", "ConvTranspose", *_DYNAMIC_OPS)
 _MATMUL_OPS = ("MatMul", "Gemm")
-# Quantization per channel needs DequantizeLinear with an axis, which opset 13 brought.
-_LEAST_OPSET = 13
-_PREPARED_WEIGHTS = "prepared.onnx.data"
 
 
-class DynamicInt8Params(StageParams):
+class DynamicInt8Params(FloatNodesParams):
     """Parameters of ``quantize.dynamic``.
 
     Attributes:
@@ -52,9 +57,8 @@ class DynamicInt8(Stage):
     params: DynamicInt8Params
 
     def requires(self, source: StageInput, context: Context) -> None:
-        """Looks for weights worth quantizing."""
-        model = onnx_files.load(source)
-        onnx_files.refuse_quantized(self.name, model)
+        """Looks whether the model is in float32."""
+        refuse_quantized(self.name, source)
 
     def apply(self, source: StageInput, context: Context) -> StageResult:
         """Prepares the graph, then quantizes."""
@@ -65,9 +69,14 @@ class DynamicInt8(Stage):
         with context.scratch() as scratch:
             prepared, notes = prepare(source, scratch)
             self._check_worth(prepared, ops)
+            check_float_nodes(self.name, prepared, self.params.float_nodes)
+            # A Gemm is made a MatMul of this name before nodes are left out.
+            excluded = [*self.params.float_nodes, *(f"{name}_MatMul" for name in self.params.float_nodes)]
+            del prepared
             quantize_dynamic(
-                prepared,
+                scratch / PREPARED,
                 scratch / "int8.onnx",
+                nodes_to_exclude=excluded,
                 op_types_to_quantize=ops,
                 per_channel=self.params.per_channel,
                 reduce_range=self.params.reduce_range,
@@ -76,7 +85,7 @@ class DynamicInt8(Stage):
                 # Fused operators have no type inference; what is left in this graph is float32.
                 extra_options={"DefaultTensorType": TensorProto.FLOAT},
             )
-            made = _load(scratch / "int8.onnx")
+            made = load(scratch / "int8.onnx")
         done = sum(
             count
             for name, count in onnx_files.op_counts(made).items()
@@ -101,14 +110,19 @@ class DynamicInt8(Stage):
             )
 
 
-class StaticInt8Params(StageParams):
+class StaticInt8Params(FloatNodesParams):
     """Parameters of ``quantize.static``.
 
     Attributes:
+        scheme: types of activations and weights: ``u8s8`` is uint8 and int8. It is the fast one on x86 with VNNI,
+            ``s8s8`` on Arm; ``u8u8`` never overflows without VNNI, and is slower than ``u8s8`` with it.
+        format: ``qdq`` wraps float operators in QuantizeLinear and DequantizeLinear, which every engine reads;
+            ``qoperator`` writes QLinearConv and its like, which run as they are written.
         ops: ``matmul`` is MatMul and Gemm; ``weighted`` adds Conv; ``all`` is every operator that has an int8 form.
             ``auto`` takes ``all`` for a convolutional net, ``weighted`` for one that attends, too, and ``matmul``
             for a net without convolutions.
-        matmul_output: whether what a MatMul or Gemm gives is quantized; ``auto`` does so with ``ops`` all only.
+        matmul_output: whether what a MatMul or Gemm gives is quantized; ``auto`` does so with ``ops`` all only, and
+            with the format ``qoperator``, whose MatMul has no other form.
         method: how the range of an activation is found.
         percentile: percent of values inside the range, for the method ``percentile``.
         batch_size: samples fed at once, where the model does not fix the batch.
@@ -117,6 +131,8 @@ class StaticInt8Params(StageParams):
         reduce_range: 7-bit weights, for x86 CPUs without VNNI, where u8 times s8 sums overflow.
     """
 
+    scheme: Literal["u8s8", "s8s8", "u8u8"] = "u8s8"
+    format: Literal["qdq", "qoperator"] = "qdq"
     ops: Literal["auto", "matmul", "weighted", "all"] = "auto"
     matmul_output: Literal["auto", "quantized", "float"] = "auto"
     method: Method = "minmax"
@@ -126,9 +142,15 @@ class StaticInt8Params(StageParams):
     symmetric_activations: bool = False
     reduce_range: bool = False
 
+    @model_validator(mode="after")
+    def _fits(self) -> "StaticInt8Params":
+        if self.format == "qoperator" and self.matmul_output == "float":
+            raise ValueError("matmul_output float needs the format qdq: a QLinearMatMul gives int8")
+        return self
+
 
 class StaticInt8(Stage):
-    """Uint8 activations and int8 weights as explicit QuantizeLinear and DequantizeLinear pairs (QDQ, U8S8).
+    """Uint8 or int8 activations and weights, as QuantizeLinear and DequantizeLinear pairs or as int8 operators.
 
     Ranges come from the calibration samples, so an answer does not depend on its neighbours. Shapes and types of
     inputs and outputs stay. Transformers keep the outputs of their MatMuls in float32: on MiniLM that took the cosine
@@ -144,7 +166,7 @@ class StaticInt8(Stage):
 
     def requires(self, source: StageInput, context: Context) -> None:
         """Looks whether the model is in float32."""
-        onnx_files.refuse_quantized(self.name, onnx_files.load(source))
+        refuse_quantized(self.name, source)
 
     def apply(self, source: StageInput, context: Context) -> StageResult:
         """Prepares the graph, finds the ranges, then quantizes."""
@@ -152,9 +174,11 @@ class StaticInt8(Stage):
         with context.scratch() as scratch:
             prepared, notes = prepare(source, scratch)
             ops, float_outputs = self._choose(prepared)
-            model_path, ranges = scratch / "prepared.onnx", scratch / "ranges.json"
+            check_float_nodes(self.name, prepared, self.params.float_nodes)
+            del prepared
+            ranges = scratch / "ranges.json"
             write_ranges(
-                model_path,
+                scratch / PREPARED,
                 whole_batches(context.calibration, source.inputs, wanted=self.params.batch_size),
                 ranges,
                 op_types=ops,
@@ -163,9 +187,9 @@ class StaticInt8(Stage):
                 symmetric=self.params.symmetric_activations,
                 threads=context.threads,
             )
-            made = self._quantize(prepared, ranges, scratch, ops, float_outputs)
-        done = onnx_files.op_counts(made)["DequantizeLinear"]
-        if not done:
+            made = self._quantize(ranges, scratch, ops, float_outputs)
+        counts = onnx_files.op_counts(made)
+        if not counts["DequantizeLinear"] and not any(name.startswith(("QLinear", "QGemm")) for name in counts):
             raise NotApplicableError(f"{self.name}: no {', '.join(ops)} in this model that could be quantized")
         told = f"{_told(ops)} in int8, outputs of MatMul in {'float32' if float_outputs else 'int8'}"
         return self.written(context, onnx_files.save(made, context.out), *notes, told)
@@ -180,9 +204,10 @@ class StaticInt8(Stage):
             wanted = "matmul" if not convolves else "weighted" if attends else "all"
         ops = {"matmul": _MATMUL_OPS, "weighted": (*_MATMUL_OPS, "Conv", "ConvTranspose"), "all": _all_ops()}[wanted]
         output = self.params.matmul_output
-        return list(ops), output == "float" or (output == "auto" and wanted != "all")
+        keeps_float = self.params.format == "qdq" and wanted != "all"
+        return list(ops), output == "float" or (output == "auto" and keeps_float)
 
-    def _quantize(self, model: Any, ranges: Path, scratch: Path, ops: list[str], float_outputs: bool) -> Any:
+    def _quantize(self, ranges: Path, scratch: Path, ops: list[str], float_outputs: bool) -> Any:
         from onnx import TensorProto
         from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
 
@@ -191,18 +216,21 @@ class StaticInt8(Stage):
             "entropy": CalibrationMethod.Entropy,
             "percentile": CalibrationMethod.Percentile,
         }
+        formats = {"qdq": QuantFormat.QDQ, "qoperator": QuantFormat.QOperator}
+        types = {"u": QuantType.QUInt8, "s": QuantType.QInt8}
         quantize_static(
-            model,
+            scratch / PREPARED,
             scratch / "int8.onnx",
             None,
             calibration_cache_path=ranges,
             calibrate_method=methods[self.params.method],
-            quant_format=QuantFormat.QDQ,
+            quant_format=formats[self.params.format],
             op_types_to_quantize=ops,
             per_channel=self.params.per_channel,
             reduce_range=self.params.reduce_range,
-            activation_type=QuantType.QUInt8,
-            weight_type=QuantType.QInt8,
+            activation_type=types[self.params.scheme[0]],
+            weight_type=types[self.params.scheme[2]],
+            nodes_to_exclude=list(self.params.float_nodes),
             use_external_data_format=is_large(scratch),
             extra_options={
                 "ActivationSymmetric": self.params.symmetric_activations,
@@ -210,67 +238,7 @@ class StaticInt8(Stage):
                 "OpTypesToExcludeOutputQuantization": list(_MATMUL_OPS) if float_outputs else [],
             },
         )
-        return _load(scratch / "int8.onnx")
-
-
-def prepare(source: StageInput, scratch: Path) -> tuple[Any, list[str]]:
-    """The model made ready for quantization, also written to ``prepared.onnx`` in ``scratch``, and notes on it.
-
-    Constant nodes become initializers, batch normalization is folded into convolutions, shapes are inferred (with
-    sympy), and an opset below 13 is raised.
-
-    Raises:
-        NotApplicableError: the opset cannot be raised.
-    """
-    import onnx
-    from onnxruntime.quantization.shape_inference import quant_pre_process
-
-    notes = []
-    model = onnx_files.load(source)
-    opset = next((item.version for item in model.opset_import if item.domain in {"", "ai.onnx"}), _LEAST_OPSET)
-    if opset < _LEAST_OPSET:
-        model = _raised(model, opset)
-        notes.append(f"opset raised from {opset} to {_LEAST_OPSET}")
-    large = model.ByteSize() > 1_900_000_000
-    target = scratch / "prepared.onnx"
-    common = {
-        "output_model_path": target,
-        "save_as_external_data": large,
-        "all_tensors_to_one_file": True,
-        "external_data_location": _PREPARED_WEIGHTS,
-    }
-    given = onnx.ModelProto()
-    given.CopyFrom(model)
-    try:
-        quant_pre_process(given, auto_merge=True, **common)
-    except Exception as error:  # symbolic inference gives up with a bare Exception, and works without it, too
-        logger.debug("symbolic shape inference gave up: %s", error)
-        notes.append("shapes were inferred without symbolic inference, which gave up on this graph")
-        quant_pre_process(model, skip_symbolic_shape=True, **common)
-    return _load(target), notes
-
-
-def is_large(scratch: Path) -> bool:
-    """Whether the prepared model was too large for one file."""
-    return (scratch / _PREPARED_WEIGHTS).exists()
-
-
-def _raised(model: Any, opset: int) -> Any:
-    import onnx.version_converter
-
-    try:
-        return onnx.version_converter.convert_version(model, _LEAST_OPSET)
-    except Exception as error:  # the converter raises RuntimeError and its own ConvertError, by build
-        raise NotApplicableError(
-            f"quantization per channel needs opset {_LEAST_OPSET}, and this model of opset {opset} cannot be raised: "
-            f"{str(error).strip().splitlines()[0][:200]}"
-        ) from error
-
-
-def _load(path: Path) -> Any:
-    import onnx
-
-    return onnx.load(str(path))
+        return load(scratch / "int8.onnx")
 
 
 def _all_ops() -> tuple[str, ...]:

@@ -85,7 +85,7 @@ def _types(value: Any) -> Any:
 
 
 def test_scalars_of_parameters_keep_their_types():
-    call = StageCall(name="q", params={"a": 1, "b": 1.0, "c": True, "d": "1", "e": None, "f": "true"})
+    call = StageCall(name="q", params={"a": 1, "b": 1.0, "c": True, "d": "1", "e": None, "f": "true", "g": ("x", "1")})
     again = codec.loads(codec.dumps(call))
     assert again == call
     assert _types(again) == _types(call)

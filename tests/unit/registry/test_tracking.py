@@ -76,6 +76,8 @@ def test_parameters_are_flat_texts() -> None:
 
 def test_a_stage_is_one_line() -> None:
     assert tracked.stage_words(StageCall(name="simplify")) == "simplify"
+    excepting = StageCall(name="quantize", params={"float_nodes": ("head", "Conv_1"), "per_channel": True})
+    assert tracked.stage_words(excepting) == "quantize(float_nodes=[head, Conv_1], per_channel=true)"
 
 
 def test_failures_are_counted_by_kind_and_kept_whole() -> None:

@@ -1,0 +1,156 @@
+"""A float32 graph made ready to be quantized: what every stage of the family ``quantize`` does first.
+
+Between steps the model is a file, and no step keeps a copy while the next one works: a stage needs about the memory
+that the library would need by itself.
+"""
+
+import difflib
+import logging
+from pathlib import Path
+from typing import Any
+
+from optimize.stages import onnx_files
+from optimize.stages.base import StageInput, StageParams
+from registry.errors import InputError, NotApplicableError
+
+logger = logging.getLogger(__name__)
+
+PREPARED = "prepared.onnx"
+# Quantization per channel needs DequantizeLinear with an axis, which opset 13 brought.
+_LEAST_OPSET = 13
+# protobuf ends at 2 GiB; weights of a larger model go into a file beside the graph.
+_LARGEST_FILE_BYTES = 1_900_000_000
+
+
+class FloatNodesParams(StageParams):
+    """Parameters of every stage that quantizes nodes of a graph.
+
+    Attributes:
+        float_nodes: names of nodes that stay in float32. They are those of the prepared graph (see `prepare`), which
+            keeps the names of the original nodes that it keeps.
+    """
+
+    float_nodes: tuple[str, ...] = ()
+
+
+def refuse_quantized(stage: str, source: StageInput) -> None:
+    """Returns when the model computes in float32; weights in files of their own are not read.
+
+    Raises:
+        NotApplicableError: it holds quantized operators, or float16 weights.
+    """
+    import onnx
+
+    onnx_files.refuse_quantized(stage, onnx.load(str(source.path), load_external_data=False))
+
+
+def prepare(source: StageInput, scratch: Path) -> tuple[Any, list[str]]:
+    """The model made ready for quantization, also written to ``prepared.onnx`` in ``scratch``, and notes on it.
+
+    Constant nodes become initializers, batch normalization is folded into convolutions, shapes are inferred (with
+    sympy), and an opset below 13 is raised. Every node has a name of its own: one without is named
+    ``<operator>_<first output>``, and one that repeats a name gets a number. The same model gives the same names.
+    Source: onnxruntime.quantization.quant_pre_process.
+
+    Raises:
+        NotApplicableError: the opset cannot be raised.
+    """
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    notes = _write_given(source, scratch / "given.onnx")
+    large = (scratch / "given.onnx.data").exists()
+    target = scratch / PREPARED
+    common = {
+        "output_model_path": target,
+        "save_as_external_data": large,
+        "all_tensors_to_one_file": True,
+        "external_data_location": f"{PREPARED}.data",
+    }
+    try:
+        quant_pre_process(scratch / "given.onnx", auto_merge=True, **common)
+    except Exception as error:  # symbolic inference gives up with a bare Exception, and works without it, too
+        logger.debug("symbolic shape inference gave up: %s", error)
+        notes.append("shapes were inferred without symbolic inference, which gave up on this graph")
+        quant_pre_process(scratch / "given.onnx", skip_symbolic_shape=True, **common)
+    for path in scratch.glob("given.onnx*"):
+        path.unlink()
+    model = load(target)
+    if _name_nodes(model):
+        write(model, target, large=large)
+    return model, notes
+
+
+def load(path: Path) -> Any:
+    """The model in a file of ours, with its weights in memory."""
+    import onnx
+
+    return onnx.load(str(path))
+
+
+def write(model: Any, path: Path, *, large: bool) -> None:
+    """Writes the model; where it is large, its weights go into ``<path>.data``, and are taken out of ``model``."""
+    import onnx
+
+    data = path.with_name(f"{path.name}.data")
+    data.unlink(missing_ok=True)  # onnx would append to it
+    onnx.save(model, str(path), save_as_external_data=large, location=data.name)
+
+
+def is_large(scratch: Path) -> bool:
+    """Whether the prepared model was too large for one file."""
+    return (scratch / f"{PREPARED}.data").exists()
+
+
+def check_float_nodes(stage: str, model: Any, names: tuple[str, ...]) -> None:
+    """Returns when each name is that of a node of the prepared graph.
+
+    Raises:
+        InputError: one is not; the message names the nearest.
+    """
+    known = [node.name for node in model.graph.node]
+    for name in names:
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+            listed = f"Nodes are named {', '.join(known[:5])}{', ...' if len(known) > 5 else ''}."
+            raise InputError(
+                f"{stage}: float_nodes names {name!r}, and the prepared graph has no such node",
+                hint=f"Did you mean {nearest[0]!r}?" if nearest else listed,
+            )
+
+
+def _write_given(source: StageInput, target: Path) -> list[str]:
+    model, notes = onnx_files.load(source), []
+    opset = next((item.version for item in model.opset_import if item.domain in {"", "ai.onnx"}), _LEAST_OPSET)
+    if opset < _LEAST_OPSET:
+        model = _raised(model, opset)
+        notes.append(f"opset raised from {opset} to {_LEAST_OPSET}")
+    _name_nodes(model)
+    write(model, target, large=model.ByteSize() > _LARGEST_FILE_BYTES)
+    return notes
+
+
+def _name_nodes(model: Any) -> bool:
+    """Gives every node of the outer graph a name of its own; returns whether one had none."""
+    taken: set[str] = set()
+    changed = False
+    for node in model.graph.node:
+        wanted = node.name or f"{node.op_type}_{next(filter(None, node.output), '')}"
+        name, number = wanted, 2
+        while name in taken:
+            name, number = f"{wanted}_{number}", number + 1
+        taken.add(name)
+        if name != node.name:
+            node.name, changed = name, True
+    return changed
+
+
+def _raised(model: Any, opset: int) -> Any:
+    import onnx.version_converter
+
+    try:
+        return onnx.version_converter.convert_version(model, _LEAST_OPSET)
+    except Exception as error:  # the converter raises RuntimeError and its own ConvertError, by build
+        raise NotApplicableError(
+            f"quantization per channel needs opset {_LEAST_OPSET}, and this model of opset {opset} cannot be raised: "
+            f"{str(error).strip().splitlines()[0][:200]}"
+        ) from error
