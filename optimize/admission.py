@@ -4,8 +4,9 @@ A file that is let in declares no more bytes than it brings, reads no file outsi
 that the engines here know. Its parts are copied first and checked afterwards, so that what was checked is what is used.
 """
 
+import mmap
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from math import prod
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,9 +22,13 @@ Format = Literal["onnx", "openvino"]
 
 ENTRY = "model.onnx"
 KNOWN_DOMAINS = frozenset({"", "ai.onnx", "ai.onnx.ml", "com.microsoft", "com.microsoft.nchwc"})
-MOST_NODES = 500_000
+MOST_NODES = 500_000  # with the functions inside of the model written out
+MOST_FIELDS = 10 * MOST_NODES  # names, attributes and other parts of nodes and graphs
 MOST_PROTOBUF_BYTES = 2**31 - 1
-MOST_SPARSE_BYTES = 256 * 10**6  # engines unfold a sparse tensor when they load it
+MOST_SPARSE_BYTES = 256 * 10**6  # of all sparse tensors, which engines unfold when they load them
+MOST_SHARED_BYTES = (
+    256 * 10**6
+)  # that external tensors may declare beyond twice what their files hold: they may overlap
 
 # Operators that hand over to files or code which a graph cannot show.
 _OPAQUE_OPERATORS = frozenset({"EPContext", "PyOp"})
@@ -59,15 +64,21 @@ def admit(path: Path, folder: Path) -> Signature:
     """
     refuse_other_formats(path)
     copy = folder / ENTRY
-    shutil.copyfile(path, copy)
+    _copy(path, copy)
+    _check_counts(copy, path.name)
     model = _parse(copy, path.name)
+    _check_sparse(model)
     tensors = list(_tensors(model))
-    for location in sorted({_location(tensor) for tensor in tensors if _is_external(tensor)}):
+    outside = [tensor for tensor in tensors if _is_external(tensor)]
+    for location in sorted(set(map(_location, outside))):
         _copy_external(location, path.parent, folder)
     for tensor in tensors:
         _check_size(tensor, folder)
+    _check_shared(outside, folder)
+    _check_opset(model)
     _check_operators(model)
     _check_by_onnx(copy, path.name)
+    _check_written_out(model)
     return read_signature(copy)
 
 
@@ -76,11 +87,15 @@ def admit_openvino(path: Path, folder: Path) -> Signature:
 
     Raises:
         InputError: one of the two is missing, or they are no OpenVINO model.
+        UntrustedModelError: the ``.bin`` is a link that leads out of the folder.
     """
-    for file in (path, path.with_suffix(".bin")):
+    weights = path.with_suffix(".bin")
+    for file in (path, weights):
         if not file.is_file():
             raise InputError(f"{path} has no {file.name} beside it", hint="OpenVINO keeps weights in a .bin file.")
-        shutil.copyfile(file, folder / file.name)
+    _refuse_link_outside(weights.resolve(), weights.name, path.parent)
+    for file in (path, weights):
+        _copy(file, folder / file.name)
     return read_signature(folder / path.name)
 
 
@@ -160,10 +175,114 @@ def _parse(path: Path, name: str) -> "onnx.ModelProto":
     try:
         model = onnx.load(str(path), load_external_data=False)
     except (DecodeError, ValueError, RecursionError) as error:
-        raise InputError(f"{name} is not an ONNX model, or only part of one: {error}") from error
+        raise _not_whole(name, error) from error
     if not model.ir_version or not model.graph.output or not (model.opset_import or model.ir_version < 3):
         raise InputError(f"{name} is not an ONNX model: it has no IR version, opset or outputs")
     return model
+
+
+# --- counting --------------------------------------------------------------------------------------------------
+
+# The messages of onnx.proto that hold nodes: message -> field number -> the message in that field. "" is any other.
+_HOLDS: Mapping[str, Mapping[int, str]] = {
+    "model": {7: "graph", 20: "training", 25: "function"},
+    "training": {1: "graph", 2: "graph"},
+    "function": {7: "node", 11: "attribute"},
+    "graph": {1: "node"},
+    "node": {5: "attribute"},
+    "attribute": {6: "graph", 11: "graph"},
+}
+_VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5
+
+
+def _check_counts(path: Path, name: str) -> None:
+    """Counts nodes in the bytes of the file: parsed, an empty node of two bytes would take a hundred.
+
+    Source: the protobuf wire format (Protocol Buffers documentation, "Encoding").
+    """
+    nodes = fields = 0
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        waiting = [("model", 0, len(data))]
+        while waiting:
+            message, begin, end = waiting.pop()
+            for field, start, stop in _fields(data, begin, end, name):
+                fields += 1
+                inner = _HOLDS[message].get(field, "")
+                nodes += inner == "node"
+                if inner:
+                    waiting.append((inner, start, stop))
+                if nodes > MOST_NODES or fields > MOST_FIELDS:
+                    raise UntrustedModelError(
+                        f"{name} has more nodes or parts of nodes than burnish takes ({MOST_NODES:,} nodes, "
+                        f"{MOST_FIELDS:,} parts)"
+                    )
+
+
+def _fields(data: mmap.mmap, begin: int, end: int, name: str) -> Iterator[tuple[int, int, int]]:
+    """Number, first byte and end of each field with a length in a message that takes these bytes."""
+    place = begin
+    while place < end:
+        key, place = _varint(data, place, end, name)
+        kind = key & 7
+        if kind == _VARINT:
+            _, place = _varint(data, place, end, name)
+        elif kind == _LENGTH:
+            length, start = _varint(data, place, end, name)
+            place = start + length
+            if place <= end:
+                yield key >> 3, start, place
+        elif kind in {_FIXED64, _FIXED32}:
+            place += 8 if kind == _FIXED64 else 4
+        else:
+            place = end + 1
+    if place > end:
+        raise _not_whole(name, "it does not follow protobuf's wire format")
+
+
+def _varint(data: mmap.mmap, place: int, end: int, name: str) -> tuple[int, int]:
+    """The number of variable length at a place, and the place after it."""
+    value = 0
+    for shift in range(0, 70, 7):
+        if place >= end:
+            break
+        byte = data[place]
+        place += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, place
+    raise _not_whole(name, "a number in it does not end")
+
+
+def _not_whole(name: str, why: object) -> InputError:
+    return InputError(f"{name} is not an ONNX model, or only part of one: {why}")
+
+
+def _check_written_out(model: "onnx.ModelProto") -> None:
+    """Counts nodes as if every call of a function inside of the model were replaced by its nodes, as engines do.
+
+    Functions that call each other twice double with each level. The checker has refused those that call themselves.
+    """
+    bodies = {(function.domain, function.name): function for function in model.functions}
+    sizes: dict[tuple[str, str], int] = {}
+
+    def size(graph: Any) -> int:
+        total = 0
+        for part in _with_inner(graph):
+            for node in part.node:
+                called = (node.domain, node.op_type)
+                if called in bodies and called not in sizes:
+                    sizes[called] = size(bodies[called])
+                total += sizes.get(called, 1)
+        return total
+
+    try:
+        count = size(model.graph)
+    except RecursionError as error:
+        raise UntrustedModelError("functions inside of the model call each other too deeply") from error
+    if count > MOST_NODES:
+        raise UntrustedModelError(
+            f"the model has {count:,} nodes when its functions are written out; {MOST_NODES:,} are the most"
+        )
 
 
 # --- walking ---------------------------------------------------------------------------------------------------
@@ -171,9 +290,16 @@ def _parse(path: Path, name: str) -> "onnx.ModelProto":
 
 def _graphs(model: "onnx.ModelProto") -> Iterator[Any]:
     """Every graph and function of the model, those inside of nodes too."""
-    waiting: list[Any] = [model.graph, *model.functions]
+    outer: list[Any] = [model.graph, *model.functions]
     for training in model.training_info:
-        waiting += [training.initialization, training.algorithm]
+        outer += [training.initialization, training.algorithm]
+    for graph in outer:
+        yield from _with_inner(graph)
+
+
+def _with_inner(graph: Any) -> Iterator[Any]:
+    """A graph or function, and the graphs inside of its nodes."""
+    waiting = [graph]
     while waiting:
         graph = waiting.pop()
         yield graph
@@ -188,17 +314,21 @@ def _tensors(model: "onnx.ModelProto") -> Iterator["onnx.TensorProto"]:
     """Every tensor that the model brings: initializers, and attributes of nodes and of functions."""
     for graph in _graphs(model):
         yield from getattr(graph, "initializer", ())
-        for sparse in getattr(graph, "sparse_initializer", ()):
-            yield from _of_sparse(sparse)
         for attribute in _attributes(graph):
             yield from attribute.tensors
             if attribute.HasField("t"):
                 yield attribute.t
-            sparse_ones = [*attribute.sparse_tensors]
+    for sparse in _sparse_tensors(model):
+        yield from (sparse.values, sparse.indices)
+
+
+def _sparse_tensors(model: "onnx.ModelProto") -> Iterator["onnx.SparseTensorProto"]:
+    for graph in _graphs(model):
+        yield from getattr(graph, "sparse_initializer", ())
+        for attribute in _attributes(graph):
+            yield from attribute.sparse_tensors
             if attribute.HasField("sparse_tensor"):
-                sparse_ones.append(attribute.sparse_tensor)
-            for sparse in sparse_ones:
-                yield from _of_sparse(sparse)
+                yield attribute.sparse_tensor
 
 
 def _attributes(graph: Any) -> Iterator[Any]:
@@ -207,22 +337,32 @@ def _attributes(graph: Any) -> Iterator[Any]:
     yield from getattr(graph, "attribute_proto", ())
 
 
-def _of_sparse(sparse: "onnx.SparseTensorProto") -> Iterable["onnx.TensorProto"]:
-    unfolded = _bytes_needed(sparse.dims, sparse.values.data_type, sparse.values.name)
-    if unfolded > MOST_SPARSE_BYTES:
-        raise UntrustedModelError(
-            f"the sparse tensor {sparse.values.name!r} unfolds to {unfolded:,} bytes; "
-            f"{MOST_SPARSE_BYTES:,} are the most"
-        )
-    return sparse.values, sparse.indices
+def _check_sparse(model: "onnx.ModelProto") -> None:
+    unfolded = 0
+    for sparse in _sparse_tensors(model):
+        unfolded += _bytes_needed(sparse.dims, sparse.values.data_type, sparse.values.name)
+        if unfolded > MOST_SPARSE_BYTES:
+            raise UntrustedModelError(
+                f"with {sparse.values.name!r}, the model's sparse tensors unfold to {unfolded:,} bytes; "
+                f"{MOST_SPARSE_BYTES:,} are the most"
+            )
+
+
+def _check_opset(model: "onnx.ModelProto") -> None:
+    from onnx import defs
+
+    for entry in model.opset_import:
+        if entry.domain in {"", "ai.onnx"} and not 1 <= entry.version <= defs.onnx_opset_version():
+            raise InputError(
+                f"the model is of opset {entry.version}; burnish knows opsets 1 to {defs.onnx_opset_version()}",
+                hint="Export it again with an opset that there is.",
+            )
 
 
 def _check_operators(model: "onnx.ModelProto") -> None:
     own = {function.domain for function in model.functions}
-    count = 0
     for graph in _graphs(model):
         for node in graph.node:
-            count += 1
             if node.op_type in _OPAQUE_OPERATORS:
                 raise UntrustedModelError(
                     f"the node {node.name!r} is a {node.op_type}, which runs what the graph does not show"
@@ -232,8 +372,6 @@ def _check_operators(model: "onnx.ModelProto") -> None:
                     f"the node {node.name!r} calls {node.op_type} of the unknown domain {node.domain!r}",
                     hint=f"Known are {', '.join(sorted(KNOWN_DOMAINS - {''}))} and functions inside of the model.",
                 )
-    if count > MOST_NODES:
-        raise UntrustedModelError(f"the model has {count:,} nodes; {MOST_NODES:,} are the most")
 
 
 def _check_by_onnx(path: Path, name: str) -> None:
@@ -326,17 +464,41 @@ def _copy_external(location: str, origin: Path, folder: Path) -> None:
         real = source.resolve(strict=True)
     except (OSError, RuntimeError) as error:
         raise InputError(f"the model keeps weights in {location!r}, which is not beside it in {origin}") from error
+    _refuse_link_outside(real, location, origin)
+    if not real.is_file():
+        raise UntrustedModelError(f"the model keeps weights in {location!r}, which is no regular file")
+    target = folder / relative
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _copy(real, target)
+
+
+def _refuse_link_outside(real: Path, location: str, origin: Path) -> None:
     if not real.is_relative_to(origin.resolve()):
         raise UntrustedModelError(
             f"the model keeps weights in {location!r}, a link to {real}; external data stays inside of the model's "
             "folder",
             hint="Copy the model and its data into one folder, without links.",
         )
-    if not real.is_file():
-        raise UntrustedModelError(f"the model keeps weights in {location!r}, which is no regular file")
-    target = folder / relative
-    target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(real, target)
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copies a file that the disk has room for; one with holes may be larger than any disk."""
+    size, free = source.stat().st_size, shutil.disk_usage(target.parent).free
+    if size > free:
+        raise InputError(f"{source} has {size:,} bytes, and the disk of {target.parent} has {free:,} left")
+    shutil.copyfile(source, target)
+
+
+def _check_shared(tensors: list["onnx.TensorProto"], folder: Path) -> None:
+    """Returns when external tensors declare about as much as their files hold; the same bytes may serve several."""
+    declared = sum(_bytes_needed(tensor.dims, tensor.data_type, tensor.name) for tensor in tensors)
+    files = {folder / _inside(_location(tensor)) for tensor in tensors}
+    held = sum(file.stat().st_size for file in files)
+    if declared > 2 * held + MOST_SHARED_BYTES:
+        raise UntrustedModelError(
+            f"the model's external tensors declare {declared:,} bytes, and their files hold {held:,}",
+            hint="The file is made to exhaust memory: many tensors are the same bytes.",
+        )
 
 
 def _external_bytes(tensor: "onnx.TensorProto", folder: Path) -> int:

@@ -44,6 +44,21 @@ def test_secrets_stay_with_the_parent(monkeypatch):
     assert "AWS_SECRET_ACCESS_KEY" not in child_environment()
 
 
+SECRETS = (
+    "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_PASSWORD", "HF_TOKEN",
+    "GOOGLE_APPLICATION_CREDENTIALS", "AZURE_STORAGE_KEY", "GITHUB_TOKEN", "DB_PASSWORD", "KUBECONFIG", "NETRC",
+    "SSH_AUTH_SOCK", "HTTPS_PROXY", "BURNISH_SIGNING_KEY", "PYTHONSTARTUP", "LD_PRELOAD",
+)  # fmt: skip
+
+
+def test_only_what_is_listed_is_inherited(monkeypatch):
+    for name in (*SECRETS, "ANYTHING_ELSE"):
+        monkeypatch.setenv(name, "hush")
+    assert not {*SECRETS, "ANYTHING_ELSE"} & set(child_environment())
+    assert "hush" not in child_environment().values()
+    assert {"PATH", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"} <= set(child_environment())
+
+
 def test_users_folder_is_appended_and_the_working_directory_left_out(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "json.py").write_text("raise RuntimeError('shadowed')")

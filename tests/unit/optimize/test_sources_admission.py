@@ -8,7 +8,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper, parser
 
-from optimize.admission import MOST_NODES, admit, external_files, refuse_other_formats
+from optimize.admission import MOST_NODES, admit, admit_openvino, external_files, refuse_other_formats
 from registry.errors import InputError, UntrustedModelError
 
 MODEL = '<ir_version: 8, opset_import: ["" : 17, "com.microsoft" : 1]> g (float[batch,4] x) => (float[batch,4] y) {%s}'
@@ -128,7 +128,7 @@ def test_a_sparse_tensor_that_unfolds_to_gigabytes(folders):
     indices = numpy_helper.from_array(np.zeros(1, np.int64), "sparse_indices")
     model = build()
     model.graph.sparse_initializer.append(helper.make_sparse_tensor(values, indices, [10**10]))
-    with pytest.raises(UntrustedModelError, match="unfolds"):
+    with pytest.raises(UntrustedModelError, match="unfold to 40,000,000,000 bytes"):
         let_in(folders, model)
 
 
@@ -178,11 +178,111 @@ def test_operators_that_hide_what_they_run_are_refused(folders):
         let_in(folders, build("y = com.microsoft.EPContext(x)"))
 
 
-def test_more_nodes_than_any_model_has(folders, monkeypatch):
-    monkeypatch.setattr("optimize.admission.MOST_NODES", 1)
-    with pytest.raises(UntrustedModelError, match="2 nodes"):
-        let_in(folders, build("z = Mul(x, w) y = Mul(z, w)"))
-    assert MOST_NODES > 10_000
+def test_sparse_tensors_count_together(folders):
+    values = numpy_helper.from_array(np.ones(1, np.float32), "sparse")
+    indices = numpy_helper.from_array(np.zeros(1, np.int64), "sparse_indices")
+    model = build()
+    for _ in range(3):
+        model.graph.sparse_initializer.append(helper.make_sparse_tensor(values, indices, [25_000_000]))
+    with pytest.raises(UntrustedModelError, match="unfold to 300,000,000 bytes"):
+        let_in(folders, model)
+
+
+def test_more_nodes_than_any_model_has(folders):
+    graph = b"\x0a\x00" * (MOST_NODES + 1)  # field 1, a node, of no bytes
+    length = len(graph)
+    varint = bytes([length & 0x7F | 0x80, length >> 7 & 0x7F | 0x80, length >> 14])
+    (folders[0] / "net.onnx").write_bytes(b"\x08\x08\x3a" + varint + graph)
+    with pytest.raises(UntrustedModelError, match="more nodes"):
+        admit(folders[0] / "net.onnx", folders[1])
+
+
+def test_nodes_are_counted_before_the_file_is_parsed(folders, monkeypatch):
+    monkeypatch.setattr("optimize.admission.MOST_NODES", 2)
+    monkeypatch.setattr(onnx, "load", lambda *_, **__: pytest.fail("it was parsed"))
+    branches = "then_branch = t () => (float u) { u = Neg (x) }, else_branch = e () => (float v) { v = Abs (x) }"
+    with pytest.raises(UntrustedModelError, match="more nodes"):
+        let_in(folders, build(f"c = Cast <to = 9> (x) z = If (c) <{branches}> y = Mul (x, w)"))
+
+
+def test_more_parts_of_nodes_than_any_model_has(folders, monkeypatch):
+    monkeypatch.setattr("optimize.admission.MOST_FIELDS", 3)
+    with pytest.raises(UntrustedModelError, match="parts of nodes"):
+        let_in(folders, build())
+
+
+def doubling(levels):
+    functions = "".join(
+        f'<domain: "f", opset_import: ["" : 17, "f" : 1]> f{i} (a) => (r) {{ m = f.f{i - 1} (a) r = f.f{i - 1} (m) }}'
+        for i in range(1, levels + 1)
+    )
+    return parser.parse_model(
+        f'<ir_version: 8, opset_import: ["" : 17, "f" : 1]> g (float[b] x) => (float[b] y) {{ y = f.f{levels} (x) }}'
+        f'{functions}<domain: "f", opset_import: ["" : 17]> f0 (a) => (r) {{ r = Relu (a) }}'
+    )
+
+
+def test_functions_that_double_with_each_level(folders):
+    assert let_in(folders, doubling(4))
+    with pytest.raises(UntrustedModelError, match="1,099,511,627,776 nodes when its functions are written out"):
+        let_in(folders, doubling(40))
+
+
+def test_functions_that_call_themselves(folders):
+    with pytest.raises(InputError, match="must not be recursive"):
+        let_in(folders, parser.parse_model(
+            '<ir_version: 8, opset_import: ["" : 17, "f" : 1]> g (float[b] x) => (float[b] y) { y = f.f (x) }'
+            '<domain: "f", opset_import: ["" : 17, "f" : 1]> f (a) => (r) { m = f.f (a) r = Relu (m) }'
+        ))  # fmt: skip
+
+
+def test_graphs_nested_deeper_than_protobuf_reads(folders):
+    def field(number, content):
+        length, size = len(content), b""
+        while length > 0x7F:
+            size, length = size + bytes([length & 0x7F | 0x80]), length >> 7
+        return bytes([number << 3 | 2]) + size + bytes([length]) + content
+
+    graph = b""
+    for _ in range(60):
+        graph = field(1, field(5, field(6, graph)))  # a node, its attribute, the graph in it
+    (folders[0] / "net.onnx").write_bytes(b"\x08\x08" + field(7, graph))
+    with pytest.raises(InputError, match="not an ONNX model"):
+        admit(folders[0] / "net.onnx", folders[1])
+
+
+def test_many_tensors_that_are_the_same_bytes(folders):
+    (folders[0] / "w.data").write_bytes(bytes(40_000_000))
+    model = external("w.data", length="40000000", dims=(10_000_000,))
+    for i in range(20):
+        model.graph.initializer.append(model.graph.initializer[0])
+        model.graph.initializer[-1].name = f"w{i}"
+    with pytest.raises(UntrustedModelError, match="declare 840,000,000 bytes, and their files hold 40,000,000"):
+        let_in(folders, model)
+
+
+def test_data_larger_than_the_disk_is_not_copied(folders):
+    with (folders[0] / "w.data").open("wb") as file:
+        file.truncate(2**43)  # a hole: it takes no room where it is
+    with pytest.raises(InputError, match="and the disk of"):
+        let_in(folders, external("w.data"))
+
+
+def test_weights_of_openvino_stay_inside_of_the_folder(folders):
+    (folders[0] / "net.xml").write_text("<net/>")
+    (folders[0].parent / "secret").write_bytes(b"secret")
+    (folders[0] / "net.bin").symlink_to(folders[0].parent / "secret")
+    with pytest.raises(UntrustedModelError, match="a link to"):
+        admit_openvino(folders[0] / "net.xml", folders[1])
+    assert not list(folders[1].iterdir())
+
+
+@pytest.mark.parametrize("opset", [0, 99, -1])
+def test_opsets_that_there_are_not(folders, opset):
+    model = build()
+    model.opset_import[0].version = opset
+    with pytest.raises(InputError, match=f"opset {opset}; burnish knows opsets 1 to"):
+        let_in(folders, model)
 
 
 @pytest.mark.parametrize(
