@@ -1,0 +1,65 @@
+"""``burnish lint``: whether a model is ready for TensorRT, or for a release of Triton."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from optimize.cli.output import Json, emit_json
+
+
+def lint(
+    model: Annotated[Path, typer.Argument(help="An ONNX file.")],
+    tensorrt: Annotated[str | None, typer.Option(help="10, 11, or a minor version: 10.14.")] = None,
+    triton: Annotated[str | None, typer.Option(help="A release of Triton, for its onnxruntime backend: 23.03.")] = None,
+    shapes: Annotated[list[str] | None, typer.Option(help="input=min,opt,max of the engine; once an input.")] = None,
+    precision: Annotated[str | None, typer.Option(help="float32, float16, bfloat16 or int8.")] = None,
+    max_batch_size: Annotated[int | None, typer.Option(help="The server's.")] = None,
+    json_output: Json = False,
+) -> None:
+    """Check a model by static rules: what TensorRT or Triton would refuse, run badly, or never fuse.
+
+    Exit code 5 where a rule finds an error; warnings and remarks leave it at 0.
+
+    Example: burnish lint model.onnx --tensorrt 11 --shapes x=1x8,8x8,16x8
+    """
+    from optimize.readiness.lint import lint as find
+    from registry.errors import CheckFailedError
+
+    findings = find(
+        model,
+        tensorrt=tensorrt,
+        triton=triton,
+        shapes=shapes or (),
+        precision=_precision(precision),
+        max_batch_size=max_batch_size,
+    )
+    counts = {kind: sum(found["severity"] == kind for found in findings) for kind in ("error", "warning", "info")}
+    if json_output:
+        emit_json({"model": str(model), "tensorrt": tensorrt, "triton": triton, **counts, "findings": findings})
+    else:
+        _show(findings, counts)
+    if counts["error"]:
+        # The findings say it all; the exit code is for scripts.
+        raise typer.Exit(CheckFailedError.exit_code)
+
+
+def _precision(given: str | None) -> Any:
+    from typing import get_args
+
+    from optimize.readiness.rules import Precision
+    from registry.errors import InputError
+
+    if given is not None and given not in get_args(Precision):
+        raise InputError(f"there is no precision {given!r}", hint=f"It is {', '.join(get_args(Precision))}.")
+    return given
+
+
+def _show(findings: list[dict[str, Any]], counts: dict[str, int]) -> None:
+    for found in findings:
+        typer.echo(f"{found['rule']} {found['severity']:<7} {found['message']}  [{found['versions']}]")
+        if found["nodes"]:
+            more = len(found["nodes"]) - 5
+            typer.echo("     at  " + ", ".join(found["nodes"][:5]) + (f" and {more} more" if more > 0 else ""))
+        typer.echo(f"     fix {found['fix']}")
+    typer.echo(f"{counts['error']} errors, {counts['warning']} warnings, {counts['info']} remarks")
