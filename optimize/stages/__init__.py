@@ -20,11 +20,19 @@ GROUP = "burnish.stages"
 
 # Modules are named, not imported: a stage's libraries load when it is used.
 _IN_TREE: Mapping[str, str] = {
+    "simplify.constants": "optimize.stages.simplify:Constants",
     "simplify.ort": "optimize.stages.simplify:OrtGraph",
     "simplify.transformer": "optimize.stages.simplify:TransformerFusion",
     "quantize.dynamic": "optimize.stages.quantize:DynamicInt8",
     "quantize.static": "optimize.stages.quantize:StaticInt8",
     "precision.float16": "optimize.stages.precision:Float16",
+    "precision.mixed": "optimize.stages.precision:MixedFloat16",
+    "convert.opset": "optimize.stages.convert:Opset",
+    "convert.fixed_shape": "optimize.stages.convert:FixedShape",
+    "convert.free_batch": "optimize.stages.convert:FreeBatch",
+    "reduce.input_type": "optimize.stages.reduce:InputType",
+    "reduce.sequence_length": "optimize.stages.reduce:SequenceLength",
+    "reduce.image_side": "optimize.stages.reduce:ImageSide",
     "convert.openvino": "optimize.stages.openvino:ToOpenVino",
     "quantize.openvino": "optimize.stages.openvino:OpenVinoInt8",
 }

@@ -104,3 +104,86 @@ def refuse_quantized(stage: str, model: Any) -> None:
         )
     if any(tensor.data_type == onnx.TensorProto.FLOAT16 for tensor in model.graph.initializer):
         raise NotApplicableError(f"{stage} takes a float32 model, and this one has float16 weights")
+
+
+def opset_of(model: Any) -> int:
+    """The version of the standard operators that the model uses."""
+    return next((item.version for item in model.opset_import if item.domain in {"", "ai.onnx"}), 1)
+
+
+def is_large(model: Any) -> bool:
+    """Whether the model does not fit one protobuf, which most functions of onnx need."""
+    return bool(model.ByteSize() > _LARGEST_FILE_BYTES)
+
+
+def name_nodes(model: Any) -> None:
+    """Gives each node of the main graph a name of its own; names that are unique stay."""
+    taken: set[str] = set()
+    for position, node in enumerate(model.graph.node):
+        if not node.name or node.name in taken:
+            node.name = f"{node.op_type}_{position}_{len(taken)}"
+        taken.add(node.name)
+
+
+def lift_constants(model: Any) -> int:
+    """Turns Constant nodes of the main graph that hold a tensor into initializers; returns how many."""
+    outputs = {value.name for value in model.graph.output}
+    found = [
+        (node, _constant_of(node))
+        for node in model.graph.node
+        if node.op_type == "Constant" and node.domain in {"", "ai.onnx"} and node.output[0] not in outputs
+    ]
+    lifted = [(node, value) for node, value in found if value is not None]
+    for node, value in lifted:
+        tensor = model.graph.initializer.add()
+        tensor.CopyFrom(value)
+        tensor.name = node.output[0]
+    for node, _ in lifted:
+        model.graph.node.remove(node)
+    return len(lifted)
+
+
+def _constant_of(node: Any) -> Any:
+    """The tensor that a Constant node holds, or None for one of text, sequences or sparse values."""
+    import numpy as np
+    from onnx import TensorProto, numpy_helper
+
+    attribute = node.attribute[0]
+    if attribute.name == "value":
+        return None if attribute.t.data_type == TensorProto.STRING else attribute.t
+    plain = {
+        "value_float": np.float32(attribute.f),
+        "value_floats": np.array(attribute.floats, np.float32),
+        "value_int": np.int64(attribute.i),
+        "value_ints": np.array(attribute.ints, np.int64),
+    }
+    values = plain.get(attribute.name)
+    return None if values is None else numpy_helper.from_array(np.asarray(values))
+
+
+def constants(model: Any) -> dict[str, Any]:
+    """The tensors of the main graph that never change, by name: initializers, and what Constant nodes hold."""
+    known = {tensor.name: tensor for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type == "Constant" and (value := _constant_of(node)) is not None:
+            known[node.output[0]] = value
+    return known
+
+
+def infer_again(model: Any, *, keep_outputs: bool) -> Any:
+    """The model with the shapes inside it, and those of its outputs, inferred anew from its inputs.
+
+    What cannot be inferred stays open: shapes that contradict each other show when the model is run.
+
+    Args:
+        model: an ``onnx.ModelProto``; it is changed.
+        keep_outputs: whether the sizes that outputs declare still hold.
+    """
+    import onnx
+
+    del model.graph.value_info[:]
+    if not keep_outputs:
+        for value in model.graph.output:
+            for dim in value.type.tensor_type.shape.dim:
+                dim.Clear()
+    return model if is_large(model) else onnx.shape_inference.infer_shapes(model, data_prop=True)

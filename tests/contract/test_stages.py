@@ -1,6 +1,7 @@
 """Every stage of the house through the suite that third parties get."""
 
 import importlib.util
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,106 @@ class TestStaticInt8(StageContract):
     source = source_fixture("conv", "transformer")
     # Ranges from 16 random samples clip others.
     min_cosine = 0.95
+
+    @pytest.fixture
+    def refused(self, integers):
+        return integers
+
+
+class TestConstants(StageContract):
+    stage = stage_fixture(StageCall(name="simplify.constants"))
+    min_cosine = 0.99999
+
+    @pytest.fixture(params=[tiny_conv_net, partial(tiny_transformer, constant_nodes=True)], ids=["conv", "constants"])
+    def source(self, request, tmp_path):
+        return request.param(tmp_path / "source")
+
+
+class TestOpset(StageContract):
+    stage = stage_fixture(
+        StageCall(name="convert.opset", params={"opset": 20}),
+        StageCall(name="convert.opset", params={"opset": 18, "ir_version": 9}),
+    )
+    source = source_fixture("conv", "transformer")
+    min_cosine = 0.99999
+
+
+class TestOpsetDownwards(StageContract):
+    stage = stage_fixture(StageCall(name="convert.opset", params={"opset": 12}))
+    source = source_fixture("conv")
+    min_cosine = 0.99999
+
+    @pytest.fixture
+    def refused(self, tmp_path):
+        return tiny_transformer(tmp_path / "refused")
+
+
+class TestFixedShape(StageContract):
+    stage = stage_fixture(
+        StageCall(name="convert.fixed_shape"),
+        StageCall(name="convert.fixed_shape", params={"dims": ("batch=3",)}),
+    )
+    source = source_fixture("conv", "transformer")
+    min_cosine = 0.99999
+
+    @pytest.fixture
+    def refused(self, tmp_path):
+        return tiny_conv_net(tmp_path / "refused", batch=1)
+
+
+class TestFreeBatch(StageContract):
+    stage = stage_fixture(StageCall(name="convert.free_batch"))
+    min_cosine = 0.99999
+
+    @pytest.fixture(params=["conv", "transformer"])
+    def source(self, request, tmp_path):
+        return MODELS[request.param](tmp_path / "source", batch=1)
+
+    @pytest.fixture
+    def refused(self, integers):
+        return integers
+
+
+class TestInputType(StageContract):
+    stage = stage_fixture(
+        StageCall(name="reduce.input_type", params={"low": -4.0, "high": 4.0}),
+        StageCall(name="reduce.input_type", params={"dtype": "float16"}),
+    )
+    source = source_fixture("conv", "transformer")
+    min_cosine = 0.999
+
+    @pytest.fixture
+    def refused(self, integers):
+        return integers
+
+
+class TestSequenceLength(StageContract):
+    stage = stage_fixture(StageCall(name="reduce.sequence_length", params={"length": 2, "inputs": ("hidden",)}))
+    source = source_fixture("transformer")
+
+    @pytest.fixture
+    def refused(self, integers):
+        return integers
+
+
+class TestImageSide(StageContract):
+    stage = stage_fixture(StageCall(name="reduce.image_side", params={"side": 4}))
+    source = source_fixture("conv")
+    # Noise has nothing in common with its own half size.
+    min_cosine = 0.5
+
+    @pytest.fixture
+    def refused(self, integers):
+        return integers
+
+
+class TestMixedFloat16(StageContract):
+    stage = stage_fixture(
+        StageCall(name="precision.mixed"),
+        StageCall(name="precision.mixed", params={"share": 5e-5}),
+    )
+    source = source_fixture("conv", "transformer")
+    min_cosine = 0.9999
 
     @pytest.fixture
     def refused(self, integers):
