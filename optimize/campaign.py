@@ -18,6 +18,7 @@ from optimize.making import make_variants as make_all
 from optimize.measuring import Measured, Serving, measure
 from optimize.plan import Observer, Plan, Workspace, plan, plan_id
 from optimize.samples import Samples, check_fit, load_samples
+from optimize.tuning import tune_variants
 from profiles.deploy.local import LocalCluster, server_version
 from profiles.deploy.reaper import reap
 from profiles.measure.rounds import compare_rounds, reduce_rounds
@@ -120,13 +121,17 @@ def _prepare(workspace: Workspace) -> Prepared:
     sources, unfit = _fitting(sources, evaluation, calibration)
     variants, unmade = make_all(workspace, sources, calibration)
     judged, misjudged = judge_variants(workspace, variants, evaluation)
+    tuned, untuned = tune_variants(workspace, sources, judged, calibration=calibration, evaluation=evaluation)
+    if tuned:
+        [_, *rejudged], misjudged_again = judge_variants(workspace, [judged[0].variant, *tuned], evaluation)
+        variants, judged, misjudged = [*variants, *tuned], [*judged, *rejudged], [*misjudged, *misjudged_again]
     timed, untimed = screen_variants(workspace, judged)
     return Prepared(
         evaluation=evaluation,
         sources=sources,
         variants=variants,
         judged=timed,
-        failures=[*failures, *unfit, *unmade, *misjudged, *untimed],
+        failures=[*failures, *unfit, *unmade, *misjudged, *untuned, *untimed],
     )
 
 

@@ -164,6 +164,24 @@ class RegistryConfig(_Model):
         return value
 
 
+class AccuracySearchConfig(_Model):
+    """How far a quantized variant that misses the limit on ``accuracy_drop`` is searched for nodes to leave in float32.
+
+    Attributes:
+        trials: most variants to make and judge.
+        minutes: longest for ranking and trials together; what has begun by then still ends.
+    """
+
+    trials: int = Field(default=12, ge=1, le=500)
+    minutes: float = Field(default=10.0, gt=0, le=1440)
+
+
+class SearchConfig(_Model):
+    """What is searched for beyond the variants that are named; nothing without a section of its own."""
+
+    accuracy: AccuracySearchConfig | None = None
+
+
 class LimitsConfig(_Model):
     """What one child process that makes or judges a variant may take."""
 
@@ -193,6 +211,7 @@ class CampaignConfig(_Model):
         level: level of proof: ``quick``, ``standard``, or one of the file that ``levels`` names.
         levels: a file with levels of the user's own, in the form of ``profiles/library/levels.yaml``; or None.
         policy: constraints and objective.
+        search: what is searched for beyond the variants that are named.
         registry: where results go.
         limits: of child processes.
         seed: of calibration, order of rounds, arrivals and resampling.
@@ -208,6 +227,7 @@ class CampaignConfig(_Model):
     level: str = "standard"
     levels: str | None = None
     policy: PolicyConfig = PolicyConfig()
+    search: SearchConfig = SearchConfig()
     registry: RegistryConfig = RegistryConfig()
     limits: LimitsConfig = LimitsConfig()
     seed: int = Field(default=0, ge=0, lt=2**31)

@@ -96,7 +96,7 @@ def make_variants(
     for source, recipe in work:
         name = f"{source.name}/{recipe.name}" if workspace.plan.several_sources else recipe.name
         try:
-            made = _make_variant(workspace, source, recipe, name, calibration)
+            made = make_variant(workspace, source, recipe, name, calibration)
         except StorageError:
             raise
         except BurnishError as error:
@@ -112,7 +112,7 @@ def make_variants(
     return variants, failures
 
 
-def _make_variant(
+def make_variant(
     workspace: Workspace, source: Source, recipe: Recipe, name: str, calibration: Samples | None
 ) -> Variant | Failure:
     """The variant, or the failure that says why the recipe cannot apply; both are remembered.

@@ -65,9 +65,9 @@ class DynamicInt8(Stage):
         from onnx import TensorProto
         from onnxruntime.quantization import QuantType, quantize_dynamic
 
-        ops = [*_DYNAMIC_OPS, "Conv"] if self.params.ops == "all" else list(_DYNAMIC_OPS)
         with context.scratch() as scratch:
             prepared, notes = prepare(source, scratch)
+            ops = self.operators(prepared)
             self._check_worth(prepared, ops)
             check_float_nodes(self.name, prepared, self.params.float_nodes)
             # A Gemm is made a MatMul of this name before nodes are left out.
@@ -94,6 +94,10 @@ class DynamicInt8(Stage):
         if not done:
             raise NotApplicableError(f"{self.name}: no node with constant weights that could be quantized")
         return self.written(context, onnx_files.save(made, context.out), *notes, f"{done} nodes in int8")
+
+    def operators(self, prepared: Any) -> list[str]:
+        """Types of the operators whose nodes are quantized, where they are not left in float32."""
+        return [*_DYNAMIC_OPS, "Conv"] if self.params.ops == "all" else list(_DYNAMIC_OPS)
 
     def _check_worth(self, model: Any, ops: list[str]) -> None:
         weights = onnx_files.weight_elements(model)
@@ -193,6 +197,10 @@ class StaticInt8(Stage):
             raise NotApplicableError(f"{self.name}: no {', '.join(ops)} in this model that could be quantized")
         told = f"{_told(ops)} in int8, outputs of MatMul in {'float32' if float_outputs else 'int8'}"
         return self.written(context, onnx_files.save(made, context.out), *notes, told)
+
+    def operators(self, prepared: Any) -> list[str]:
+        """Types of the operators whose nodes are quantized, where they are not left in float32."""
+        return self._choose(prepared)[0]
 
     def _choose(self, model: Any) -> tuple[list[str], bool]:
         counts = onnx_files.op_counts(model)

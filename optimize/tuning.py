@@ -1,0 +1,469 @@
+"""Quantized variants that miss the policy's limit on accuracy, made again with the nodes that matter left in float32.
+
+The method is that of `optimize.sensitivity`; here its trials are made and judged, each in a child process, and kept in
+the journal, so that a search that was killed goes on where it stopped. What it finds is an ordinary recipe, whose
+variant is made, judged and served like any other.
+"""
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from time import monotonic
+from typing import Any, Literal
+
+from optimize.calibration import whole_batches
+from optimize.config import AccuracySearchConfig
+from optimize.engines.local import run_in_child
+from optimize.fidelity import compare_outputs, load_outputs, measure_fidelity, thread_limits
+from optimize.judging import Judged, failure_of, limits_of
+from optimize.making import make_variant
+from optimize.metrics import find_metric
+from optimize.plan import Workspace
+from optimize.samples import Samples, load_samples
+from optimize.sensitivity import RANKED_ROWS, Found, rank_groups, search_float_nodes
+from optimize.sources import code_digests
+from optimize.stages import make_stage
+from optimize.stages.base import Context, StageInput, input_of
+from optimize.stages.preparation import prepare
+from optimize.stages.quantize import DynamicInt8, StaticInt8
+from profiles.measure.host import widest_instruction_set
+from registry import codec
+from registry.errors import BurnishError, NotApplicableError, StorageError
+from registry.records import (
+    AccuracySearch,
+    Constraint,
+    Estimate,
+    Failure,
+    Judgement,
+    NodeGroup,
+    Recipe,
+    SearchTrial,
+    Sensitivity,
+    Source,
+    StageCall,
+    Variant,
+)
+from registry.report import numbers
+from registry.selection import Key, judge
+
+METHOD = 1  # raised when ranking or judging of trials changes, so that earlier ones do not count
+_NAMED_NODES = 3
+_RANKED_AT_ONCE = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Subject:
+    """A quantized variant that missed, with what its trials need."""
+
+    one: Judged
+    baseline: Judged
+    source: Source
+    calibration: Samples | None
+    evaluation: Samples
+    limits: tuple[Constraint, ...]
+
+    @property
+    def name(self) -> str:
+        return f"{self.one.variant.name}-tuned"
+
+    @property
+    def call(self) -> StageCall:
+        return self.one.variant.recipe.stages[-1]
+
+    def recipe(self, float_nodes: Sequence[str]) -> Recipe:
+        """The variant's recipe with these nodes in float32, beside those that it leaves there itself."""
+        recipe = self.one.variant.recipe
+        params = {**self.call.params, "float_nodes": (*_left_out(self.call), *float_nodes)}
+        stages = (*recipe.stages[:-1], StageCall(name=self.call.name, params=params))
+        return Recipe(name=f"{recipe.name}-tuned", stages=stages, engines=recipe.engines)
+
+    @property
+    def allowed(self) -> float:
+        """The smallest of the limits, in the metric's unit."""
+        accuracy = next(iter(self.baseline.fidelities.values())).metrics["accuracy"].value
+        return min(limit.limit * (accuracy if limit.relative else 1.0) for limit in self.limits)
+
+    def judge(self, drop: Estimate | None) -> Judgement:
+        """The worst outcome of the limits on the loss of accuracy."""
+        metrics: dict[Key, Estimate] = {} if drop is None else {("accuracy_drop", None): drop}
+        reference = next(iter(self.baseline.fidelities.values())).metrics
+        known: dict[Key, Estimate] = {(name, None): estimate for name, estimate in reference.items()}
+        found = [judge(limit, metrics, known) for limit in self.limits]
+        return min(found, key=lambda one: ("fail", "unknown", "pass").index(one.outcome))
+
+
+def tune_variants(
+    workspace: Workspace,
+    sources: Sequence[Source],
+    judged: Sequence[Judged],
+    *,
+    calibration: Samples | None,
+    evaluation: Samples,
+) -> tuple[list[Variant], list[Failure]]:
+    """For each quantized variant that misses the limit on ``accuracy_drop``, the best that the search made of it.
+
+    A variant is searched for where the campaign file asks for it (``search.accuracy``) and the last stage of its recipe
+    is ``quantize.static`` or ``quantize.dynamic``. What still misses the limit, but by less, is kept, too; where
+    nothing is better than the variant itself, a failure says why. ``judged`` begins with the baseline.
+    """
+    budget = workspace.plan.config.search.accuracy
+    limits = tuple(one for one in workspace.plan.policy.constraints if one.metric == "accuracy_drop")
+    if budget is None or not limits:
+        return [], []
+    by_name = {source.name: source for source in sources}
+    tuned: list[Variant] = []
+    failures: list[Failure] = []
+    for one in _quantized(judged):
+        subject = _Subject(
+            one=one,
+            baseline=judged[0],
+            source=by_name[one.variant.source],
+            calibration=calibration,
+            evaluation=evaluation,
+            limits=limits,
+        )
+        if subject.judge(_drop(one)).outcome != "fail":
+            continue
+        if any(other.variant.name == subject.name for other in judged):
+            workspace.observer.note(f"{one.name} is not searched, because another variant is named {subject.name}")
+            continue
+        try:
+            made = _tune(workspace, subject, budget)
+        except StorageError:
+            raise
+        except BurnishError as error:
+            made = failure_of(subject.name, "make", error)
+        if isinstance(made, Failure):
+            failures.append(made)
+            workspace.observer.note(f"{subject.name}: {made.reason}")
+        else:
+            tuned.append(made)
+    return tuned, failures
+
+
+def _quantized(judged: Sequence[Judged]) -> list[Judged]:
+    """One of each variant whose last stage can leave nodes in float32."""
+    found: dict[str, Judged] = {}
+    for one in judged[1:]:
+        stages = one.variant.recipe.stages
+        if stages and isinstance(make_stage(stages[-1]), DynamicInt8 | StaticInt8):
+            found.setdefault(one.variant.id, one)
+    return list(found.values())
+
+
+def _tune(workspace: Workspace, subject: _Subject, budget: AccuracySearchConfig) -> Variant | Failure:
+    workspace.observer.phase(f"Leaving nodes of {subject.one.name} in float32", budget.trials)
+    search = _search(workspace, subject, budget)
+    workspace.observer.note(f"{subject.name}: {search.sentence}")
+    if search.best is None:
+        return Failure(subject=subject.name, phase="make", kind="not_applicable", reason=search.sentence)
+    recipe = subject.recipe(search.best.float_nodes)
+    made = make_variant(workspace, subject.source, recipe, subject.name, subject.calibration)
+    return made if isinstance(made, Failure) else replace(made, notes=(*made.notes, search.sentence))
+
+
+def _search(workspace: Workspace, subject: _Subject, budget: AccuracySearchConfig) -> AccuracySearch:
+    """The search, remembered as a whole; what it is made of is remembered before.
+
+    Raises:
+        NotApplicableError: on these samples no variant could meet the limit, or there is nothing to choose from.
+    """
+    before = _drop(subject.one)
+    assert before is not None  # it was judged, and failed
+    components = {**_components(workspace, subject), "trials": budget.trials, "minutes": budget.minutes}
+
+    def run() -> AccuracySearch:
+        ranked = _ranked(workspace, subject)
+        floor = subject.judge(ranked.floor)
+        if floor.outcome == "fail":
+            raise NotApplicableError(
+                f"not even all the baseline's answers would pass on {len(subject.evaluation)} samples: {floor.reason}",
+                hint="Give more evaluation samples, or a wider limit.",
+            )
+        found = search_float_nodes(
+            ranked.groups,
+            lambda nodes: _tried(workspace, subject, nodes),
+            trials=budget.trials,
+            seconds=60 * budget.minutes,
+            spent_s=ranked.took_s,
+        )
+        kept = _better(found, before)
+        return AccuracySearch(
+            variant_id=subject.one.variant.id,
+            variant_name=subject.one.variant.name,
+            before=before,
+            groups=ranked.groups,
+            trials=found.trials,
+            best=kept,
+            stopped=found.stopped,
+            monotone=found.monotone,
+            sentence=told(found, kept, before, ranked.groups, allowed=subject.allowed),
+        )
+
+    return workspace.remember("AccuracySearch", subject.name, components, run)[0]
+
+
+def _better(found: Found, before: Estimate) -> SearchTrial | None:
+    """The trial to keep, where it is better than the variant as it was."""
+    best = found.best
+    if best is None or best.outcome == "pass" or best.drop is None:
+        return best
+    return best if _end(best.drop) < _end(before) else None
+
+
+def _components(workspace: Workspace, subject: _Subject) -> dict[str, Any]:
+    """What trials and ranking depend on, beside the nodes."""
+    plan, one = workspace.plan, subject.one
+    metric = plan.config.metric
+    return {
+        "variant": one.variant.id,
+        "engine": one.engine.key,
+        "engine_version": version(one.engine.name),
+        "instruction_set": widest_instruction_set(plan.host),
+        "batch_size": _batch_size(subject),
+        "samples": subject.evaluation.digest,
+        "metric": metric,
+        "metric_code": code_digests(metric, plan.base) if ":" in metric else {},
+        "reference": _reference(subject).stem,
+        "limits": [limit.text for limit in subject.limits],
+        "child_limits": codec.to_jsonable(limits_of(workspace)),
+        "seed": plan.config.seed,
+        "method": METHOD,
+    }
+
+
+# --- ranking ---------------------------------------------------------------------------------------------------
+
+
+def _ranked(workspace: Workspace, subject: _Subject) -> Sensitivity:
+    plan = workspace.plan
+
+    def rank() -> Sensitivity:
+        begin = monotonic()
+        with tempfile.TemporaryDirectory(prefix="rank-", dir=workspace.folder("tmp")) as scratch:
+            found = run_in_child(
+                "optimize.tuning:rank_here",
+                {
+                    **_common(workspace, subject, ()),
+                    "metric": plan.config.metric,
+                    "samples": str(plan.path(plan.config.samples.evaluation)),
+                    "reference": str(_reference(subject).resolve()),
+                    "work": scratch,
+                },
+                limits=limits_of(workspace),
+                python_path=plan.base,
+                environment=thread_limits(plan.host.cores),
+            )
+        return codec.from_jsonable(
+            Sensitivity, {**found, "variant_id": subject.one.variant.id, "took_s": round(monotonic() - begin, 3)}
+        )
+
+    return workspace.remember("Sensitivity", subject.name, _components(workspace, subject), rank)[0]
+
+
+def rank_here(
+    *,
+    recipe: Mapping[str, Any],
+    source: Mapping[str, Any],
+    files: str,
+    calibration: str | None,
+    seed: int,
+    threads: int,
+    work: str,
+    samples: str,
+    reference: str,
+    metric: str,
+) -> dict[str, Any]:
+    """Ranks the nodes of a recipe's last stage in this process; the child's side, with records as plain JSON values.
+
+    The samples that calibrate also rank, where there are any: those held out are for judging.
+
+    Returns:
+        ``groups`` and ``floor`` of a `Sensitivity`.
+    """
+    held_out = load_samples(Path(samples))
+    ranking = held_out if calibration is None else load_samples(Path(calibration))
+    *before, last = codec.from_jsonable(Recipe, recipe).stages
+    given = input_of(codec.from_jsonable(Source, source).artifact, Path(files))
+    for position, call in enumerate(before):
+        given = _made(call, given, ranking, Path(work) / str(position), seed=seed, threads=threads)
+    groups = _rank(given, last, ranking, Path(work), seed=seed, threads=threads)
+    answers = load_outputs(Path(reference))
+    floor = compare_outputs(answers, answers, held_out.labels, find_metric(metric))["accuracy_drop"]
+    return {"groups": [codec.to_jsonable(group) for group in groups], "floor": codec.to_jsonable(floor)}
+
+
+def _rank(
+    given: StageInput, call: StageCall, samples: Samples, work: Path, *, seed: int, threads: int
+) -> list[NodeGroup]:
+    import onnx
+
+    # As pairs of QuantizeLinear and DequantizeLinear, so that what is rounded can be seen.
+    params = {**call.params, "format": "qdq"} if "format" in call.params else call.params
+    explicit = StageCall(name=call.name, params=params)
+    quantized = _made(explicit, given, samples, work / "quantized", seed=seed, threads=threads)
+    scratch = work / "prepared"
+    scratch.mkdir()
+    prepared, _ = prepare(given, scratch)
+    fixed = max((spec.shape[0] for spec in given.inputs if spec.shape and isinstance(spec.shape[0], int)), default=0)
+    few = samples.take(max(RANKED_ROWS, fixed)).inputs
+    return rank_groups(
+        prepared,
+        onnx.load(str(quantized.path)),
+        _quantizer(explicit).operators(prepared),
+        list(whole_batches(few, given.inputs, wanted=_RANKED_AT_ONCE)),
+        scratch=scratch,
+        left_out=_left_out(call),
+        threads=threads,
+    )
+
+
+def _quantizer(call: StageCall) -> DynamicInt8 | StaticInt8:
+    stage = make_stage(call)
+    assert isinstance(stage, DynamicInt8 | StaticInt8)  # others are not searched
+    return stage
+
+
+def _made(call: StageCall, given: StageInput, samples: Samples, out: Path, *, seed: int, threads: int) -> StageInput:
+    out.mkdir()
+    context = Context(out=out, calibration=samples.inputs, seed=seed, threads=threads)
+    made = make_stage(call)(given, context)
+    return StageInput(
+        folder=made.folder, entry=made.entry, format=made.format, inputs=made.inputs, outputs=made.outputs
+    )
+
+
+# --- one trial -------------------------------------------------------------------------------------------------
+
+
+def _tried(workspace: Workspace, subject: _Subject, nodes: tuple[str, ...]) -> SearchTrial:
+    """The trial with these nodes in float32, remembered; one that failed is a result, too."""
+
+    def attempt() -> SearchTrial:
+        begin = monotonic()
+        drop: Estimate | None = None
+        try:
+            drop = _drop_with(workspace, subject, nodes)
+            judgement = subject.judge(drop)
+            outcome: Literal["pass", "fail", "unknown", "failed"] = judgement.outcome
+            reason = judgement.reason
+        except StorageError:
+            raise
+        except BurnishError as error:
+            outcome, reason = "failed", error.message
+        took_s = round(monotonic() - begin, 3)
+        return SearchTrial(float_nodes=nodes, outcome=outcome, drop=drop, reason=reason, took_s=took_s)
+
+    subject_of_trial = f"{subject.name} with {codec.digest(list(nodes))}"
+    components = {**_components(workspace, subject), "float_nodes": list(nodes)}
+    trial, known = workspace.remember("SearchTrial", subject_of_trial, components, attempt)
+    outcome = f"{trial.outcome}: {trial.reason}" + (" (known)" if known else "")
+    workspace.observer.done(f"{subject.name}, {len(nodes)} nodes in float32", outcome)
+    return trial
+
+
+def _drop_with(workspace: Workspace, subject: _Subject, nodes: tuple[str, ...]) -> Estimate | None:
+    """The loss of accuracy with these nodes in float32; nothing is kept of the model.
+
+    Raises:
+        BurnishError: it could not be made or judged.
+    """
+    plan, one = workspace.plan, subject.one
+    with tempfile.TemporaryDirectory(prefix="trial-", dir=workspace.folder("tmp")) as scratch:
+        arguments = {**_common(workspace, subject, nodes), "work": scratch}
+        made = run_in_child("optimize.making:make_here", arguments, limits=limits_of(workspace))
+        fidelity = measure_fidelity(
+            "trial",
+            Path(made["folder"]) / made["entry"],
+            one.engine,
+            samples=plan.path(plan.config.samples.evaluation),
+            samples_digest=subject.evaluation.digest,
+            out=Path(scratch) / "answers.npz",
+            reference=_reference(subject),
+            parity=one.variant.source == subject.baseline.variant.source,
+            metric=plan.config.metric,
+            batch_size=_batch_size(subject),
+            instruction_set=widest_instruction_set(plan.host),
+            threads=plan.host.cores,
+            seed=plan.config.seed,
+            limits=limits_of(workspace),
+            python_path=plan.base,
+        )
+    return fidelity.metrics.get("accuracy_drop")
+
+
+def _common(workspace: Workspace, subject: _Subject, nodes: Sequence[str]) -> dict[str, Any]:
+    """What the children that rank and that make are given alike."""
+    plan, source = workspace.plan, subject.source
+    calibrating = plan.config.samples.calibration if subject.one.variant.calibration_digest else None
+    return {
+        "recipe": codec.to_jsonable(subject.recipe(nodes)),
+        "source": codec.to_jsonable(source),
+        "files": str(workspace.store.path(source.artifact)),
+        "calibration": None if calibrating is None else str(plan.path(calibrating)),
+        "seed": plan.config.seed,
+        "threads": plan.host.cores,
+    }
+
+
+# --- small things ----------------------------------------------------------------------------------------------
+
+
+def _left_out(call: StageCall) -> tuple[str, ...]:
+    """The nodes that a stage leaves in float32 already."""
+    given = call.params.get("float_nodes", ())
+    return given if isinstance(given, tuple) else ()
+
+
+def _drop(one: Judged) -> Estimate | None:
+    """The largest of what the variant loses at the batch sizes it is judged at."""
+    found = [fidelity.metrics.get("accuracy_drop") for fidelity in one.fidelities.values()]
+    return max((drop for drop in found if drop is not None), key=_end, default=None)
+
+
+def _end(drop: Estimate) -> float:
+    return drop.value if drop.high is None else drop.high
+
+
+def _batch_size(subject: _Subject) -> int:
+    return max(subject.one.fidelities)
+
+
+def _reference(subject: _Subject) -> Path:
+    return next(iter(subject.baseline.answers.values()))
+
+
+def told(
+    found: Found, kept: SearchTrial | None, before: Estimate, groups: Sequence[NodeGroup], *, allowed: float
+) -> str:
+    """What was left in float32 and what it cost, in a sentence for a variant's notes."""
+    trials = f"{len(found.trials)} trial{'s' if len(found.trials) != 1 else ''}"
+    how = {
+        "done": trials,
+        "trials": f"{trials}, which is the budget",
+        "minutes": f"{trials} in the minutes of the budget",
+        "exhausted": f"{trials}, up to all nodes but one",
+    }[found.stopped]
+    doubt = "" if found.monotone else "; a larger set once lost more than a smaller one, so that there may be a better"
+    if kept is None:
+        return f"no set of nodes in float32 that was tried does better than {_number(before)} ({how}{doubt})"
+    assert kept.drop is not None  # only what was judged is kept
+    chosen = set(kept.float_nodes)
+    macs = sum(group.macs for group in groups if chosen.issuperset(group.nodes))
+    total = sum(len(group.nodes) for group in groups)
+    change = f"accuracy_drop {_number(before)} -> {_number(kept.drop)}, {100 * macs:.0f} % of MACs in float32"
+    missed = (
+        "" if kept.outcome == "pass" else f"; still over the limit by {_end(kept.drop) - allowed:.4f}: {kept.reason}"
+    )
+    return f"left {len(chosen)} of {total} nodes in float32 ({_named(kept)}): {change} ({how}{doubt}){missed}"
+
+
+def _named(trial: SearchTrial) -> str:
+    more = len(trial.float_nodes) - _NAMED_NODES
+    return ", ".join(trial.float_nodes[:_NAMED_NODES]) + (f" and {more} more" if more > 0 else "")
+
+
+def _number(drop: Estimate) -> str:
+    return numbers.text(drop)

@@ -1,0 +1,91 @@
+"""A campaign whose int8 variant misses the limit on accuracy, and what the search makes of it."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from optimize.campaign import Prepared, judge_campaign
+from optimize.config import CampaignConfig
+from registry.codec import from_jsonable, to_jsonable
+from registry.ledger import Ledger
+from registry.records import AccuracySearch
+from tests.doubles.sensitive import clear_samples, conv_chain
+
+pytestmark = pytest.mark.slow
+
+
+class Log:
+    """Keeps what a campaign says."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def phase(self, name: str, total: int) -> None:
+        self.lines.append(f"{name}: {total}")
+
+    def done(self, subject: str, outcome: str) -> None:
+        self.lines.append(f"{subject}: {outcome}")
+
+    def note(self, text: str) -> None:
+        self.lines.append(text)
+
+
+def prepare(folder: Path, *, spiked: tuple[int, ...]) -> None:
+    model = conv_chain(folder, spiked=spiked)
+    np.savez(folder / "evaluation.npz", **clear_samples(model, count=600))
+    np.savez(folder / "calibration.npz", image=clear_samples(model, count=64, seed=1)["image"])
+
+
+def run(folder: Path, **search: float) -> tuple[Prepared, Log]:
+    log = Log()
+    config = CampaignConfig.model_validate(
+        {
+            "name": "spiked",
+            "sources": [{"onnx": "model.onnx"}],
+            "samples": {"evaluation": "evaluation.npz", "calibration": "calibration.npz"},
+            "variants": ["int8-static"],
+            "level": "quick",
+            "policy": {"constraints": ["accuracy_drop <= 0.01"]},
+            "search": {"accuracy": search},
+        }
+    )
+    return judge_campaign(config, base=folder, work=folder / "work", observer=log), log
+
+
+def searches(folder: Path) -> list[AccuracySearch]:
+    with Ledger.open(folder / "work" / "ledger.jsonl") as ledger:
+        return [entry.record for entry in ledger.entries("AccuracySearch")]
+
+
+def test_the_search_finds_the_bad_layers_and_the_tuned_variant_keeps_the_limit(tmp_path):
+    prepare(tmp_path, spiked=(2,))
+    first, _ = run(tmp_path, trials=1)
+    assert [one.name for one in first.judged] == ["float32", "int8-static"]
+    (failure,) = first.failures
+    assert failure.subject == "int8-static-tuned"
+    assert "(1 trial, which is the budget)" in failure.reason
+
+    prepared, log = run(tmp_path, trials=8)
+    assert not prepared.failures
+    float32, int8, tuned = prepared.judged
+    assert [float32.name, int8.name, tuned.name] == ["float32", "int8-static", "int8-static-tuned"]
+    assert int8.fidelities[8].metrics["accuracy_drop"].value > 0.5
+    assert tuned.fidelities[8].metrics["accuracy_drop"].high <= 0.01
+    assert tuned.screening is not None
+
+    assert tuned.variant.recipe.name == "int8-static-tuned"
+    assert set(tuned.variant.recipe.stages[0].params["float_nodes"]) == {"conv_2", "conv_3"}
+    assert "left 2 of 7 nodes in float32 (" in tuned.variant.notes[-1]
+    assert "37 % of MACs in float32" in tuned.variant.notes[-1]
+
+    _, search = searches(tmp_path)
+    assert search.stopped == "done"
+    assert search.monotone
+    assert [trial.outcome for trial in search.trials] == ["fail", "pass", "fail"]
+    assert search.best.drop == tuned.fidelities[8].metrics["accuracy_drop"]
+    assert from_jsonable(AccuracySearch, to_jsonable(search)) == search
+
+    trials = [line for line in log.lines if line.startswith("int8-static-tuned, ")]
+    assert [line.endswith("(known)") for line in trials] == [True, False, False], "one was made before"
+    assert not list((tmp_path / "work" / "tmp").iterdir())
