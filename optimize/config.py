@@ -1,5 +1,6 @@
 """The campaign file: what the user writes, checked at the edge and turned into records."""
 
+import difflib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
@@ -211,6 +212,9 @@ class CampaignConfig(_Model):
         level: level of proof: ``quick``, ``standard``, or one of the file that ``levels`` names.
         levels: a file with levels of the user's own, in the form of ``profiles/library/levels.yaml``; or None.
         policy: constraints and objective.
+        target_instruction_sets: those of the machines that are to serve the winner, as ``burnish doctor`` names them;
+            None where they are this machine's. Variants are judged for them: one whose u8 times s8 sums would overflow
+            there is refused.
         search: what is searched for beyond the variants that are named.
         registry: where results go.
         limits: of child processes.
@@ -227,6 +231,7 @@ class CampaignConfig(_Model):
     level: str = "standard"
     levels: str | None = None
     policy: PolicyConfig = PolicyConfig()
+    target_instruction_sets: tuple[str, ...] | None = None
     search: SearchConfig = SearchConfig()
     registry: RegistryConfig = RegistryConfig()
     limits: LimitsConfig = LimitsConfig()
@@ -244,6 +249,18 @@ class CampaignConfig(_Model):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"{', '.join(twice)} is given twice; each must differ")
+        return value
+
+    @field_validator("target_instruction_sets")
+    @classmethod
+    def _known_sets(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        from profiles.measure.host import INSTRUCTION_SETS
+
+        unknown = sorted(set(value or ()) - set(INSTRUCTION_SETS))
+        if unknown:
+            near = difflib.get_close_matches(unknown[0], INSTRUCTION_SETS, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(INSTRUCTION_SETS)}"
+            raise ValueError(f"there is no instruction set {unknown[0]!r}; {hint}")
         return value
 
 

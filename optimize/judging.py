@@ -10,11 +10,12 @@ from optimize.fidelity import fidelity_components, measure_fidelity
 from optimize.plan import Workspace
 from optimize.recipes import engine_label
 from optimize.samples import Samples
+from optimize.saturation import SATURATED, saturates_on
 from optimize.screening import screen_variant
 from optimize.sources import code_digests
 from profiles.measure.host import widest_instruction_set
 from registry.codec import digest
-from registry.errors import BurnishError, InputError, NotApplicableError, ServerDiedError, StorageError
+from registry.errors import BurnishError, InputError, NotApplicableError, ServerDiedError, StageError, StorageError
 from registry.records import (
     EngineSpec,
     Estimate,
@@ -28,8 +29,14 @@ from registry.records import (
 )
 from registry.selection import judge
 
+# What kernels of low precision may move an answer by at another place in the batch, as a part of the outputs' spread.
+BATCH_TOLERANCE = 0.01
+
 # Which constraints can be judged before anything is served.
-_METRICS_OF_FIDELITY = frozenset({"accuracy", "accuracy_drop", "flip_rate", "cosine", "max_abs_error"})
+_METRICS_OF_FIDELITY = frozenset({
+    "accuracy", "accuracy_drop", "slice_drop_max", "flip_rate", "cosine", "worst_cosine", "snr_db", "p99_error",
+    "mismatch_share", "max_abs_error", "batch_dependence", "batch_flip_rate",
+})  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +64,9 @@ def judge_variants(
     """How every variant answers in each engine it is meant for, against the first, which is the baseline.
 
     A variant whose answers depend on their neighbours in the batch is judged at each batch size it will be served at;
-    any other once, at the largest.
+    any other once, at the largest. One that turns out to depend on them, though none of its stages says so, is noted
+    and judged at each, too. Where the machines that are to serve have no VNNI, one whose u8 times s8 sums overflow
+    without it is refused.
 
     Raises:
         BurnishError: the baseline itself cannot be run or judged; there is then nothing to compare with.
@@ -81,22 +90,67 @@ def judge_variants(
             continue
         judged.append(found)
         workspace.observer.done(name, _sentence(next(iter(found.fidelities.values()))))
+        _tell(workspace, found, judged[0])
     return judged, failures
+
+
+def _tell(workspace: Workspace, one: Judged, baseline: Judged) -> None:
+    """Notes what numbers leave out; what is so for the baseline, too, once."""
+    said = () if one is baseline else next(iter(baseline.fidelities.values())).notes
+    for note in next(iter(one.fidelities.values())).notes:
+        if note not in said:
+            workspace.observer.note(f"{one.name}: {note}")
 
 
 def _judge_one(
     workspace: Workspace, variant: Variant, engine: EngineSpec, evaluation: Samples, baseline: Judged | None
 ) -> Judged:
     served = sorted({profile.max_batch_size for profile in workspace.plan.profiles})
-    sizes = served if variant.batch_dependent else served[-1:]
+    sizes = [*served] if variant.batch_dependent else served[-1:]
     reference = None if baseline is None else next(iter(baseline.answers.values()))
     parity = baseline is None or variant.source == baseline.variant.source
-    fidelities, answers = {}, {}
-    for size in sizes:
+    # The baseline is what is served today, and the measure of all others, whatever its sums do.
+    saturation = baseline is not None and overflow_matters(variant, engine, workspace.plan.target_instruction_sets)
+    fidelities: dict[int, Fidelity] = {}
+    answers: dict[int, Path] = {}
+    while sizes:
+        size = sizes.pop()
         fidelities[size], answers[size] = _fidelity(
-            workspace, variant, engine, batch_size=size, evaluation=evaluation, reference=reference, parity=parity
-        )
+            workspace, variant, engine,
+            batch_size=size, evaluation=evaluation, reference=reference, parity=parity, saturation=saturation,
+        )  # fmt: skip
+        refuse_saturated(fidelities[size])
+        if len(fidelities) == 1 and depends_undeclared(variant, fidelities[size]):
+            workspace.observer.note(
+                f"{_name(variant, engine)}: an answer depends on its neighbours in the batch, by up to "
+                f"{fidelities[size].metrics['batch_dependence'].value:.2g} of the outputs' spread, though none of its "
+                "stages says so; it is judged at each batch size"
+            )
+            sizes = [other for other in served if other != size]
+    fidelities, answers = dict(sorted(fidelities.items())), dict(sorted(answers.items()))
     return Judged(name=_name(variant, engine), variant=variant, engine=engine, fidelities=fidelities, answers=answers)
+
+
+def overflow_matters(variant: Variant, engine: EngineSpec, instruction_sets: Sequence[str]) -> bool:
+    """Whether sums of u8 times s8 are to be looked at: ONNX Runtime on machines whose kernels cut them off."""
+    return variant.artifact.format == "onnx" and engine.name == "onnxruntime" and saturates_on(instruction_sets)
+
+
+def refuse_saturated(fidelity: Fidelity) -> None:
+    """Returns when no u8 times s8 sum overflows, or nobody looked.
+
+    Raises:
+        StageError: one does; the message says how many, where, and what to do.
+    """
+    share = fidelity.metrics.get("saturated_share")
+    if share is not None and share.value > 0:
+        raise StageError(next((note for note in fidelity.notes if SATURATED in note), SATURATED))
+
+
+def depends_undeclared(variant: Variant, fidelity: Fidelity) -> bool:
+    """Whether answers depend on their neighbours beyond rounding, and no stage of the variant has said so."""
+    moved = fidelity.metrics.get("batch_dependence")
+    return not variant.batch_dependent and moved is not None and moved.value > BATCH_TOLERANCE
 
 
 def _fidelity(
@@ -108,6 +162,7 @@ def _fidelity(
     evaluation: Samples,
     reference: Path | None,
     parity: bool,
+    saturation: bool,
 ) -> tuple[Fidelity, Path]:
     plan = workspace.plan
     instruction_set = widest_instruction_set(plan.host)
@@ -122,6 +177,7 @@ def _fidelity(
         metric_code=code_digests(plan.config.metric, plan.base) if ":" in plan.config.metric else None,
         parity=parity,
         seed=plan.config.seed,
+        saturation=saturation,
     )
     components["reference"] = "itself" if reference is None else reference.stem
     answers = workspace.folder("outputs") / f"{digest(components)}.npz"
@@ -141,6 +197,7 @@ def _fidelity(
             instruction_set=instruction_set,
             threads=plan.host.cores,
             seed=plan.config.seed,
+            saturation=saturation,
             limits=limits_of(workspace),
             python_path=plan.base,
         )

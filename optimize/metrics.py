@@ -1,10 +1,13 @@
 """Task metrics: how good a model's answers are, sample by sample, larger being better.
 
 A metric gives one score a sample wherever it can, so that two models are compared in pairs. `find_metric` knows the
-built-in ones by name (`BUILT_IN`) and the user's own as ``package.module:function``.
+built-in ones by name (`BUILT_IN`, and those that carry a number: ``top<k>`` and ``recall_at_<k>``) and the user's own
+as ``package.module:function``.
 """
 
 import difflib
+import functools
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +20,7 @@ from registry.errors import InputError
 Outputs = Mapping[str, NDArray[Any]]
 Rows = NDArray[Any]
 
+MOST_K = 100
 IGNORED = -100  # a label that is not to be scored, as torch and transformers write it
 
 
@@ -33,6 +37,8 @@ class Metric:
             where the metric knows of no decisions.
         rows: for a metric that is no mean: (outputs, labels) -> (one row a sample, function from any choice of rows to
             the metric), so that samples can be drawn again; None where that cannot be done.
+        label_free: whether the baseline's first output can stand in for labels that the samples do not have.
+        needs_labels: whether it cannot be given without labels, or something in their place.
     """
 
     name: str
@@ -40,6 +46,8 @@ class Metric:
     score: Callable[[Outputs, NDArray[Any] | None], NDArray[np.float64] | float]
     decide: Callable[[Outputs, NDArray[Any] | None], Rows] | None = None
     rows: Callable[[Outputs, NDArray[Any] | None], tuple[Rows, Callable[[Rows], float]]] | None = None
+    label_free: bool = False
+    needs_labels: bool = True
 
 
 def find_metric(name: str) -> Metric:
@@ -56,12 +64,31 @@ def find_metric(name: str) -> Metric:
         return BUILT_IN[name]
     if ":" in name:
         return _users_metric(name)
-    near = difflib.get_close_matches(name, BUILT_IN, n=1)
-    hint = f"Did you mean {near[0]!r}? " if near else ""
+    if (found := _NUMBERED.fullmatch(name)) and 1 <= int(found[2]) <= MOST_K:
+        return _numbered(found[1], int(found[2]))
+    near = _nearest(name)
+    hint = f"Did you mean {near!r}? " if near else ""
+    families = ", ".join(f"{family}<1 to {MOST_K}>" for family in _FAMILIES)
     raise InputError(
         f"no metric is named {name!r}",
-        hint=f"{hint}Built in are {', '.join(sorted(BUILT_IN))}; your own is written package.module:function.",
+        hint=f"{hint}Built in are {', '.join(sorted(BUILT_IN))}, {families}; your own is written "
+        "package.module:function.",
     )
+
+
+def _nearest(name: str) -> str | None:
+    """The metric that the user may have meant."""
+    plain = re.sub(r"[\s@_-]+", "_", name.strip().lower())
+    number = re.fullmatch(r"(?P<family>[a-z_]*?)_*(?:at_*)?0*(?P<k>[1-9]\d*)", plain)
+    if number is None:
+        return next(iter(difflib.get_close_matches(_OTHER_NAMES.get(plain, plain), BUILT_IN, n=1)), None)
+    if number["family"] == "f":
+        return "f1"
+    family = next(iter(difflib.get_close_matches(number["family"], ("recall", "top"), n=1)), None)
+    if family is None:
+        return next(iter(difflib.get_close_matches(plain, BUILT_IN, n=1)), None)
+    k = min(int(number["k"]), MOST_K)
+    return f"recall_at_{k}" if family == "recall" else f"top{k}"
 
 
 def _users_metric(name: str) -> Metric:
@@ -86,7 +113,7 @@ def _users_metric(name: str) -> Metric:
             )
         return given
 
-    return Metric(name=name, unit="1", score=score)
+    return Metric(name=name, unit="1", score=score, needs_labels=False)
 
 
 # --- built in --------------------------------------------------------------------------------------------------
@@ -143,9 +170,9 @@ def _accuracy(outputs: Outputs, labels: NDArray[Any] | None) -> NDArray[np.float
     return _mean_where(scores.argmax(axis=-1) == truth, truth != IGNORED)
 
 
-def _top5(outputs: Outputs, labels: NDArray[Any] | None) -> NDArray[np.float64]:
-    scores, truth = _classes("top5", outputs, labels)
-    best = np.argsort(-scores, axis=-1, kind="stable")[..., :5]
+def _top(outputs: Outputs, labels: NDArray[Any] | None, *, k: int) -> NDArray[np.float64]:
+    scores, truth = _classes(f"top{k}", outputs, labels)
+    best = np.argsort(-scores, axis=-1, kind="stable")[..., :k]
     return _mean_where((best == truth[..., None]).any(axis=-1), truth != IGNORED)
 
 
@@ -186,50 +213,96 @@ def _mse(outputs: Outputs, labels: NDArray[Any] | None) -> NDArray[np.float64]:
     return -losses
 
 
-def _retrieved(outputs: Outputs, labels: NDArray[Any] | None) -> NDArray[np.int64]:
-    """For each query the row it finds, -1 for rows that are no query; shape (samples,).
+def _cosine(outputs: Outputs, labels: NDArray[Any] | None) -> NDArray[np.float64]:
+    from optimize.parity import row_cosines, rows_of
+
+    given, truth = _first(outputs), _labels("cosine", labels)
+    if given.shape != truth.shape or given.ndim < 2 or truth.dtype.kind not in "iuf":
+        raise _misfit("cosine", given, truth, "outputs and labels of the same shape (samples, ...)")
+    return row_cosines(rows_of(given), rows_of(truth))
+
+
+def _retrieved(outputs: Outputs, labels: NDArray[Any] | None, *, k: int) -> NDArray[np.int64]:
+    """For each query the k rows it finds, nearest first, -1 where there are none; shape (samples, k).
 
     The corpus is every row labelled -1 and every row that some query's label names. Similarity is the cosine.
     """
-    vectors, truth = _first(outputs), _labels("recall_at_1", labels)
+    name = f"recall_at_{k}"
+    vectors, truth = _first(outputs), _labels(name, labels)
     count = len(vectors)
     wanted = "outputs of shape (samples, size) and integer labels (samples,): the row that matches, -1 for none"
     if vectors.ndim != 2 or truth.shape != (count,) or truth.dtype.kind not in "iu":
-        raise _misfit("recall_at_1", vectors, truth, wanted)
+        raise _misfit(name, vectors, truth, wanted)
     queries = np.flatnonzero(truth >= 0)
     matches = truth[queries]
     if not len(queries) or truth.min() < -1 or truth.max() >= count or (matches == queries).any():
         raise InputError(
-            f"the metric 'recall_at_1' cannot be given: the labels must name other rows, from 0 to {count - 1}, or "
+            f"the metric {name!r} cannot be given: the labels must name other rows, from 0 to {count - 1}, or "
             f"be -1; they go from {truth.min()} to {truth.max()}",
             hint=f"It wants {wanted}.",
         )
     corpus = np.union1d(np.flatnonzero(truth == -1), matches)
     lengths = np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), np.finfo(np.float32).tiny)
     unit = (vectors / lengths).astype(np.float32)
-    found = np.full(count, -1, dtype=np.int64)
+    found = np.full((count, k), -1, dtype=np.int64)
     for start in range(0, len(queries), 512):
         rows = queries[start : start + 512]
         similar = unit[rows] @ unit[corpus].T
         similar[rows[:, None] == corpus[None, :]] = -np.inf
-        found[rows] = corpus[similar.argmax(axis=1)]
+        nearest = _largest(similar, k)
+        # A query that is in the corpus does not find itself, even where there is nothing else left.
+        itself = np.isneginf(np.take_along_axis(similar, nearest, axis=1))
+        found[rows, : nearest.shape[1]] = np.where(itself, -1, corpus[nearest])
     return found
 
 
-def _recall_at_1(outputs: Outputs, labels: NDArray[Any] | None) -> NDArray[np.float64]:
-    found, truth = _retrieved(outputs, labels), _labels("recall_at_1", labels)
-    return np.where(truth >= 0, (found == truth).astype(np.float64), np.nan)
+def _largest(values: NDArray[Any], k: int) -> NDArray[np.int64]:
+    """Where the k largest of each row are, largest first, of equal ones the earlier; shape (rows, at most k)."""
+    if k == 1:
+        first: NDArray[np.int64] = values.argmax(axis=1, keepdims=True)
+        return first
+    return np.argsort(-values, axis=1, kind="stable")[:, :k]
+
+
+def _recall(outputs: Outputs, labels: NDArray[Any] | None, *, k: int) -> NDArray[np.float64]:
+    found, truth = _retrieved(outputs, labels, k=k), _labels(f"recall_at_{k}", labels)
+    hits = (found == truth[:, None]).any(axis=1)
+    return np.where(truth >= 0, hits.astype(np.float64), np.nan)
+
+
+def _nearest_row(outputs: Outputs, labels: NDArray[Any] | None, *, k: int) -> Rows:
+    found: Rows = _retrieved(outputs, labels, k=k)[:, 0]
+    return found
+
+
+_FAMILIES = ("top", "recall_at_")
+_NUMBERED = re.compile(rf"({'|'.join(_FAMILIES)})([1-9]\d*)")
+_OTHER_NAMES = {"cos": "cosine", "cosine_similarity": "cosine", "mean_squared_error": "mse", "macro_f": "f1"}
+
+
+def _numbered(family: str, k: int) -> Metric:
+    """A metric that looks at the best k: every recall counts a flip where the nearest row is another one."""
+    if family == "top":
+        return Metric(name=f"top{k}", unit="fraction", score=functools.partial(_top, k=k), decide=_argmax)
+    return Metric(
+        name=f"recall_at_{k}",
+        unit="fraction",
+        score=functools.partial(_recall, k=k),
+        decide=functools.partial(_nearest_row, k=k),
+    )
 
 
 BUILT_IN: Mapping[str, Metric] = {
     metric.name: metric
     for metric in (
         Metric(name="accuracy", unit="fraction", score=_accuracy, decide=_argmax),
-        Metric(name="top5", unit="fraction", score=_top5, decide=_argmax),
+        _numbered("top", 5),
         Metric(name="f1", unit="fraction", score=_f1, decide=_argmax, rows=_f1_rows),
         Metric(name="mse", unit="1", score=_mse),
-        Metric(name="recall_at_1", unit="fraction", score=_recall_at_1, decide=_retrieved),
+        Metric(name="cosine", unit="1", score=_cosine, label_free=True, needs_labels=False),
+        _numbered("recall_at_", 1),
     )
 }
-"""The metrics that need no code of the user: ``accuracy`` (top-1), ``top5``, ``f1`` (macro), ``mse`` (its negative,
-so that larger is better) and ``recall_at_1`` (embeddings; a label is the row that matches, -1 marks the corpus)."""
+"""The metrics that need no code of the user: ``accuracy`` (top-1), ``top5``, ``f1`` (macro), ``mse`` (its negative, so
+that larger is better), ``cosine`` (with labels that are vectors, or without labels with the baseline's first output)
+and ``recall_at_1`` (embeddings; a label is the row that matches, -1 marks the corpus)."""

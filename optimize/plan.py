@@ -9,6 +9,7 @@ from typing import Any, Protocol, TypeVar
 from optimize.config import CampaignConfig, SourceConfig
 from optimize.metrics import BUILT_IN, find_metric
 from optimize.recipes import BASELINE, load_recipes, recipes_of
+from optimize.samples import LABELS, SLICES, array_names
 from profiles.measure.host import fingerprint_host, split_cpus
 from profiles.measure.levels import Level, load_levels
 from registry.codec import digest, to_jsonable
@@ -63,6 +64,12 @@ class Plan:
     host: Host
     server_cpus: tuple[int, ...]
     client_cpus: tuple[int, ...]
+
+    @property
+    def target_instruction_sets(self) -> tuple[str, ...]:
+        """Those of the machines that are to serve the winner: this one's, where the campaign names none."""
+        named = self.config.target_instruction_sets
+        return self.host.instruction_sets if named is None else named
 
     @property
     def several_sources(self) -> bool:
@@ -140,7 +147,8 @@ def plan(config: CampaignConfig, *, base: Path, work: Path) -> Plan:
         client_cpus=tuple(client_cpus),
     )
     _check_files(planned)
-    _check_policy(planned)
+    arrays = array_names(planned.path(config.samples.evaluation))
+    _check_policy(planned, arrays)
     return planned
 
 
@@ -200,13 +208,27 @@ def _check_files(planned: Plan) -> None:
             )
 
 
-def _check_policy(planned: Plan) -> None:
-    """Returns when every metric that the policy names will be measured, so that none is unknown after hours of work."""
+def _check_policy(planned: Plan, arrays: frozenset[str]) -> None:
+    """Returns when every metric that the policy names will be measured, so that none is unknown after hours of work.
+
+    ``arrays`` are those of the evaluation samples; none where their file is damaged, which is said when it is read.
+    """
     decides = _decides(planned.config.metric)
+    needs_labels = ":" not in planned.config.metric and find_metric(planned.config.metric).needs_labels
+    if arrays and needs_labels and LABELS not in arrays:
+        raise InputError(
+            f"the metric {planned.config.metric!r} needs labels, and {planned.config.samples.evaluation} has none",
+            hint=f"Save them in it as the array {LABELS!r}; without labels, metric: cosine compares with the baseline.",
+        )
     lines: list[Constraint | Objective] = [*planned.policy.constraints, *planned.policy.objectives]
     for line in lines:
         _check_percentile(line, planned.level)
-        if line.metric == "flip_rate" and not decides:
+        if line.metric == "slice_drop_max" and arrays and SLICES not in arrays:
+            raise PolicyError(
+                f"{line.text!r} cannot be judged: {planned.config.samples.evaluation} names no slices",
+                hint=f"Save an array {SLICES!r} in it: the group of each sample, as whole numbers or text.",
+            )
+        if line.metric in {"flip_rate", "batch_flip_rate"} and not decides:
             raise PolicyError(
                 f"{line.text!r} cannot be judged: the metric {planned.config.metric!r} knows of no decisions to count "
                 "flips of",

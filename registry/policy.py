@@ -6,9 +6,9 @@
     objective  = ("maximize" | "minimize") metric ["at" load]
     load       = number ["%"] "saturation" | number "rps" | "concurrency" whole number
 
-``accuracy_drop <= 0.01`` is in the metric's unit, ``accuracy_drop <= 1% rel`` a fraction of the baseline's accuracy. A
-latency has a load (0.8 of saturation where none is written), and nothing else has one. Several objectives count in
-their order.
+``accuracy_drop <= 0.01`` is in the metric's unit, ``accuracy_drop <= 1% rel`` a fraction of the baseline's accuracy; so
+it is with ``slice_drop_max``, the drop of the slice of samples that lost most. A latency has a load (0.8 of saturation
+where none is written), and nothing else has one. Several objectives count in their order.
 """
 
 import difflib
@@ -46,9 +46,16 @@ def _metric(unit: str, label: str, *, needs_load: bool = False, larger_is_better
 METRICS: Final[dict[str, Metric]] = {
     "accuracy": _metric("fraction", "accuracy", larger_is_better=True),
     "accuracy_drop": _metric("fraction", "accuracy drop"),
+    "slice_drop_max": _metric("fraction", "largest drop of a slice"),
     "flip_rate": _metric("fraction", "flip rate"),
     "cosine": _metric("1", "cosine", larger_is_better=True),
+    "worst_cosine": _metric("1", "lowest cosine", larger_is_better=True),
+    "snr_db": _metric("dB", "signal-to-noise ratio", larger_is_better=True),
+    "p99_error": _metric("1", "p99 of the error, over the spread"),
+    "mismatch_share": _metric("fraction", "share of values out of tolerance"),
     "max_abs_error": _metric("1", "largest error"),
+    "batch_dependence": _metric("1", "move with other neighbours, over the spread"),
+    "batch_flip_rate": _metric("fraction", "flip rate with other neighbours"),
     "max_throughput_rps": _metric("1/s", "maximum throughput", larger_is_better=True),
     "saturation_rps": _metric("1/s", "saturation", larger_is_better=True),
     "rss_mb": _metric("MB", "resident memory"),

@@ -40,6 +40,7 @@ Key = tuple[str, str | None]
 
 _RELAXED_FIGURES = 3
 _BYTES_IN_MB = 1e6
+_DROPS = ("accuracy_drop", "slice_drop_max")
 # A limit of more than a million times the baseline's value says nothing that people could use.
 _SMALLEST_REFERENCE = 1e-6
 _FAILED_TO = {
@@ -104,8 +105,8 @@ def judge(
     """The constraint tested on the pessimistic end of the candidate's interval.
 
     A metric that is missing, an end that is not known, or a baseline's value that a relative limit needs and that is
-    not known, give ``unknown``. A relative limit on ``accuracy_drop`` is a fraction of the baseline's accuracy; on any
-    other metric, of the baseline's value of the same metric at the same load.
+    not known, give ``unknown``. A relative limit on ``accuracy_drop`` or ``slice_drop_max`` is a fraction of the
+    baseline's accuracy; on any other metric, of the baseline's value of the same metric at the same load.
     """
     name = _label(constraint.metric, constraint.load)
     observed = metrics.get((constraint.metric, constraint.load))
@@ -136,7 +137,7 @@ def _reference(constraint: Constraint, baseline_metrics: Mapping[Key, Estimate])
     if not constraint.relative:
         return 1.0
     key: Key = (constraint.metric, constraint.load)
-    known = baseline_metrics.get(("accuracy", None) if constraint.metric == "accuracy_drop" else key)
+    known = baseline_metrics.get(("accuracy", None) if constraint.metric in _DROPS else key)
     return None if known is None else known.value
 
 
@@ -486,7 +487,7 @@ def _limit_text(constraint: Constraint, observed: Estimate, reference: float) ->
     unit = numbers.short(exact(1.0, observed.unit)).removeprefix("1")
     if not constraint.relative:
         return f"{numbers.plain(constraint.limit)}{unit}"
-    whose = "accuracy" if constraint.metric == "accuracy_drop" else "value"
+    whose = "accuracy" if constraint.metric in _DROPS else "value"
     absolute = numbers.plain(constraint.limit * reference)
     return f"{absolute}{unit} ({numbers.plain(constraint.limit * 100)}% of the baseline's {whose})"
 

@@ -33,7 +33,9 @@ def folder(tmp_path):
     return tmp_path
 
 
-def fidelity(folder, name, engine=ORT, reference=None, metric="accuracy", out=None, parity=True, digest=None):
+def fidelity(
+    folder, name, engine=ORT, reference=None, metric="accuracy", out=None, parity=True, digest=None, saturation=False
+):
     return measure_fidelity(
         "v",
         folder / name,
@@ -46,6 +48,7 @@ def fidelity(folder, name, engine=ORT, reference=None, metric="accuracy", out=No
         metric=metric,
         batch_size=8,
         instruction_set="avx2",
+        saturation=saturation,
         python_path=folder,
     )
 
@@ -81,6 +84,52 @@ def test_an_answer_that_depends_on_its_neighbours_differs(folder):
     save(folder / "mixed.onnx", "z = MatMul(x, w) m = ReduceMax <axes = [0], keepdims = 1> (z) y = Div(z, m)")
     got = fidelity(folder, "mixed.onnx", reference=folder / "linear.onnx.npz")
     assert got.metrics["max_abs_error"].value > 0
+    assert got.metrics["batch_dependence"].value > 0.01
+    assert got.metrics["batch_flip_rate"].runs == 96
+
+
+def test_run_time_ranges_are_found_to_depend_on_neighbours(folder):
+    from onnxruntime.quantization import quantize_dynamic
+
+    own = fidelity(folder, "linear.onnx")
+    assert own.metrics["batch_dependence"].value < 1e-5
+    quantize_dynamic(folder / "linear.onnx", folder / "dynamic.onnx", op_types_to_quantize=["MatMul"])
+    got = fidelity(folder, "dynamic.onnx", reference=folder / "linear.onnx.npz")
+    assert got.metrics["batch_dependence"].value > 1e-4
+    assert 25 < got.metrics["snr_db"].value < 60
+
+
+def test_slices_and_samples_without_labels(folder):
+    with np.load(folder / "samples.npz") as archive:
+        rows = archive["x"]
+    np.savez(folder / "samples.npz", x=rows, slices=np.array(["even", "odd"])[np.arange(101) % 2])
+    own = fidelity(folder, "linear.onnx", metric="cosine")
+    assert own.metrics["accuracy"].value == pytest.approx(1)
+    assert own.metrics["slice_drop_max"].high == 0
+    save(folder / "near.onnx", "z = MatMul(x, w) y = Round(z)")
+    got = fidelity(folder, "near.onnx", reference=folder / "linear.onnx.npz", metric="cosine")
+    assert 0.5 < got.metrics["accuracy"].value < 1
+    assert got.metrics["slice_drop_max"].value >= got.metrics["accuracy_drop"].value
+    assert any("slice with the largest drop" in note for note in got.notes)
+    assert any("in the output 'y'" in note for note in got.notes)
+    with pytest.raises(InputError, match="needs labels"):
+        fidelity(folder, "linear.onnx")
+
+
+def test_overflow_is_counted_in_the_child(folder):
+    fidelity(folder, "linear.onnx")
+    body = "q = QuantizeLinear(x, s, z) d = DequantizeLinear(q, s, z) v = DequantizeLinear(k, t, o) y = MatMul(d, v)"
+    save(folder / "full.onnx", body)
+    model = onnx.load(folder / "full.onnx")
+    constants = {"s": np.float32(0.01), "z": np.uint8(128), "t": np.float32(0.02), "o": np.int8(0)}
+    weights = onnx.numpy_helper.to_array(model.graph.initializer[0])
+    constants["k"] = np.clip(np.rint(weights / 0.02), -128, 127).astype(np.int8)
+    model.graph.initializer.extend(onnx.numpy_helper.from_array(np.asarray(v), n) for n, v in constants.items())
+    onnx.save(model, folder / "full.onnx")
+    got = fidelity(folder, "full.onnx", reference=folder / "linear.onnx.npz", saturation=True)
+    assert 0 < got.metrics["saturated_share"].value < 1
+    assert any("reduce_range" in note for note in got.notes)
+    assert "saturated_share" not in fidelity(folder, "linear.onnx", saturation=True).metrics
 
 
 def test_another_architecture_with_another_width_is_judged_by_retrieval(folder):
@@ -95,7 +144,7 @@ def test_another_architecture_with_another_width_is_judged_by_retrieval(folder):
     with pytest.raises(StageError, match="its outputs are"):
         fidelity(folder, "wide.onnx", **options)
     got = fidelity(folder, "wide.onnx", parity=False, **options)
-    assert set(got.metrics) == {"accuracy", "accuracy_drop", "flip_rate"}
+    assert set(got.metrics) == {"accuracy", "accuracy_drop", "flip_rate", "batch_dependence", "batch_flip_rate"}
     assert got.metrics["accuracy"].runs == got.metrics["accuracy_drop"].runs == 50
     assert got.metrics["accuracy"].value > 0.9
     assert load_outputs(folder / "wide.onnx.npz")["embedding"].shape == (101, 8)

@@ -2,18 +2,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from hypothesis.extra.numpy import arrays
 
-from optimize.fidelity import (
-    compare_outputs,
-    drop_of_scores,
-    exact_bounds,
-    fidelity_components,
-    net_bounds,
-    rate,
-    row_cosines,
-    wilson,
-)
+from optimize.fidelity import batch_dependence, compare_outputs, drop_by_slice, fidelity_components
+from optimize.intervals import drop_of_scores, exact_bounds, net_bounds, rate, wilson
 from optimize.metrics import Metric, find_metric
 from registry.errors import InputError, StageError
 from registry.records import EngineSpec
@@ -204,20 +195,130 @@ def test_infinities_that_the_baseline_has_too_are_no_fault():
     assert got["max_abs_error"].value == 0.0
 
 
-def test_integer_outputs_have_no_cosine():
-    classes = np.arange(20, dtype=np.int64)
-    assert set(compare_outputs({"y": classes}, {"y": classes}, None, None)) == {"max_abs_error"}
+# --- label-free ------------------------------------------------------------------------------------------------
 
 
-def test_cosine_of_zero_rows_and_of_extremes():
-    a = np.array([[0.0, 0.0], [0.0, 0.0], [1e300, 1e300], [1e-300, 0.0], [1.0, 0.0]])
-    b = np.array([[0.0, 0.0], [1.0, 0.0], [1e-300, 1e-300], [1e300, 0.0], [-1.0, 0.0]])
-    assert row_cosines(a, b) == pytest.approx([1.0, 0.0, 1.0, 1.0, -1.0])
+def test_without_labels_the_baselines_answers_stand_in():
+    reference = logits()
+    variant = reference.copy()
+    variant[3] = -variant[3]
+    got = compare_outputs({"y": reference}, {"y": variant}, None, find_metric("cosine"))
+    assert got["accuracy"].value == pytest.approx(1 - 2 / 200)
+    assert got["accuracy_drop"].value == pytest.approx(2 / 200)
+    assert got["accuracy_drop"].high > 2 / 200
+    assert "flip_rate" not in got
+    itself = compare_outputs({"y": reference}, {"y": reference}, None, find_metric("cosine"))
+    assert itself["accuracy"].value == pytest.approx(1)
 
 
-@given(arrays(np.float64, (5, 3), elements=st.floats(-1e300, 1e300)))
-def test_cosine_with_itself_is_one(rows):
-    assert row_cosines(rows, rows) == pytest.approx(np.ones(5))
+def test_labels_that_are_vectors_judge_both_models():
+    truth = logits(seed=1)
+    got = compare_outputs({"y": logits()}, {"y": truth}, truth, find_metric("cosine"))
+    assert got["accuracy"].value == pytest.approx(1)
+    assert got["accuracy_drop"].value < -0.5
+
+
+# --- slices ----------------------------------------------------------------------------------------------------
+
+NAMES = np.array(["day"] * 300 + ["night"] * 100 + ["fog"] * 12)
+
+
+def sliced(wrong, names=NAMES, metric="accuracy"):
+    reference = logits(len(names))
+    variant = reference.copy()
+    variant[wrong] = -variant[wrong]
+    return drop_by_slice({"y": reference}, {"y": variant}, reference.argmax(axis=1), find_metric(metric), names)
+
+
+def test_the_worst_slice_is_named_and_small_ones_are_not_judged():
+    found, notes = sliced(np.r_[0:3, 300:310, 400:412])
+    drop = found["slice_drop_max"]
+    assert (drop.value, drop.runs) == (0.1, 100)
+    assert drop.low < 0.1 < drop.high
+    assert "Bonferroni over 2 slices" in drop.method
+    assert "'night': +0.1000 over 100 samples" in notes[0]
+    assert "1 of 3 slices have fewer than 20 scored samples and are not judged: 'fog'" in notes[1]
+
+
+def test_the_upper_end_holds_for_every_slice():
+    drop = sliced([0])[0]["slice_drop_max"]
+    assert drop.value == 1 / 300
+    assert drop.high == pytest.approx(exact_bounds(0, 100, comparisons=2)[1], rel=0.01), "night may have lost as much"
+    assert drop.high > exact_bounds(0, 100)[1]
+
+
+def test_the_worst_of_many_slices_is_not_taken_for_the_only_one():
+    """Slices that all lost the same: the upper end of the one that looks worst must hold in 95 % of cases."""
+    rng, true, missed = np.random.default_rng(5), 0.03, 0
+    names = np.repeat(np.arange(10), 60)
+    for _ in range(40):
+        wrong = np.flatnonzero(rng.random(600) < true)
+        missed += sliced(wrong, names)[0]["slice_drop_max"].high < true
+    assert missed <= 5  # 5 % promised, and two standard errors of 40 trials
+
+
+def test_slices_of_a_metric_that_is_no_mean():
+    found, notes = sliced(np.r_[300:330], metric="f1")
+    assert found["slice_drop_max"].value > 0.2
+    assert found["slice_drop_max"].high >= found["slice_drop_max"].value
+    assert "'night'" in notes[0]
+
+
+def test_slices_that_cannot_be_judged():
+    found, notes = sliced([0], np.arange(412))
+    assert not found
+    assert "412 of 412 slices" in notes[0]
+    assert notes[0].endswith(", ...")
+    metric = Metric(name="mine", unit="1", score=lambda outputs, labels: 0.5)
+    found, notes = drop_by_slice({"y": logits()}, {"y": logits()}, None, metric, np.zeros(200, int))
+    assert not found
+    assert "'mine' is one number" in notes[0]
+
+
+# --- neighbours ------------------------------------------------------------------------------------------------
+
+
+def batched(answer, batch_size=8, count=100, metric=None):
+    """How answers of ``answer`` (rows -> rows) move in other batches."""
+    inputs = logits(count)
+
+    def run(order):
+        parts = [answer(inputs[order[i : i + batch_size]]) for i in range(0, len(order), batch_size)]
+        return {"y": np.concatenate(parts)[np.argsort(order)]}
+
+    order = np.random.default_rng(0).permutation(count)
+    outputs = run(order)
+    labels = inputs.argmax(axis=1)
+    return batch_dependence(run, outputs, order, labels, metric, batch_size=batch_size, seed=0)
+
+
+def test_rows_of_their_own_do_not_move():
+    found = batched(lambda rows: rows * 2, metric=find_metric("accuracy"))
+    assert found["batch_dependence"].value == 0
+    assert found["batch_dependence"].runs == 96, "whole batches"
+    assert found["batch_flip_rate"].value == 0
+    assert found["batch_flip_rate"].high > 0
+
+
+def test_a_range_taken_over_the_batch_is_found_out():
+    def coarse(rows):
+        step = np.abs(rows).max() / 3
+        return np.rint(rows / step) * step
+
+    found = batched(coarse, metric=find_metric("accuracy"))
+    assert found["batch_dependence"].value > 0.05
+    assert 0 < found["batch_flip_rate"].value < 1
+
+
+def test_a_position_that_decides_is_found_out_in_less_than_a_batch():
+    found = batched(lambda rows: rows + np.arange(len(rows))[:, None], batch_size=64, count=30)
+    assert found["batch_dependence"].value > 0.5
+    assert set(found) == {"batch_dependence"}
+
+
+def test_alone_in_its_batch_an_answer_has_no_neighbours():
+    found = batched(lambda rows: rows, batch_size=1)
+    assert found["batch_dependence"].method == "exact"
 
 
 def components(**more):

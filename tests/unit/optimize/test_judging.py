@@ -1,10 +1,21 @@
 """Which variants are worth serving, from made-up judgements."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
-from optimize.judging import Judged, choose_served, failure_of
-from registry.errors import NotApplicableError, ServerDiedError
+import pytest
+
+from optimize.judging import (
+    Judged,
+    choose_served,
+    depends_undeclared,
+    failure_of,
+    overflow_matters,
+    refuse_saturated,
+)
+from optimize.saturation import SATURATED
+from registry.errors import NotApplicableError, ServerDiedError, StageError
 from registry.policy import parse_policy
 from registry.records import (
     Artifact,
@@ -116,3 +127,44 @@ def test_errors_become_failures_of_their_kind():
     assert failure_of("v", "make", NotApplicableError("no MatMul")).kind == "not_applicable"
     died = failure_of("c", "measure", ServerDiedError("it ended\nlog"))
     assert (died.kind, died.reason, died.detail) == ("died", "it ended", "log")
+
+
+def answered(**metrics: float) -> Fidelity:
+    fidelity = judged("v", 1.0).fidelities[1]
+    return replace(fidelity, metrics={name: estimate(value) for name, value in metrics.items()})
+
+
+def test_dependence_on_neighbours_that_no_stage_declared():
+    variant = judged("v", 1.0).variant
+    assert depends_undeclared(variant, answered(batch_dependence=0.2))
+    assert not depends_undeclared(variant, answered(batch_dependence=0.001))
+    assert not depends_undeclared(variant, answered())
+    assert not depends_undeclared(replace(variant, batch_dependent=True), answered(batch_dependence=0.2))
+
+
+def test_overflow_is_looked_at_where_it_happens():
+    variant = judged("v", 1.0).variant
+    assert overflow_matters(variant, ORT, ("avx2",))
+    assert not overflow_matters(variant, ORT, ("avx2", "avx512_vnni"))
+    assert not overflow_matters(variant, EngineSpec(name="openvino"), ("avx2",))
+
+
+def test_a_variant_that_overflows_is_refused_with_what_was_found():
+    refuse_saturated(answered(saturated_share=0.0))
+    refuse_saturated(answered())
+    told = f"12 {SATURATED}, in 1 of 2 nodes; make it with reduce_range: true"
+    with pytest.raises(StageError, match="reduce_range"):
+        refuse_saturated(replace(answered(saturated_share=0.1), notes=("another note", told)))
+
+
+def test_what_is_limited_by_slice_or_by_parity_is_judged_before_serving():
+    one = judged("fast", 1.0)
+    fidelity = replace(one.fidelities[1], metrics={**one.fidelities[1].metrics, "slice_drop_max": estimate(0.2, 0.1)})
+    chosen, reasons = choose(
+        None,
+        judged("float32", 9.0),
+        replace(one, fidelities={1: fidelity}),
+        constraints=("slice_drop_max <= 0.03",),
+    )
+    assert chosen == ["float32"]
+    assert "largest drop of a slice" in reasons["fast"]

@@ -73,10 +73,60 @@ def test_a_metric_that_cannot_be_given_names_itself_and_why(name, outputs, label
         score(name, outputs, labels)
 
 
-def test_unknown_metric_names_the_nearest():
+def test_top_k():
+    outputs = np.tile(np.arange(4.0), (3, 1))
+    labels = np.array([3, 2, 0])
+    assert score("top1", outputs, labels).tolist() == score("accuracy", outputs, labels).tolist() == [1, 0, 0]
+    assert score("top2", outputs, labels).tolist() == [1, 1, 0]
+    assert score("top100", outputs, labels).tolist() == [1, 1, 1]
+
+
+def test_recall_at_k_is_that_of_a_plain_loop():
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(40, 3))
+    labels = np.where(np.arange(40) < 25, rng.integers(25, 40, 40), -1)
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    corpus = np.flatnonzero(labels == -1)
+    for k in (1, 2, 5, 15, 100):
+        nearest = corpus[np.argsort(-(unit @ unit[corpus].T), axis=1)][:, :k]
+        expected = (nearest == labels[:, None]).any(axis=1)[:25]
+        assert score(f"recall_at_{k}", vectors, labels)[:25].tolist() == expected.tolist()
+        assert np.isnan(score(f"recall_at_{k}", vectors, labels)[25:]).all()
+
+
+def test_recall_never_finds_the_query_however_large_k_is():
+    vectors = [[1, 0], [0.9, 0.1], [0, 1]]
+    decided = find_metric("recall_at_3").decide
+    assert score("recall_at_3", vectors, np.array([1, 0, -1])).tolist()[:2] == [1.0, 1.0]
+    assert decided({"e": np.array(vectors)}, np.array([1, 0, -1])).tolist() == [1, 0, -1]
+
+
+def test_cosine_with_vectors_as_labels():
+    got = score("cosine", [[1.0, 0.0], [1.0, 1.0], [0.0, 0.0]], np.array([[2.0, 0.0], [1.0, 0.0], [0.0, 0.0]]))
+    assert got == pytest.approx([1, np.sqrt(0.5), 1])
+    with pytest.raises(InputError, match="'cosine' cannot be given"):
+        score("cosine", np.ones((3, 2)), np.ones((3, 4)))
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("acuracy", "accuracy"), ("top-1", "top1"), ("Top 5", "top5"), ("recall@10", "recall_at_10"), ("F-1", "f1"),
+        ("recall_at_101", "recall_at_100"), ("recal_at_3", "recall_at_3"), ("cosine_similarity", "cosine"),
+        ("recall_at_05", "recall_at_5"), ("MSE", "mse"),
+    ],
+)  # fmt: skip
+def test_unknown_metric_names_the_nearest(name, meant):
     with pytest.raises(InputError) as caught:
-        find_metric("acuracy")
-    assert "'accuracy'" in caught.value.hint
+        find_metric(name)
+    assert f"Did you mean {meant!r}?" in caught.value.hint
+
+
+@pytest.mark.parametrize("name", ["precision", "top0", "recall_at_0", "recall_at_1000", ""])
+def test_unknown_metric_lists_what_there_is(name):
+    with pytest.raises(InputError) as caught:
+        find_metric(name)
+    assert "recall_at_<1 to 100>" in caught.value.hint
 
 
 def own_metric(outputs, labels):

@@ -4,16 +4,27 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from optimize.config import CampaignConfig
 from optimize.plan import Plan, plan
 from registry.errors import InputError
 from tests.doubles.models import mlp, write_onnx
 
+LABELS = np.zeros(3, np.int64)
 
-def planned(folder: Path, *constraints: str, objective: str = "maximize max_throughput_rps", **fields: object) -> Plan:
+
+def planned(
+    folder: Path,
+    *constraints: str,
+    objective: str = "maximize max_throughput_rps",
+    labels: NDArray[np.int64] | None = LABELS,
+    slices: NDArray[np.int64] | None = None,
+    **fields: object,
+) -> Plan:
     write_onnx(mlp(), folder)
-    np.savez(folder / "samples.npz", x=np.ones((3, 8), np.float32), labels=np.zeros(3, np.int64))
+    beside = {name: array for name, array in (("labels", labels), ("slices", slices)) if array is not None}
+    np.savez(folder / "samples.npz", x=np.ones((3, 8), np.float32), **beside)
     given = {
         "name": "tiny",
         "sources": [{"onnx": "model.onnx"}],
@@ -45,6 +56,29 @@ def test_flips_of_a_metric_that_decides_nothing(tmp_path: Path, metric: str) -> 
         planned(tmp_path, "flip_rate <= 0.01", metric=metric)
     assert "accuracy_drop" in str(caught.value.hint)
     assert planned(tmp_path, "cosine >= 0.9", metric=metric)
+
+
+def test_slices_that_the_samples_do_not_have(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"'slice_drop_max <= 0.03'.* samples.npz names no slices") as caught:
+        planned(tmp_path, "slice_drop_max <= 0.03")
+    assert "'slices'" in str(caught.value.hint)
+    assert planned(tmp_path, "slice_drop_max <= 0.03", slices=np.zeros(3, np.int64))
+
+
+def test_labels_that_the_samples_do_not_have(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"'accuracy' needs labels, and samples\.npz has none") as caught:
+        planned(tmp_path, labels=None)
+    assert "metric: cosine" in str(caught.value.hint)
+    assert planned(tmp_path, labels=None, metric="cosine")
+    assert planned(tmp_path, labels=None, metric="my_metric:score")
+
+
+def test_the_machines_that_are_to_serve(tmp_path: Path) -> None:
+    here = planned(tmp_path)
+    assert here.target_instruction_sets == here.host.instruction_sets
+    assert planned(tmp_path, target_instruction_sets=["avx2"]).target_instruction_sets == ("avx2",)
+    with pytest.raises(ValueError, match=r"no instruction set 'avx512vnni'; did you mean 'avx512_vnni'\?"):
+        planned(tmp_path, target_instruction_sets=["avx512vnni"])
 
 
 def test_a_metric_that_is_misspelt(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from optimize.samples import check_fit, from_arrays, load_samples
+from optimize.samples import array_names, check_fit, from_arrays, load_samples
 from registry.errors import InputError
 from registry.records import TensorSpec
 
@@ -121,3 +121,29 @@ def test_a_truncated_file(tmp_path):
     (tmp_path / "s.npz").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(InputError, match=r"is not an \.npz"):
         load_samples(tmp_path / "s.npz")
+
+
+def test_slices_stand_beside_labels(tmp_path):
+    groups = np.array(["day", "night", "day", "day"])
+    path = write(tmp_path / "s.npz", x=np.ones((4, 3), np.float32), labels=np.arange(4), slices=groups)
+    samples = load_samples(path, SPECS)
+    assert samples.slices.tolist() == groups.tolist()
+    assert samples.take(2).slices.tolist() == ["day", "night"]
+    assert array_names(path) == {"x", "labels", "slices"}
+    plain = from_arrays({"x": np.ones((4, 3), np.float32)}, np.arange(4))
+    assert plain.slices is None
+    assert plain.digest != samples.digest
+
+
+def test_a_damaged_file_names_no_arrays(tmp_path):
+    (tmp_path / "s.npz").write_bytes(b"no archive")
+    assert array_names(tmp_path / "s.npz") == array_names(tmp_path / "none.npz") == frozenset()
+
+
+@pytest.mark.parametrize(
+    ("slices", "text"),
+    [(np.ones(3), "float64"), (np.ones((3, 2), int), "shape \\[3, 2\\]"), (np.ones(2, int), "different lengths")],
+)
+def test_slices_that_name_no_group_a_sample(slices, text):
+    with pytest.raises(InputError, match=text):
+        from_arrays({"x": np.ones(3)}, None, slices)

@@ -172,3 +172,14 @@ def test_a_record_can_be_read_without_its_envelope():
     assert codec.from_jsonable(Comparison, codec.to_jsonable(comparison)) == comparison
     artifact = Artifact(digest="0", format="onnx", entry="a", files=(), inputs=(), outputs=())
     assert codec.from_jsonable(Artifact, codec.to_jsonable(artifact)) == artifact
+
+
+def test_a_fidelity_of_before_there_were_notes_is_read():
+    from tests.doubles.campaigns import fidelities
+
+    known = fidelities()[0]
+    envelope = json.loads(codec.dumps(known))
+    del envelope["record"]["notes"]
+    assert codec.loads(json.dumps(envelope)) == known
+    told = dataclasses.replace(known, notes=("the slice with the largest drop is 'night'",))
+    assert codec.loads(codec.dumps(told)) == told

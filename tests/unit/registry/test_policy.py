@@ -28,6 +28,8 @@ def refused(text: str, *, objective: bool = False) -> str:
         ("accuracy_drop <= -0.5%", "accuracy_drop", "<=", -0.005, False, None),
         ("flip_rate <= 2%", "flip_rate", "<=", 0.02, False, None),
         ("flip_rate < 2.3 %", "flip_rate", "<", 0.023, False, None),
+        ("slice_drop_max <= 3%", "slice_drop_max", "<=", 0.03, False, None),
+        ("snr_db >= 30", "snr_db", ">=", 30, False, None),
         ("cosine > .99", "cosine", ">", 0.99, False, None),
         ("rss_mb <= 600", "rss_mb", "<=", 600, False, None),
         ("rss_mb <= 120% rel", "rss_mb", "<=", 1.2, True, None),
