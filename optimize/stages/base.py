@@ -313,13 +313,14 @@ def _first_line(error: Exception) -> str:
 
 @contextlib.contextmanager
 def _quiet(stage: str) -> Iterator[None]:
-    """Sends what libraries print and warn about to the log."""
-    printed = io.StringIO()
+    """Sends what libraries print and warn about to the log, whose level they may not set for us."""
+    printed, level = io.StringIO(), logging.root.level
     with warnings.catch_warnings(record=True) as caught, contextlib.redirect_stdout(printed):
         warnings.simplefilter("always")
         try:
             yield
         finally:
+            logging.root.setLevel(level)
             for warning in caught:
                 logger.debug("%s: %s: %s", stage, warning.category.__name__, warning.message)
             if text := printed.getvalue().strip():

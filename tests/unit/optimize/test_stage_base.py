@@ -158,6 +158,12 @@ def test_a_folder_that_is_not_empty_is_refused(source, context):
         Doubling()(source, context)
 
 
+def test_a_library_cannot_quieten_our_log(source, context):
+    before = logging.root.level
+    variation(change=lambda self, model: logging.root.setLevel(logging.CRITICAL))(source, context)
+    assert logging.root.level == before
+
+
 def test_noise_goes_to_the_log(source, context, capsys, caplog):
     def change(self, model):
         print("Collecting tensor data ...")
