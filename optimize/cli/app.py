@@ -2,7 +2,7 @@
 
 import typer
 
-from optimize.cli import campaigns, hosts, models, reports, serving
+from optimize.cli import campaigns, explain, hosts, models, reports, serving
 
 # Rich markup in help doubles the start-up time; plain help reads as well.
 app = typer.Typer(
@@ -21,4 +21,5 @@ app.command("run")(campaigns.run)
 app.command("serve")(serving.serve)
 app.command("bench")(serving.bench)
 app.command("report")(reports.report)
+app.command("explain")(explain.explain)
 app.command("doctor")(hosts.doctor)

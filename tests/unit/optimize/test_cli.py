@@ -7,7 +7,7 @@ import pytest
 from optimize.cli import main
 from tests.doubles.models import mlp, write_onnx
 
-COMMANDS = ("demo", "init", "inspect", "make", "run", "serve", "bench", "report", "doctor")
+COMMANDS = ("demo", "init", "inspect", "make", "run", "serve", "bench", "report", "explain", "doctor")
 
 
 def burnish(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -99,3 +99,14 @@ def test_a_namesake_of_a_package_is_refused(monkeypatch, capsys, tmp_path: Path)
     monkeypatch.setattr(profiles, "__path__", [str(tmp_path / "profiles")])
     assert burnish(monkeypatch, "--help") == 2
     assert "different places" in capsys.readouterr().err
+
+
+def test_explain_of_files_needs_samples(monkeypatch, capsys, tmp_path: Path):
+    model = str(tmp_path / write_onnx(mlp(), tmp_path).entry)
+    assert burnish(monkeypatch, "explain", model, "--against", model) == 2
+    assert "--samples" in capsys.readouterr().err
+
+
+def test_explain_without_a_campaign(monkeypatch, capsys, tmp_path: Path):
+    assert burnish(monkeypatch, "explain", "int8-static", "--work", str(tmp_path)) == 2
+    assert "no finished campaign" in capsys.readouterr().err

@@ -1,0 +1,135 @@
+"""Profiles of real engines on small networks whose multiply-adds are known by hand."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from optimize.explain import Model, explain, explain_files
+from optimize.profiling import profile_variant
+from optimize.recipes import apply_recipe, recipe_from_mapping
+from optimize.stages.base import read_input
+from registry.errors import InputError, StageError
+from registry.records import EngineGraph, EngineSpec
+
+pytestmark = pytest.mark.slow
+
+ORT = EngineSpec(name="onnxruntime")
+FLOAT32 = EngineSpec(name="openvino", precision="float32")
+SIDE = 24
+# Outputs times kernel: 3 -> 16 channels, 16 -> 32 in two groups, and 32 -> 10 classes.
+CONV_MACS = SIDE * SIDE * 16 * 3 * 9 + SIDE * SIDE * 32 * 8 * 9 + 32 * 10
+
+
+def convolutional(*, batch: int | str = "batch") -> onnx.ModelProto:
+    rng = np.random.default_rng(0)
+
+    def weight(name: str, *shape: int) -> onnx.TensorProto:
+        return numpy_helper.from_array(rng.normal(size=shape, scale=0.1).astype(np.float32), name)
+
+    nodes = [
+        helper.make_node("Conv", ["x", "w1"], ["c1"], name="first", pads=[1, 1, 1, 1]),
+        helper.make_node("Relu", ["c1"], ["r1"], name="relu"),
+        helper.make_node("Conv", ["r1", "w2"], ["c2"], pads=[1, 1, 1, 1], group=2),  # without a name
+        helper.make_node("GlobalAveragePool", ["c2"], ["p"], name="pool"),
+        helper.make_node("Flatten", ["p"], ["f"], name="flatten"),
+        helper.make_node("Gemm", ["f", "w3", "b3"], ["y"], name="classify"),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "convolutional",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [batch, 3, SIDE, SIDE])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [batch, 10])],
+        [weight("w1", 16, 3, 3, 3), weight("w2", 32, 8, 3, 3), weight("w3", 32, 10), weight("b3", 10)],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("models")
+    (place / "model.onnx").write_bytes(convolutional().SerializeToString())
+    images = np.random.default_rng(1).normal(size=(16, 3, SIDE, SIDE)).astype(np.float32)
+    np.savez(place / "samples.npz", x=images)
+    return place
+
+
+def made(folder: Path, work: Path, stage: str, **params: str) -> Path:
+    work.mkdir()
+    recipe = recipe_from_mapping({"name": "tried", "stages": [{"name": stage, **params}]})
+    samples = {"x": np.load(folder / "samples.npz")["x"]}
+    result = apply_recipe(recipe, read_input(folder, "model.onnx"), calibration=samples, seed=0, threads=1, work=work)
+    return result.folder / result.entry
+
+
+def profiled(folder: Path, entry: Path, engine: EngineSpec, *, batch_size: int = 4) -> EngineGraph:
+    return profile_variant(entry, engine, samples=folder / "samples.npz", batch_size=batch_size, timing_s=0.2)
+
+
+def nodes(graph: EngineGraph) -> dict[str, int]:
+    return {one.operator: one.nodes for one in graph.operators}
+
+
+@pytest.mark.parametrize("level", ["disable", "all"])
+def test_onnxruntime_counts_multiply_adds(folder: Path, level: str):
+    graph = profiled(folder, folder / "model.onnx", EngineSpec(name="onnxruntime", graph_level=level))
+    assert graph.macs == {"float32": CONV_MACS}
+    assert nodes(graph)["Conv"] == 2
+    assert ("Relu" in nodes(graph)) == (level == "disable")
+    assert sum(one.time_share for one in graph.operators) == pytest.approx(1, abs=1e-4)
+    assert graph.time.value > 0
+
+
+def test_openvino_counts_the_same(folder: Path):
+    graph = profiled(folder, folder / "model.onnx", FLOAT32)
+    assert graph.macs == {"float32": CONV_MACS}
+    assert nodes(graph)["Convolution"] == 2
+
+
+def test_static_int8_is_int8_in_both_engines(folder: Path, tmp_path: Path):
+    entry = made(folder, tmp_path / "work", "quantize.static")
+    ort, openvino = (profiled(folder, entry, engine) for engine in (ORT, FLOAT32))
+    assert ort.macs == {"int8": CONV_MACS}
+    assert nodes(ort)["QLinearConv"] == 2
+    assert ort.unfused_qdq == 0
+    assert openvino.macs["int8"] >= 0.9 * CONV_MACS
+    unoptimized = profiled(folder, entry, EngineSpec(name="onnxruntime", graph_level="disable"))
+    assert unoptimized.macs == {"float32": CONV_MACS}
+    assert unoptimized.unfused_qdq > 4
+
+
+def test_dynamic_int8_of_a_convolutional_net_names_convinteger(folder: Path, tmp_path: Path):
+    entry = made(folder, tmp_path / "work", "quantize.dynamic", ops="all")
+    baseline = Model(name="float32", entry=folder / "model.onnx", engine=ORT)
+    (told,) = explain(
+        [Model(name="int8-dynamic", entry=entry, engine=ORT)],
+        baseline,
+        samples=folder / "samples.npz",
+        batch_size=4,
+        timing_s=0.3,
+    )
+    assert "slower: ConvInteger and DynamicQuantizeLinear take" in told.sentence
+    assert nodes(told.after)["ConvInteger"] == 2
+
+
+def test_a_fixed_batch_counts_for_one_sample(folder: Path, tmp_path: Path):
+    (tmp_path / "fixed.onnx").write_bytes(convolutional(batch=1).SerializeToString())
+    for engine in (ORT, FLOAT32):
+        assert profiled(folder, tmp_path / "fixed.onnx", engine).macs == {"float32": CONV_MACS}
+
+
+def test_two_files_without_a_campaign(folder: Path):
+    model = folder / "model.onnx"
+    (told,) = explain_files(model, model, samples=folder / "samples.npz", batch_size=2, threads=1)
+    assert told.before.batch_size == 2
+    assert told.after.macs == told.before.macs
+
+
+def test_samples_that_do_not_fit(folder: Path, tmp_path: Path):
+    np.savez(tmp_path / "other.npz", z=np.ones((2, 3), np.float32))
+    with pytest.raises(StageError, match="input 'z'"):
+        profile_variant(folder / "model.onnx", ORT, samples=tmp_path / "other.npz", batch_size=2)
+    with pytest.raises(InputError, match="no samples at"):
+        explain_files(folder / "model.onnx", folder / "model.onnx", samples=tmp_path / "none", batch_size=1, threads=1)
