@@ -159,8 +159,12 @@ def test_a_folder_that_is_not_empty_is_refused(source, context):
 
 
 def test_a_library_cannot_quieten_our_log(source, context):
+    def change(self, model):
+        logging.root.setLevel(logging.CRITICAL)
+        model.doc_string = "changed"
+
     before = logging.root.level
-    variation(change=lambda self, model: logging.root.setLevel(logging.CRITICAL))(source, context)
+    variation(change=change)(source, context)
     assert logging.root.level == before
 
 
