@@ -6,6 +6,7 @@ that the library would need by itself.
 
 import difflib
 import logging
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,7 @@ def prepare(source: StageInput, scratch: Path) -> tuple[Any, list[str]]:
     for path in scratch.glob("given.onnx*"):
         path.unlink()
     model = load(target)
-    if _name_nodes(model):
+    if _name_nodes(model) | _own_transposed(model):
         write(model, target, large=large)
     return model, notes
 
@@ -141,6 +142,27 @@ def _name_nodes(model: Any) -> bool:
         taken.add(name)
         if name != node.name:
             node.name, changed = name, True
+    return changed
+
+
+def _own_transposed(model: Any) -> bool:
+    """Gives a Gemm with ``transB`` a weight of its own; returns whether one shared it.
+
+    ONNX Runtime turns the weight itself when it makes such a Gemm a MatMul, and so spoils it for others.
+    """
+    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+    readers = Counter(name for node in onnx_files.nodes(model.graph) for name in node.input)
+    changed = False
+    for position, node in enumerate(model.graph.node):
+        if node.op_type != "Gemm" or not any(one.name == "transB" and one.i for one in node.attribute):
+            continue
+        name = node.input[1]
+        if name in tensors and readers[name] > 1:
+            own = model.graph.initializer.add()
+            own.CopyFrom(tensors[name])
+            own.name = node.input[1] = f"{name}/of_gemm_{position}"
+            readers[name] -= 1
+            changed = True
     return changed
 
 

@@ -86,9 +86,49 @@ class TestStaticInt8(StageContract):
         StageCall(name="quantize.static", params={"method": "entropy"}),
         StageCall(name="quantize.static", params={"symmetric_activations": True, "reduce_range": True}),
         StageCall(name="quantize.static", params={"ops": "weighted", "matmul_output": "quantized"}),
+        StageCall(name="quantize.static", params={"scheme": "s8s8", "method": "entropy", "ops": "all"}),
+        StageCall(name="quantize.static", params={"scheme": "u8u8", "format": "qoperator", "per_channel": False}),
     )
     source = source_fixture("conv", "transformer")
     # Ranges from 16 random samples clip others.
+    min_cosine = 0.95
+
+    @pytest.fixture
+    def refused(self, integers):
+        return integers
+
+
+class TestWeightOnly(StageContract):
+    stage = stage_fixture(
+        StageCall(name="quantize.weights"),
+        StageCall(name="quantize.weights", params={"bits": 8, "block_size": 128, "symmetric": False}),
+    )
+    source = source_fixture("transformer")
+
+    @pytest.fixture
+    def refused(self, tmp_path):
+        return tiny_conv_net(tmp_path / "conv")
+
+
+class TestSmooth(StageContract):
+    stage = stage_fixture(
+        StageCall(name="quantize.smooth"),
+        StageCall(name="quantize.smooth", params={"alpha": 0.75, "insert_mul": "always"}),
+    )
+    source = source_fixture("transformer")
+    min_cosine = 0.99999
+
+    @pytest.fixture
+    def refused(self, integers):
+        return integers
+
+
+class TestTensorRtInt8(StageContract):
+    stage = stage_fixture(
+        StageCall(name="quantize.tensorrt"),
+        StageCall(name="quantize.tensorrt", params={"method": "percentile", "batch_size": 3}),
+    )
+    source = source_fixture("conv", "transformer")
     min_cosine = 0.95
 
     @pytest.fixture
