@@ -1,0 +1,178 @@
+"""What a stage costs over calling its library by hand: time and peak memory, each in a fresh process, in pairs.
+
+The model is MiniLM's sentence encoder in float32 (90 MB). The hand-written side does what a user would write from the
+library's documentation, with the settings that the stage chooses, and writes the model to a file, too.
+"""
+
+import json
+import random
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from figures import figure, finish, say
+
+ROUNDS = 5
+STAGES = ("simplify.ort", "quantize.dynamic", "quantize.static", "precision.float16", "convert.openvino")
+
+
+def arrays(path: Path) -> dict[str, Any]:
+    import numpy as np
+
+    with np.load(path, allow_pickle=False) as archive:
+        return {name: archive[name] for name in archive.files if name != "labels"}
+
+
+def by_stage(name: str, model: Path, calibration: Path, out: Path) -> None:
+    from optimize.samples import load_samples
+    from optimize.stages import make_stage
+    from optimize.stages.base import Context, read_input
+    from registry.records import StageCall
+
+    stage = make_stage(StageCall(name=name))
+    samples = load_samples(calibration).inputs if stage.needs_calibration else None
+    stage(read_input(model.parent, model.name), Context(out=out, calibration=samples, threads=2))
+
+
+def dynamic(model: Path, _calibration: Path, out: Path) -> None:
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    quant_pre_process(str(model), str(out / "prepared.onnx"), auto_merge=True)
+    quantize_dynamic(
+        out / "prepared.onnx",
+        out / "model.onnx",
+        op_types_to_quantize=["MatMul", "Gemm", "Attention", "LSTM"],
+        per_channel=True,
+        weight_type=QuantType.QInt8,
+    )
+
+
+def static(model: Path, calibration: Path, out: Path) -> None:
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    samples = arrays(calibration)
+    count = len(next(iter(samples.values())))
+
+    class Reader(CalibrationDataReader):
+        def __init__(self) -> None:
+            self.starts = iter(range(0, count, 8))
+
+        def get_next(self) -> dict[str, Any] | None:
+            at = next(self.starts, None)
+            return None if at is None else {name: array[at : at + 8] for name, array in samples.items()}
+
+    quant_pre_process(str(model), str(out / "prepared.onnx"), auto_merge=True)
+    quantize_static(
+        out / "prepared.onnx",
+        out / "model.onnx",
+        Reader(),
+        quant_format=QuantFormat.QDQ,
+        op_types_to_quantize=["MatMul", "Gemm"],
+        per_channel=True,
+        activation_type=QuantType.QUInt8,
+        weight_type=QuantType.QInt8,
+        extra_options={"OpTypesToExcludeOutputQuantization": ["MatMul", "Gemm"]},
+    )
+
+
+def optimized(model: Path, _calibration: Path, out: Path) -> None:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.optimized_model_filepath = str(out / "model.onnx")
+    onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+
+
+def float16(model: Path, _calibration: Path, out: Path) -> None:
+    import onnx
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    onnx.save(convert_float_to_float16(onnx.load(str(model)), keep_io_types=True), str(out / "model.onnx"))
+
+
+def openvino_ir(model: Path, _calibration: Path, out: Path) -> None:
+    import openvino
+
+    openvino.save_model(openvino.convert_model(str(model)), str(out / "model.xml"), compress_to_fp16=False)
+
+
+BY_HAND: dict[str, Callable[[Path, Path, Path], None]] = {
+    "simplify.ort": optimized,
+    "quantize.dynamic": dynamic,
+    "quantize.static": static,
+    "precision.float16": float16,
+    "convert.openvino": openvino_ir,
+}
+
+
+def child(side: str, name: str, model: Path, calibration: Path, out: Path) -> None:
+    """One side in this process; prints its peak resident memory in bytes."""
+    if side == "stage":
+        by_stage(name, model, calibration, out)
+    else:
+        BY_HAND[name](model, calibration, out)
+    sys.stdout.write(f"\n{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}\n")
+
+
+def measured(side: str, name: str, model: Path, calibration: Path) -> tuple[float, int]:
+    """Seconds and peak bytes of one side in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "out"
+        out.mkdir()
+        begin = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, __file__, "--child", side, name, str(model), str(calibration), str(out)],
+            check=True, capture_output=True, text=True, env={"PATH": "/usr/bin:/bin", "CI": "true"},
+        )  # fmt: skip
+        return time.perf_counter() - begin, int(done.stdout.split()[-1])
+
+
+def source() -> tuple[Path, Path]:
+    """The float32 ONNX model and the calibration samples."""
+    from tasks import TASKS, minilm
+    from variants import judged
+
+    task = minilm()
+    model = TASKS / "minilm" / "model.onnx"
+    if not model.exists():
+        (baseline, *_), store = judged(task)
+        model.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(store.path(baseline.variant.artifact) / baseline.variant.artifact.entry, model)
+    return model, task.base / task.calibration
+
+
+def main() -> None:
+    model, calibration = source()
+    say(f"the model has {model.stat().st_size / 1e6:.0f} MB")
+    met, order = [], random.Random(0)
+    for name in STAGES:
+        times: list[float] = []
+        peaks: list[float] = []
+        for _ in range(ROUNDS):
+            sides = ["stage", "hand"]
+            order.shuffle(sides)
+            found = {side: measured(side, name, model, calibration) for side in sides}
+            times.append(found["stage"][0] / found["hand"][0])
+            peaks.append(found["stage"][1] / found["hand"][1])
+        say(f"{name}: by hand {found['hand'][0]:.1f} s and {found['hand'][1] / 1e6:.0f} MB; "
+            f"time ratios {json.dumps([round(ratio, 3) for ratio in times])}")  # fmt: skip
+        met.append(figure(f"stage_time_ratio_{name}", median(times), "<= 1.10"))
+        met.append(figure(f"stage_memory_ratio_{name}", median(peaks), "<= 1.2"))
+    finish(*met)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--child"]:
+        child(sys.argv[2], sys.argv[3], *(Path(argument) for argument in sys.argv[4:7]))
+    else:
+        main()
