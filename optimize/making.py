@@ -6,13 +6,16 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
+from optimize.adaptation import as_jsonable, from_jsonable
 from optimize.config import SourceConfig
 from optimize.engines.local import run_in_child
+from optimize.explain import predict, predictable, weights_of
 from optimize.judging import as_input, failure_of, limits_of
 from optimize.plan import Plan, Workspace
 from optimize.recipes import apply_recipe, needs_calibration, tool_versions, variant_id
-from optimize.samples import Samples, load_samples
+from optimize.samples import Samples, open_samples
 from optimize.sources import load_huggingface, load_onnx, load_torch, source_components
+from optimize.stages import make_stage
 from optimize.stages.base import input_of
 from registry import codec
 from registry.errors import BurnishError, NotApplicableError, StorageError
@@ -31,7 +34,7 @@ def make_sources(workspace: Workspace) -> tuple[list[Source], list[Failure]]:
     failures: list[Failure] = []
     for config in configs:
         try:
-            source, known = _make_source(workspace, config)
+            source, known = make_source(workspace, config)
         except StorageError:
             raise
         except BurnishError as error:
@@ -46,7 +49,12 @@ def make_sources(workspace: Workspace) -> tuple[list[Source], list[Failure]]:
     return sources, failures
 
 
-def _make_source(workspace: Workspace, config: SourceConfig) -> tuple[Source, bool]:
+def make_source(workspace: Workspace, config: SourceConfig) -> tuple[Source, bool]:
+    """The source as its float32 artifact, and whether it was known.
+
+    Raises:
+        BurnishError: it cannot be had.
+    """
     plan = workspace.plan
     location = config.location if config.kind == "torch" else str(plan.source_path(config))
     options = _options(plan, config)
@@ -123,6 +131,7 @@ def make_variant(
     calibrated = calibration.digest if calibration is not None and needs_calibration(recipe) else None
     versions = tool_versions(recipe)
     identity = variant_id(source.digest, recipe, calibrated, workspace.plan.config.seed, versions)
+    foreseen = workspace.plan.config.predict and predictable(recipe)
 
     def make() -> Variant | Failure:
         begin = monotonic()
@@ -133,6 +142,7 @@ def make_variant(
                 "files": str(workspace.store.path(source.artifact)),
                 "calibration": _path(workspace.plan) if calibrated else None,
                 "seed": workspace.plan.config.seed,
+                "foreseen": foreseen,
                 "threads": workspace.plan.host.cores,
                 "work": scratch,
             }
@@ -161,10 +171,30 @@ def make_variant(
             batch_dependent=made["batch_dependent"],
             made_in_s=round(monotonic() - begin, 3),
             notes=tuple(made["notes"]),
+            adaptation=from_jsonable(made["adaptation"]),
         )
 
-    components = {"variant": identity, "name": name, "tools": versions, "calibration": calibrated}
+    # The id says whether it is the same work, and its parts beside it what differs if not.
+    components = {
+        "variant": identity,
+        "name": name,
+        "source": source.digest,
+        "stages": _stages(recipe),
+        "calibration": calibrated,
+        "seed": workspace.plan.config.seed,
+        "tools": versions,
+        "predict": foreseen,
+    }
     return workspace.remember("Variant", name, components, make)[0]
+
+
+def _stages(recipe: Recipe) -> dict[str, Any]:
+    """The stages with their versions and all their parameters, by place and name."""
+    stages = [make_stage(call) for call in recipe.stages]
+    return {
+        f"{place} {stage.name}": {"version": stage.version, **stage.call.params}
+        for place, stage in enumerate(stages, start=1)
+    }
 
 
 def _path(plan: Plan) -> str | None:
@@ -181,13 +211,21 @@ def make_here(
     seed: int,
     threads: int,
     work: str,
+    foreseen: bool = False,
 ) -> dict[str, Any]:
-    """Applies a recipe in this process; the child's side of `make_variants`, with records as plain JSON values."""
-    from_source = codec.from_jsonable(Source, source)
+    """Applies a recipe in this process; the child's side of `make_variants`, with records as plain JSON values.
+
+    Raises:
+        NotApplicableError: a stage does not apply, or outcomes are to be ``foreseen`` and this one is hopeless.
+    """
+    given = input_of(codec.from_jsonable(Source, source).artifact, Path(files))
+    wanted = codec.from_jsonable(Recipe, recipe)
+    if foreseen and given.format == "onnx" and (reason := predict(wanted, weights_of(given.path))):
+        raise NotApplicableError(reason)
     made = apply_recipe(
-        codec.from_jsonable(Recipe, recipe),
-        input_of(from_source.artifact, Path(files)),
-        calibration=None if calibration is None else load_samples(Path(calibration)).inputs,
+        wanted,
+        given,
+        calibration=None if calibration is None else open_samples(Path(calibration)),
         seed=seed,
         threads=threads,
         work=Path(work),
@@ -201,4 +239,5 @@ def make_here(
         "notes": list(made.notes),
         "batch_dependent": made.batch_dependent,
         "signature_changed": made.signature_changed,
+        "adaptation": as_jsonable(made.adaptation),
     }
