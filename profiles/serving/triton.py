@@ -1,5 +1,9 @@
 """Candidate to Triton's files."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
 from profiles.serving.naming import check_batching, session_settings, unserved, why_not_batched
 from registry.errors import InputError
 from registry.records import Artifact, Candidate, TensorSpec
@@ -109,3 +113,147 @@ def _parameters(candidate: Candidate, artifact: Artifact) -> dict[str, str]:
     if candidate.serving.backend == "openvino":
         return {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": "1"}
     return {"entry": artifact.entry, **session_settings(candidate)}
+
+
+# --- TensorRT: on a GPU ------------------------------------------------------------------------------------------
+
+# What a TensorRT engine gives and takes; double is clamped to float32 by the builder.
+_PLAN_TYPES = frozenset({"bool", "float16", "float32", "int8", "int32", "int64", "uint8"})
+_PROFILE_ENDS = ("min", "opt", "max")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GpuServing:
+    """How a model is served on a GPU.
+
+    Attributes:
+        max_batch_size: most rows in one batch; 1 switches batching off.
+        max_batch_delay_ms: how long a request may wait for company.
+        instances: of the model on each GPU.
+    """
+
+    max_batch_size: int = 1
+    max_batch_delay_ms: float = 0.0
+    instances: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorRtProvider:
+    """Settings of the TensorRT execution provider in Triton's onnxruntime backend.
+
+    Attributes:
+        precision_mode: what the builder may compute in. A model with Q/DQ pairs wants INT8 on TensorRT up to 10, and
+            takes no calibration table with it.
+        max_workspace_bytes: GPU memory to try kernels with.
+        engine_cache_path: a folder on a volume that outlives the server, or None for no cache: each instance then
+            builds its engine at each start.
+        profile_shapes: ``trt_profile_min_shapes``, ``..._opt_...`` and ``..._max_...`` with all inputs (``x:1x8``), as
+            the stage ``tensorrt.prepare`` writes them; empty where all shapes are fixed.
+    """
+
+    precision_mode: Literal["FP32", "FP16", "BF16", "INT8"] = "FP32"
+    max_workspace_bytes: int = 1 << 30
+    engine_cache_path: str | None = "/mnt/trt-cache"
+    profile_shapes: Mapping[str, str] = field(default_factory=dict)
+
+
+def render_triton_plan(artifact: Artifact, *, model_name: str, serving: GpuServing | None = None) -> dict[str, str]:
+    """``<model_name>/config.pbtxt`` for a TensorRT engine, which belongs into ``<model_name>/1/model.plan``.
+
+    Args:
+        artifact: the ONNX model that the engine was built from: the plan's signature is its.
+        model_name: the model's name on the server.
+        serving: batching and instances.
+
+    Raises:
+        InputError: a tensor cannot be in an engine, or the batches cannot be had.
+    """
+    for tensor in (*artifact.inputs, *artifact.outputs):
+        if tensor.dtype not in _PLAN_TYPES:
+            raise InputError(
+                f"the tensor {tensor.name!r} is of type {tensor.dtype}, which no TensorRT engine gives or takes",
+                hint="Export the model with float32, float16, int32, int64, int8, uint8 or bool at its edges.",
+            )
+    config = _gpu_config(artifact, model_name, serving or GpuServing())
+    config.platform = "tensorrt_plan"
+    config.default_model_filename = "model.plan"
+    return _as_file(config)
+
+
+def render_triton_tensorrt(
+    artifact: Artifact, *, model_name: str, provider: TensorRtProvider, serving: GpuServing | None = None
+) -> dict[str, str]:
+    """``<model_name>/config.pbtxt`` for ONNX Runtime with its TensorRT provider, which builds engines as it starts.
+
+    Nodes that TensorRT does not take run on the CUDA provider. Source: the README of Triton's onnxruntime backend.
+
+    Raises:
+        InputError: a setting cannot be, an input lacks a profile, or the batches cannot be had.
+    """
+    _check_provider(artifact, provider)
+    config = _gpu_config(artifact, model_name, serving or GpuServing())
+    config.backend = "onnxruntime"
+    config.default_model_filename = artifact.entry
+    accelerator = config.optimization.execution_accelerators.gpu_execution_accelerator.add(name="tensorrt")
+    accelerator.parameters["precision_mode"] = provider.precision_mode
+    accelerator.parameters["max_workspace_size_bytes"] = str(provider.max_workspace_bytes)
+    if provider.engine_cache_path is not None:
+        accelerator.parameters["trt_engine_cache_enable"] = "1"
+        accelerator.parameters["trt_engine_cache_path"] = provider.engine_cache_path
+    for key, shapes in provider.profile_shapes.items():
+        accelerator.parameters[key] = shapes
+    return _as_file(config)
+
+
+def _gpu_config(artifact: Artifact, model_name: str, serving: GpuServing) -> Any:
+    """Tensors, batching and instances of a model on GPUs, a ``ModelConfig``."""
+    from tritonclient.grpc import model_config_pb2
+
+    if serving.max_batch_size < 1 or serving.instances < 1:
+        raise InputError(f"max_batch_size {serving.max_batch_size} and instances {serving.instances} must be 1 or more")
+    batched = serving.max_batch_size > 1
+    if batched:
+        _check_free_batch(artifact)
+    config = model_config_pb2.ModelConfig(name=model_name, max_batch_size=serving.max_batch_size if batched else 0)
+    for tensors, declared in ((artifact.inputs, config.input), (artifact.outputs, config.output)):
+        for tensor in tensors:
+            data_type = model_config_pb2.DataType.Value(_type(tensor))
+            declared.add(name=tensor.name, data_type=data_type, dims=_dims(tensor, batched=batched, free=False))
+    if batched:
+        config.dynamic_batching.max_queue_delay_microseconds = round(serving.max_batch_delay_ms * 1000)
+        config.dynamic_batching.SetInParent()
+    config.instance_group.add(count=serving.instances, kind=model_config_pb2.ModelInstanceGroup.KIND_GPU)
+    return config
+
+
+def _check_free_batch(artifact: Artifact) -> None:
+    for tensor in (*artifact.inputs, *artifact.outputs):
+        if not tensor.shape or isinstance(tensor.shape[0], int):
+            raise InputError(
+                f"the tensor {tensor.name!r} has no free first dimension, so no batches can be made of requests",
+                hint="Serve it with max_batch_size 1, or export the model with a dynamic batch dimension.",
+            )
+
+
+def _check_provider(artifact: Artifact, provider: TensorRtProvider) -> None:
+    known = [f"trt_profile_{end}_shapes" for end in _PROFILE_ENDS]
+    given = provider.profile_shapes
+    if given and sorted(given) != sorted(known):
+        raise InputError(f"the profile has {', '.join(sorted(given))}; it takes {', '.join(known)}, all three")
+    for key, shapes in given.items():
+        named = {entry.rpartition(":")[0] for entry in shapes.split(",")}
+        missing = [tensor.name for tensor in artifact.inputs if tensor.shape and tensor.name not in named]
+        if missing:
+            raise InputError(f"{key} lacks the input {missing[0]!r}", hint="A profile names all inputs.")
+    if provider.max_workspace_bytes < 1:
+        raise InputError(f"max_workspace_bytes is {provider.max_workspace_bytes}", hint="It is a size in bytes.")
+    if provider.engine_cache_path is not None and not provider.engine_cache_path.startswith("/"):
+        raise InputError(
+            f"engine_cache_path {provider.engine_cache_path!r} is not absolute", hint="Name a mounted volume."
+        )
+
+
+def _as_file(config: Any) -> dict[str, str]:
+    from google.protobuf import text_format
+
+    return {f"{config.name}/config.pbtxt": text_format.MessageToString(config)}
