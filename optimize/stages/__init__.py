@@ -38,6 +38,7 @@ _IN_TREE: Mapping[str, str] = {
     "reduce.image_side": "optimize.stages.reduce:ImageSide",
     "convert.openvino": "optimize.stages.openvino:ToOpenVino",
     "quantize.openvino": "optimize.stages.openvino:OpenVinoInt8",
+    "tensorrt.prepare": "optimize.stages.tensorrt:Prepare",
 }
 
 

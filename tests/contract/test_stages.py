@@ -246,6 +246,15 @@ class TestFloat16(StageContract):
         return integers
 
 
+class TestTensorRtPrepare(StageContract):
+    stage = stage_fixture(
+        StageCall(name="tensorrt.prepare"),
+        StageCall(name="tensorrt.prepare", params={"version": 10, "precision": "float16"}),
+    )
+    source = source_fixture("conv", "transformer")
+    min_cosine = 0.9999
+
+
 @needs_openvino
 class TestToOpenVino(StageContract):
     stage = stage_fixture(StageCall(name="convert.openvino"))

@@ -1,0 +1,83 @@
+"""An engine built by a double of trtexec, on a machine with a double of nvidia-smi: no GPU was at hand."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from optimize.engines.trtexec import build_engine
+from optimize.stages.base import Context
+from optimize.stages.tensorrt import Prepare
+from optimize.testing import tiny_conv_net
+from registry.errors import InputError, NotApplicableError, StageError
+
+DOUBLES = Path(__file__).parents[2] / "doubles" / "trtexec"
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def ready(tmp_path_factory) -> Path:
+    """What the stage made of a model."""
+    folder = tmp_path_factory.mktemp("trtexec")
+    (folder / "ready").mkdir()
+    Prepare({"version": 10})(tiny_conv_net(folder / "source"), Context(out=folder / "ready"))
+    return folder / "ready"
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch):
+    """A machine whose PATH begins with some of the doubles, which do as wished."""
+
+    def with_tools(*names: str, wish: str = "build 101200") -> None:
+        folder = tmp_path / "bin"
+        folder.mkdir()
+        for name in names:
+            shutil.copy(DOUBLES / name, folder / name)
+        (folder / "wish").write_text(wish)
+        monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+
+    return with_tools
+
+
+def test_the_double_builds_and_what_it_was_built_with_is_kept(ready, machine, tmp_path: Path) -> None:
+    machine("trtexec", "nvidia-smi")
+    plan = build_engine(ready, tmp_path / "engine")
+    size = (ready / "model.onnx").stat().st_size
+    assert plan.read_bytes() == b"plan of %d bytes" % size
+    facts = json.loads((tmp_path / "engine" / "engine.json").read_text())
+    assert (facts["tensorrt"], facts["gpu"], facts["compute_capability"]) == ("10.12", "NVIDIA L4", "8.9")
+    assert facts["command"][-1] == "--stronglyTyped"
+    assert sorted(path.name for path in (tmp_path / "engine").iterdir()) == ["engine.json", "model.plan"]
+
+
+@pytest.mark.parametrize(
+    ("wish", "timeout_s", "said"),
+    [
+        ("fail 110000", 60, r"exit code 1\n(.*\n)*\[E\] Error\[4\]: network is not supported"),
+        ("nothing 110000", 60, "wrote no model.plan"),
+        ("hang 110000", 0.5, "more than 0.5 s"),
+    ],
+)
+def test_a_build_that_fails_leaves_nothing(ready, machine, tmp_path: Path, wish, timeout_s, said) -> None:
+    machine("trtexec", "nvidia-smi", wish=wish)
+    with pytest.raises(StageError, match=said):
+        build_engine(ready, tmp_path / "engine", timeout_s=timeout_s)
+    assert list((tmp_path / "engine").iterdir()) == []
+
+
+def test_without_a_gpu_or_trtexec_the_reason_is_said(ready, machine, tmp_path: Path, monkeypatch) -> None:
+    machine("trtexec")
+    if shutil.which("nvidia-smi") is None:
+        with pytest.raises(NotApplicableError, match="no GPU"):
+            build_engine(ready, tmp_path / "engine")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(NotApplicableError, match="no trtexec on PATH"):
+        build_engine(ready, tmp_path / "engine")
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no build\.json"):
+        build_engine(tmp_path, tmp_path / "engine")
