@@ -6,11 +6,14 @@ fidelity, screening, and the requests of the load.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from optimize.samples import Samples, StreamedSamples
+from registry import codec
 from registry.errors import InputError
 from registry.records import Adaptation
 
@@ -33,6 +36,30 @@ def adapt(inputs: Arrays, steps: Sequence[Adaptation]) -> dict[str, NDArray[Any]
             raise InputError(f"the samples have no input {step.input!r}, which the variant takes in another form")
         adapted[step.input] = _WAYS[step.way](adapted[step.input], step)
     return adapted
+
+
+def adapt_samples(samples: Samples, steps: Sequence[Adaptation]) -> Samples:
+    """The samples with adapted inputs; labels, slices and the digest are those of the samples that they come from."""
+    return replace(samples, inputs=adapt(samples.inputs, steps)) if steps else samples
+
+
+def adapt_calibration(samples: Arrays | None, steps: Sequence[Adaptation]) -> Arrays | None:
+    """Calibration samples for the next stage; samples that are streamed are adapted batch by batch."""
+    if samples is None or not steps:
+        return samples
+    if isinstance(samples, StreamedSamples):
+        return samples.through(lambda batch: adapt(batch, steps))
+    return adapt(samples, steps)
+
+
+def as_jsonable(steps: Sequence[Adaptation]) -> list[Any]:
+    """The steps as a child process is given them."""
+    return [codec.to_jsonable(step) for step in steps]
+
+
+def from_jsonable(steps: Sequence[Any]) -> tuple[Adaptation, ...]:
+    """The steps that `as_jsonable` wrote."""
+    return tuple(codec.from_jsonable(Adaptation, step) for step in steps)
 
 
 def describe(step: Adaptation) -> str:

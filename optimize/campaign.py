@@ -196,6 +196,7 @@ def _servings(workspace: Workspace, served: Sequence[Judged]) -> list[Serving]:
                     files=workspace.store.path(one.variant.artifact),
                     answers=answers,
                     baseline=one is served[0],
+                    adaptation=one.variant.adaptation,
                 )
             )
     return servings

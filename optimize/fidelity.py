@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from optimize.adaptation import adapt_samples, as_jsonable, from_jsonable
 from optimize.engines.local import Limits, run_in_child
 from optimize.intervals import (
     FEWEST,
@@ -37,7 +38,7 @@ from optimize.metrics import Metric, Outputs, find_metric
 from optimize.parity import MOST_DB, check_alike, check_finite, parity, row_cosines, rows_of, spread
 from optimize.samples import load_samples
 from registry.errors import InputError, StageError
-from registry.records import EngineSpec, Estimate, Fidelity, exact
+from registry.records import Adaptation, EngineSpec, Estimate, Fidelity, exact
 
 __all__ = (
     "batch_dependence", "check_alike", "check_finite", "compare_outputs", "drop_by_slice", "drop_of_scores", "evaluate",
@@ -288,6 +289,7 @@ def evaluate(
     parity: bool = True,
     metric: str | None = None,
     saturation: bool = False,
+    adaptation: Sequence[Any] = (),
 ) -> dict[str, Any]:
     """Runs the samples through a model in this process; the child's side of `measure_fidelity`.
 
@@ -304,6 +306,7 @@ def evaluate(
         parity: whether the answers are to be like the baseline's; see `compare_outputs`.
         metric: the task metric's name, or None.
         saturation: whether to count u8 times s8 sums that a CPU without VNNI would cut off (`optimize.saturation`).
+        adaptation: how the model's inputs come from the samples, as `optimize.adaptation.as_jsonable` wrote it.
 
     Returns:
         ``engine_version``, ``samples``, ``metrics`` (name -> fields of an `Estimate`) and ``notes``.
@@ -317,6 +320,7 @@ def evaluate(
     held_out = load_samples(Path(samples))
     if samples_digest is not None and held_out.digest != samples_digest:
         raise InputError(f"{samples} changed while the campaign ran", hint="Run it again; what was judged is kept.")
+    held_out = adapt_samples(held_out, from_jsonable(adaptation))
     chosen = None if metric is None else find_metric(metric)
 
     def answers(order: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
@@ -336,7 +340,9 @@ def evaluate(
     outputs = answers(order)
     wanted = outputs if reference is None else load_outputs(Path(reference))
     labels = held_out.labels
-    found, notes = _compared(wanted, outputs, labels, chosen, alike=parity)
+    # Smaller inputs may give outputs of fewer rows a sample, which nothing of the baseline's is to be compared with.
+    smaller = bool(adaptation) and any(wanted[name].shape != outputs[name].shape for name in outputs if name in wanted)
+    found, notes = _compared(wanted, outputs, labels, chosen, alike=parity and not smaller)
     if chosen is not None and held_out.slices is not None:
         by_slice, told = drop_by_slice(wanted, outputs, labels, chosen, held_out.slices)
         found, notes = found | by_slice, (*notes, *told)
@@ -421,6 +427,7 @@ def measure_fidelity(
     threads: int = 1,
     seed: int = 0,
     saturation: bool = False,
+    adaptation: Sequence[Adaptation] = (),
     limits: Limits | None = None,
     cpus: Sequence[int] | None = None,
     python_path: Path | None = None,
@@ -443,6 +450,7 @@ def measure_fidelity(
         threads: of the session.
         seed: of the order in which samples meet in batches.
         saturation: whether to count what a CPU without VNNI would cut off, as ``saturated_share``.
+        adaptation: how the variant's inputs come from the samples.
         limits: of the child.
         cpus: the child may run on, or None for all.
         python_path: the folder the user's own metric is found in.
@@ -467,6 +475,7 @@ def measure_fidelity(
             "parity": parity,
             "metric": metric,
             "saturation": saturation,
+            "adaptation": as_jsonable(adaptation),
         },
         limits=limits,
         cpus=cpus,

@@ -79,7 +79,7 @@ def judge_variants(
         name = _name(variant, engine)
         baseline = judged[0] if judged else None
         try:
-            found = _judge_one(workspace, variant, engine, evaluation, baseline)
+            found = judge_one(workspace, variant, engine, evaluation, baseline)
         except StorageError:
             raise
         except BurnishError as error:
@@ -102,9 +102,14 @@ def _tell(workspace: Workspace, one: Judged, baseline: Judged) -> None:
             workspace.observer.note(f"{one.name}: {note}")
 
 
-def _judge_one(
+def judge_one(
     workspace: Workspace, variant: Variant, engine: EngineSpec, evaluation: Samples, baseline: Judged | None
 ) -> Judged:
+    """How a variant answers in one engine, at each batch size that counts; ``baseline`` is None for itself.
+
+    Raises:
+        BurnishError: it cannot be run or judged there.
+    """
     served = sorted({profile.max_batch_size for profile in workspace.plan.profiles})
     sizes = [*served] if variant.batch_dependent else served[-1:]
     reference = None if baseline is None else next(iter(baseline.answers.values()))
@@ -198,6 +203,7 @@ def _fidelity(
             threads=plan.host.cores,
             seed=plan.config.seed,
             saturation=saturation,
+            adaptation=variant.adaptation,
             limits=limits_of(workspace),
             python_path=plan.base,
         )
@@ -219,7 +225,7 @@ def screen_variants(workspace: Workspace, judged: Sequence[Judged]) -> tuple[lis
     failures: list[Failure] = []
     for one in judged:
         try:
-            timed.append(_screen_one(workspace, one))
+            timed.append(screen_one(workspace, one))
             outcome = ", ".join(
                 f"{estimate.value:.2f} ms ({name.removeprefix('inprocess_ms.')})"
                 for name, estimate in timed[-1].screening.metrics.items()  # type: ignore[union-attr]
@@ -235,7 +241,12 @@ def screen_variants(workspace: Workspace, judged: Sequence[Judged]) -> tuple[lis
     return timed, failures
 
 
-def _screen_one(workspace: Workspace, one: Judged) -> Judged:
+def screen_one(workspace: Workspace, one: Judged) -> Judged:
+    """The same with its in-process time.
+
+    Raises:
+        BurnishError: it cannot be timed.
+    """
     plan = workspace.plan
     profile = plan.profiles[0]
     sizes = tuple(sorted({1, profile.max_batch_size}))
@@ -259,6 +270,7 @@ def _screen_one(workspace: Workspace, one: Judged) -> Judged:
             batch_sizes=sizes,
             threads=profile.threads,
             budget_s=plan.level.screen_s,
+            adaptation=one.variant.adaptation,
             cpus=plan.server_cpus,
             limits=limits_of(workspace),
         )

@@ -7,6 +7,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from optimize.adaptation import adapt
 from optimize.judging import failure_of
 from optimize.plan import Workspace
 from profiles.deploy.cluster import Cluster, Deployment
@@ -18,6 +19,7 @@ from registry.codec import digest
 from registry.errors import BurnishError, GeneratorLostError, StorageError
 from registry.policy import DEFAULT_LOAD, loads_named
 from registry.records import (
+    Adaptation,
     Artifact,
     Candidate,
     Capacity,
@@ -39,6 +41,7 @@ class Serving:
         files: the folder with its files.
         answers: what it should answer for each sample (output name -> array), or None where an answer depends on its
             neighbours in the batch and so cannot be foretold.
+        adaptation: how the candidate's inputs come from the samples.
         baseline: whether others are compared with it, so that it has two slots in a round, for the noise floor.
     """
 
@@ -47,6 +50,7 @@ class Serving:
     files: Path
     answers: Mapping[str, NDArray[Any]] | None
     baseline: bool
+    adaptation: tuple[Adaptation, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,7 +164,7 @@ class _Hall:
 
         def search() -> Capacity:
             deployment = self._deployment(serving)
-            payloads = self._payloads(deployment)
+            payloads = self._payloads(serving, deployment)
             # The search keeps its stages, not their arrays: each window overwrites the last one's.
             raw = self._workspace.folder("raw") / f"{candidate_id}-capacity.npz"
 
@@ -200,7 +204,7 @@ class _Hall:
 
         def run() -> Round:
             deployment = self._deployment(serving)
-            payloads = self._payloads(deployment)
+            payloads = self._payloads(serving, deployment)
             return measure_in_round(
                 self._generator,
                 deployment,
@@ -250,8 +254,9 @@ class _Hall:
         components = {"candidate": serving.candidate.id, "host": self._plan.host.fingerprint}
         return self._workspace.remember("Deployed", serving.candidate.name, components, look)[0]
 
-    def _payloads(self, deployment: Deployment) -> tuple[Payload, ...]:
-        return encode_payloads(self._inputs, target=deployment.target, seed=self._plan.config.seed)
+    def _payloads(self, serving: Serving, deployment: Deployment) -> tuple[Payload, ...]:
+        inputs = adapt(self._inputs, serving.adaptation)
+        return encode_payloads(inputs, target=deployment.target, seed=self._plan.config.seed)
 
     def _undeploy(self, candidate_id: str) -> None:
         deployment = self._deployments.pop(candidate_id, None)

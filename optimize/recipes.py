@@ -11,13 +11,14 @@ from typing import Any
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
+from optimize.adaptation import adapt_calibration
 from optimize.config import RecipeConfig
 from optimize.stages import make_stage
 from optimize.stages.base import Context, Format, StageInput
 from registry import codec
 from registry.documents import load_document
 from registry.errors import InputError, NotApplicableError
-from registry.records import EngineSpec, Recipe, StageCall, TensorSpec
+from registry.records import Adaptation, EngineSpec, Recipe, StageCall, TensorSpec
 
 BASELINE = "float32"
 
@@ -213,6 +214,7 @@ class Made:
         batch_dependent: whether an answer depends on its neighbours in the batch.
         signature_changed: whether names, types or shapes of inputs or outputs differ from the source's by a stage
             that declares so.
+        adaptation: how the inputs come from the source's, in order.
     """
 
     folder: Path
@@ -223,6 +225,7 @@ class Made:
     notes: tuple[str, ...]
     batch_dependent: bool
     signature_changed: bool
+    adaptation: tuple[Adaptation, ...] = ()
 
 
 def apply_recipe(
@@ -252,6 +255,7 @@ def apply_recipe(
         InputError: an unknown stage or parameter, or samples that do not fit.
     """
     current, notes, batch_dependent, signature_changed = source, [], False, False
+    adaptation: tuple[Adaptation, ...] = ()
     for position, call in enumerate(recipe.stages, start=1):
         on_stage(call.name)
         stage = make_stage(call)
@@ -262,6 +266,8 @@ def apply_recipe(
         if result.changed:
             batch_dependent = batch_dependent or stage.batch_dependent
             signature_changed = signature_changed or stage.changes_signature
+        adaptation += result.adaptation
+        calibration = adapt_calibration(calibration, result.adaptation)
         current = StageInput(
             folder=result.folder,
             entry=result.entry,
@@ -280,6 +286,7 @@ def apply_recipe(
         notes=tuple(notes),
         batch_dependent=batch_dependent,
         signature_changed=signature_changed,
+        adaptation=adaptation,
     )
 
 

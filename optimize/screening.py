@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from optimize.adaptation import adapt_samples, as_jsonable, from_jsonable
 from optimize.engines.local import Limits, run_in_child
 from optimize.fidelity import thread_limits
 from optimize.samples import Samples, load_samples
 from registry.errors import InputError, StageError
-from registry.records import EngineSpec, Estimate, Screening
+from registry.records import Adaptation, EngineSpec, Estimate, Screening
 
 if TYPE_CHECKING:
     from profiles.serving.session import Session
@@ -32,6 +33,7 @@ def screen(
     batch_sizes: Sequence[int],
     threads: int,
     budget_s: float = BUDGET_S,
+    adaptation: Sequence[Any] = (),
 ) -> dict[str, Any]:
     """Times a model in this process; the child's side of `screen_variant`.
 
@@ -46,7 +48,7 @@ def screen(
 
     if not batch_sizes or min(batch_sizes) < 1:
         raise InputError(f"batch sizes are 1 or more, not {list(batch_sizes)}")
-    held_out = load_samples(Path(samples))
+    held_out = adapt_samples(load_samples(Path(samples)), from_jsonable(adaptation))
     metrics = {}
     try:
         session = open_session(entry, engine=engine["name"], precision=engine["precision"],
@@ -137,6 +139,7 @@ def screen_variant(
     batch_sizes: Sequence[int],
     threads: int = 1,
     budget_s: float = BUDGET_S,
+    adaptation: Sequence[Adaptation] = (),
     limits: Limits | None = None,
     cpus: Sequence[int] | None = None,
 ) -> Screening:
@@ -150,6 +153,7 @@ def screen_variant(
         batch_sizes: the batches to time, each with ``budget_s``.
         threads: of the session.
         budget_s: wall time for each batch size.
+        adaptation: how the variant's inputs come from the samples.
         limits: of the child.
         cpus: the child may run on, or None for all.
 
@@ -166,6 +170,7 @@ def screen_variant(
             "batch_sizes": list(batch_sizes),
             "threads": threads,
             "budget_s": budget_s,
+            "adaptation": as_jsonable(adaptation),
         },
         limits=limits,
         cpus=cpus,

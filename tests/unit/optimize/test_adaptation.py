@@ -1,7 +1,12 @@
+import json
+
 import numpy as np
 import pytest
 
-from optimize.adaptation import adapt, describe
+from optimize.adaptation import adapt, adapt_calibration, adapt_samples, as_jsonable, describe, from_jsonable
+from optimize.recipes import apply_recipe, recipe_from_mapping
+from optimize.samples import from_arrays, open_samples
+from optimize.testing import samples_for, tiny_conv_net
 from registry.errors import InputError
 from registry.records import Adaptation
 
@@ -73,3 +78,40 @@ def test_a_missing_input_is_named():
 def test_steps_are_told_in_words():
     assert describe(cast("uint8", scale=0.5, offset=-1.0)) == "x: sent as uint8 of (value - -1) / 0.5"
     assert describe(resize(4, 6)) == "x: resized to 4x6"
+
+
+def test_labels_and_the_digest_stay_those_of_the_samples():
+    samples = from_arrays({"x": np.arange(6).reshape(3, 2)}, np.array([0, 1, 2]))
+    made = adapt_samples(samples, (cast("int32"),))
+    assert made.inputs["x"].dtype == np.int32
+    assert (made.digest, made.labels.tolist()) == (samples.digest, [0, 1, 2])
+    assert adapt_samples(samples, ()) is samples
+
+
+def test_calibration_samples_are_adapted_batch_by_batch(tmp_path):
+    np.savez(tmp_path / "samples.npz", x=np.arange(12, dtype=np.float32).reshape(6, 2))
+    streamed = adapt_calibration(open_samples(tmp_path / "samples.npz"), (cast("float16"),))
+    assert streamed.headers["x"].dtype == np.float16
+    assert [batch["x"].shape for batch in streamed.batches(4)] == [(4, 2), (2, 2)]
+
+
+def test_a_child_process_is_given_the_same_steps():
+    steps = (cast("uint8", scale=0.5, offset=-1.0), resize(4, 6))
+    assert from_jsonable(json.loads(json.dumps(as_jsonable(steps)))) == steps
+
+
+def test_a_stage_after_one_that_takes_smaller_inputs_is_calibrated_with_such(tmp_path):
+    source = tiny_conv_net(tmp_path / "source")
+    (tmp_path / "work").mkdir()
+    stages = [{"name": "reduce.image_side", "side": 4}, "precision.mixed"]
+    made = apply_recipe(
+        recipe_from_mapping({"name": "small", "stages": stages}),
+        source,
+        calibration=samples_for(source.inputs, count=16),
+        seed=0,
+        threads=1,
+        work=tmp_path / "work",
+    )
+    assert made.inputs[0].shape == ("batch", 3, 4, 4)
+    assert made.signature_changed
+    assert [(step.way, step.sizes) for step in made.adaptation] == [("resize", (4, 4))]

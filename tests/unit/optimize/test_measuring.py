@@ -24,6 +24,7 @@ from registry.errors import BurnishError, GeneratorLostError, ServerDiedError, S
 from registry.ledger import Ledger
 from registry.policy import parse_policy
 from registry.records import (
+    Adaptation,
     Artifact,
     Candidate,
     EngineSpec,
@@ -194,6 +195,25 @@ def reduced(work: Path, found: Measured, level: Any = QUICK) -> list[Any]:
         reduce_rounds(capacity.candidate_id, found.rounds, capacity, raw_root=work, level=level)
         for capacity in found.capacities
     ] + list(compare_rounds("base", found.rounds, raw_root=work, level=level))
+
+
+def test_a_candidate_is_sent_samples_as_it_takes_them(
+    tmp_path: Path, generator: SimulatedGenerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: dict[str, Any] = {}
+    run = generator.run
+
+    def keep(target: Target, payloads: Any, profile: LoadProfile, **given: Any) -> RunRecord:
+        sent[target.model] = payloads
+        return run(target, payloads, profile, **given)
+
+    monkeypatch.setattr(generator, "run", keep)
+    half = replace(FAST, adaptation=(Adaptation(input="x", way="cast", dtype="float16"),))
+    assert not Session(tmp_path, generator).measure(BASE, half).failures
+    rows = {model: {payload.rows for payload in payloads} for model, payloads in sent.items()}
+    assert rows["base"] == rows["fast"]
+    assert b"FP32" in sent["base"][0].body
+    assert b"FP16" in sent["fast"][0].body
 
 
 def test_every_candidate_is_measured_and_the_baseline_twice(tmp_path: Path, generator: SimulatedGenerator) -> None:
