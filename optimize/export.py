@@ -294,6 +294,8 @@ def export_huggingface(
         for file in kept_files(Path(source), allow_pickle=allow_pickle):
             staged.mkdir(exist_ok=True)
             (staged / file.name).symlink_to(file.resolve())
+            if file.suffix in _PICKLED_WEIGHTS and file.name.startswith("pytorch_model"):
+                _check_weights_only(file)
         try:
             main_export(
                 str(staged), output=made, task=task, opset=opset, library_name="transformers", framework="pt",
@@ -344,6 +346,25 @@ def kept_files(folder: Path, *, allow_pickle: bool = False) -> list[Path]:
     _check_shards(folder)
     kept = [file for file in files if file.suffix in _KEPT_SUFFIXES]
     return kept if weights else kept + pickles
+
+
+def _check_weights_only(path: Path) -> None:
+    """Returns when torch's weights-only reader takes the file; transformers would try other formats and name those.
+
+    Raises:
+        UntrustedModelError: it does not.
+    """
+    import torch
+
+    try:
+        torch.load(path, map_location="meta", weights_only=True)
+    except Exception as error:  # damaged files raise whatever their bytes lead to
+        traceback.print_exc()
+        raise UntrustedModelError(
+            f"{path} holds more than weights, or is damaged: torch's weights-only reader refuses it, and burnish "
+            "unpickles nothing",
+            hint="Save it again with model.save_pretrained(folder, safe_serialization=True).",
+        ) from error
 
 
 def _check_shards(folder: Path) -> None:
