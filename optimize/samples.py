@@ -3,7 +3,10 @@
 import contextlib
 import functools
 import hashlib
+import lzma
 import math
+import sys
+import tokenize
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
@@ -28,7 +31,8 @@ Batch = dict[str, NDArray[Any]]
 
 # What numpy and zipfile raise for files that are damaged, or no archives at all.
 _UNREADABLE = (
-    ValueError, OSError, EOFError, AttributeError, TypeError, NotImplementedError, zipfile.BadZipFile, zlib.error,
+    ValueError, OSError, EOFError, AttributeError, TypeError, RuntimeError, zipfile.BadZipFile, zlib.error,
+    lzma.LZMAError, tokenize.TokenError, OverflowError, KeyError,
 )  # fmt: skip
 
 
@@ -96,6 +100,8 @@ def load_samples(path: Path, expected: tuple[TensorSpec, ...] | None = None) -> 
     # The file is opened here: numpy leaves it open where it is no archive.
     with _told(path), path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
         arrays = {name: archive[name] for name in archive.files}
+        if other := [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]:
+            raise ValueError(f"{other[0]!r} in it is not an .npy file")
     labels, slices = arrays.pop(LABELS, None), arrays.pop(SLICES, None)
     if expected is not None:
         check_fit(arrays, expected, where=str(path))
@@ -129,6 +135,11 @@ class ArrayHeader:
     def ndim(self) -> int:
         """Number of axes."""
         return len(self.shape)
+
+    @property
+    def size_bytes(self) -> int:
+        """Of all values."""
+        return self.dtype.itemsize * math.prod(self.shape)
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -276,9 +287,14 @@ def open_samples(path: Path, expected: tuple[TensorSpec, ...] | None = None) -> 
     _check_there(path)
     with _told(path), zipfile.ZipFile(path) as archive:
         headers = {}
-        for member in archive.namelist():
+        for member in archive.infolist():
+            name, dot, suffix = member.filename.rpartition(".")
+            if (dot, suffix) != (".", "npy"):
+                raise ValueError(f"{member.filename!r} in it is not an .npy file")
             with archive.open(member) as file:
-                headers[member.removesuffix(".npy")] = _read_header(file)
+                headers[name] = header = _read_header(file)
+                if file.tell() + header.size_bytes > member.file_size:
+                    raise ValueError(f"{member.filename!r} in it ends before the last sample")
     found = SampleFile(path, headers)
     if expected is not None:
         check_fit(found, expected, where=str(path))
@@ -350,6 +366,8 @@ def _read_header(file: IO[bytes]) -> ArrayHeader:
     shape, fortran_order, dtype = readers[version](file)
     if dtype.hasobject:
         raise ValueError("it holds Python objects, which only pickle could read")
+    if not all(0 <= length <= sys.maxsize for length in shape):
+        raise ValueError(f"{shape} is not the shape of an array")
     return ArrayHeader(dtype=dtype, shape=shape, fortran_order=fortran_order)
 
 
