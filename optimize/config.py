@@ -215,6 +215,7 @@ class CampaignConfig(_Model):
         target_instruction_sets: those of the machines that are to serve the winner, as ``burnish doctor`` names them;
             None where they are this machine's. Variants are judged for them: one whose u8 times s8 sums would overflow
             there is refused.
+        predict: whether recipes that are hopeless for a model are left out, with the reason, before anything is made.
         search: what is searched for beyond the variants that are named.
         registry: where results go.
         limits: of child processes.
@@ -232,6 +233,7 @@ class CampaignConfig(_Model):
     levels: str | None = None
     policy: PolicyConfig = PolicyConfig()
     target_instruction_sets: tuple[str, ...] | None = None
+    predict: bool = True
     search: SearchConfig = SearchConfig()
     registry: RegistryConfig = RegistryConfig()
     limits: LimitsConfig = LimitsConfig()

@@ -83,6 +83,20 @@ class Ledger:
             finally:
                 os.close(descriptor)
 
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """The journal as it is now, for questions only: nothing is locked, and nothing can be committed.
+
+        Raises:
+            InputError: there is none, or a line is damaged.
+            StorageError: it cannot be read.
+        """
+        if not path.is_file():
+            raise InputError(f"there is no journal at {path}", hint="Name the working folder of a campaign.")
+        with _refusals(path):
+            content = path.read_bytes()
+        return cls(path, -1, _parse(content, path)[0])
+
     def find(self, kind: str, components: Components) -> Any:
         """The record of work that was done before, or None."""
         entry = self._by_key.get(_key(kind, components))
@@ -93,14 +107,20 @@ class Ledger:
 
         None where the work is done already, or where nothing was done for this subject before.
         """
+        told = self.differences(kind, subject, components)
+        return f"{subject} is done again: {'; '.join(told)}." if told else None
+
+    def differences(self, kind: str, subject: str, components: Components) -> list[str]:
+        """What differs from the components of the newest result for this subject, a phrase each.
+
+        Empty where the work is done already, or where nothing was done for this subject before.
+        """
         if _key(kind, components) in self._by_key:
-            return None
+            return []
         newest = next(
             (entry for entry in reversed(self._entries) if (entry.kind, entry.subject) == (kind, subject)), None
         )
-        if newest is None:
-            return None
-        return f"{subject} is done again: {'; '.join(_differences(newest.components, _plain(components)))}."
+        return [] if newest is None else _differences(newest.components, _plain(components))
 
     def entries(self, kind: str) -> tuple[Entry, ...]:
         """The entries of one kind, in the order they were committed."""
@@ -110,9 +130,12 @@ class Ledger:
         """Writes a result so that it survives any kill, and returns it as it will be read back.
 
         Raises:
-            ValueError: this work was committed before, or components or record hold what JSON has no word for; a bug.
+            ValueError: it is open for questions only, or this work was committed before, or components or record hold
+                what JSON has no word for; a bug.
             StorageError: it could not be written (a full disk, say); the journal is as it was.
         """
+        if self._descriptor < 0:
+            raise ValueError("this journal was opened for questions only")
         key = _key(kind, components)
         if key in self._by_key:
             raise ValueError(f"{kind} {subject!r} is committed already under {key}")

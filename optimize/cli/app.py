@@ -2,7 +2,7 @@
 
 import typer
 
-from optimize.cli import campaigns, explain, hosts, models, reports, serving
+from optimize.cli import cache, campaigns, explain, hosts, models, reports, serving
 
 # Rich markup in help doubles the start-up time; plain help reads as well.
 app = typer.Typer(
@@ -22,4 +22,5 @@ app.command("serve")(serving.serve)
 app.command("bench")(serving.bench)
 app.command("report")(reports.report)
 app.command("explain")(explain.explain)
+app.add_typer(cache.app, name="cache")
 app.command("doctor")(hosts.doctor)

@@ -8,11 +8,14 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from optimize.explain import Model, explain, explain_files
+from optimize.making import make_here
 from optimize.profiling import profile_variant
 from optimize.recipes import apply_recipe, recipe_from_mapping
 from optimize.stages.base import read_input
-from registry.errors import InputError, StageError
-from registry.records import EngineGraph, EngineSpec
+from registry.codec import to_jsonable
+from registry.errors import InputError, NotApplicableError, StageError
+from registry.records import EngineGraph, EngineSpec, Source
+from tests.doubles.models import write_onnx
 
 pytestmark = pytest.mark.slow
 
@@ -133,3 +136,27 @@ def test_samples_that_do_not_fit(folder: Path, tmp_path: Path):
         profile_variant(folder / "model.onnx", ORT, samples=tmp_path / "other.npz", batch_size=2)
     with pytest.raises(InputError, match="no samples at"):
         explain_files(folder / "model.onnx", folder / "model.onnx", samples=tmp_path / "none", batch_size=1, threads=1)
+
+
+def test_what_is_predicted_is_not_made_unless_told_otherwise(folder: Path, tmp_path: Path):
+    artifact = write_onnx(convolutional(), tmp_path / "files")
+    source = Source(name="net", kind="onnx", location="net.onnx", digest="0", artifact=artifact)
+    recipe = recipe_from_mapping({"name": "tried", "stages": [{"name": "quantize.dynamic", "ops": "all"}]})
+
+    def make(name: str, *, foreseen: bool) -> dict[str, object]:
+        (tmp_path / name).mkdir()
+        return make_here(
+            recipe=to_jsonable(recipe),
+            source=to_jsonable(source),
+            files=str(tmp_path / "files"),
+            calibration=None,
+            seed=0,
+            threads=1,
+            work=str(tmp_path / name),
+            foreseen=foreseen,
+        )
+
+    with pytest.raises(NotApplicableError, match=r"^predicted: 89 % of the weights are of convolutions"):
+        make("first", foreseen=True)
+    assert not list((tmp_path / "first").iterdir())
+    assert make("second", foreseen=False)["entry"] == "model.onnx"

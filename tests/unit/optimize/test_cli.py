@@ -101,6 +101,16 @@ def test_a_namesake_of_a_package_is_refused(monkeypatch, capsys, tmp_path: Path)
     assert "different places" in capsys.readouterr().err
 
 
+def test_cache_why_has_help_with_an_example(monkeypatch, capsys):
+    assert burnish(monkeypatch, "cache", "why", "--help") == 0
+    assert "Example: burnish cache why" in capsys.readouterr().out
+
+
+def test_cache_why_without_a_campaign(monkeypatch, capsys, tmp_path: Path):
+    assert burnish(monkeypatch, "cache", "why", "float32", "--work", str(tmp_path / "work"), "--json") == 2
+    assert "campaign.yaml" in json.loads(capsys.readouterr().out)["error"]["message"]
+
+
 def test_explain_of_files_needs_samples(monkeypatch, capsys, tmp_path: Path):
     model = str(tmp_path / write_onnx(mlp(), tmp_path).entry)
     assert burnish(monkeypatch, "explain", model, "--against", model) == 2

@@ -223,3 +223,20 @@ def test_a_journal_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="could not be written"), Ledger.open(tmp_path / "file" / "j.jsonl"):
         pass
+
+
+def test_a_journal_may_be_read_while_another_writes(path):
+    with Ledger.open(path) as ledger:
+        ledger.commit("make", "v0", {"seed": 0}, failure(0))
+        seen = Ledger.read(path)
+        assert seen.find("make", {"seed": 0}) == failure(0)
+        assert seen.differences("make", "v0", {"seed": 1}) == ["seed was 0, is now 1"]
+        assert seen.differences("make", "v9", {"seed": 1}) == []
+        with pytest.raises(ValueError, match="for questions only"):
+            seen.commit("make", "v1", {"seed": 1}, failure(1))
+
+
+def test_reading_a_journal_that_is_not_there_makes_none(path):
+    with pytest.raises(InputError, match="no journal"):
+        Ledger.read(path)
+    assert not path.parent.exists()

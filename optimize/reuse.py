@@ -1,0 +1,191 @@
+"""Which results of a variant the next run of its campaign would take from the journal, and what differs where not.
+
+The campaign's own functions are asked, over a workspace that looks up and never makes: so the answer is theirs, and
+cannot differ from what a run does.
+"""
+
+import difflib
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from optimize.config import CampaignConfig, SourceConfig
+from optimize.judging import Judged, judge_one, screen_one
+from optimize.making import make_source, make_variant
+from optimize.plan import Plan, Workspace, plan
+from optimize.recipes import engine_label
+from optimize.samples import Samples, load_samples
+from registry.codec import digest
+from registry.errors import InputError
+from registry.ledger import Ledger
+from registry.records import EngineSpec, Failure, Recipe, Variant
+from registry.store import FolderStore
+
+R = TypeVar("R")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """One result that a run would need.
+
+    Attributes:
+        kind: of the result: ``Source``, ``Variant``, ``Fidelity`` or ``Screening``.
+        subject: the name that it has in the journal.
+        reused: whether the next run takes it as it is.
+        reason: what differs from the newest result of this kind for this subject, or why there is none to take.
+    """
+
+    kind: str
+    subject: str
+    reused: bool
+    reason: str
+
+
+class _Missing(Exception):
+    """A result that is not there; what needs it cannot be asked for."""
+
+
+class _Silent:
+    def phase(self, name: str, total: int) -> None:
+        """Says nothing."""
+
+    def done(self, subject: str, outcome: str) -> None:
+        """Says nothing."""
+
+    def note(self, text: str) -> None:
+        """Says nothing."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Inquiry(Workspace):
+    """A workspace that keeps what it was asked for, and makes nothing."""
+
+    findings: list[Finding]
+
+    def folder(self, name: str) -> Path:
+        return self.plan.work / name
+
+    def remember(self, kind: str, subject: str, components: Mapping[str, Any], make: Callable[[], R]) -> tuple[R, bool]:
+        found = self.ledger.find(kind, components)
+        reason = self._obstacle(kind, subject, components, found)
+        self.findings.append(Finding(kind=kind, subject=subject, reused=not reason, reason=reason))
+        if reason:
+            raise _Missing
+        return found, True
+
+    def _obstacle(self, kind: str, subject: str, components: Mapping[str, Any], found: Any) -> str:
+        if found is None:
+            told = self.ledger.differences(kind, subject, components)
+            # The id of the variant is made of the other parts, and differs with each of them.
+            parts = [one for one in told if not one.startswith("variant ")] if kind == "Variant" else told
+            return "; ".join(parts or told) if told else "nothing was done for it before"
+        if kind == "Fidelity" and not (self.folder("outputs") / f"{digest(components)}.npz").is_file():
+            return "its answers are no longer in the working folder"
+        return ""
+
+
+def reuse_of(config: CampaignConfig, *, base: Path, work: Path, wanted: str) -> list[Finding]:
+    """What the next run of a campaign would reuse of a variant, in the order in which it is done.
+
+    A result that needs one that is made again is not listed as reused either.
+
+    Args:
+        config: the campaign file as it is now.
+        base: the folder that its paths are relative to.
+        work: the campaign's working folder; it is only read.
+        wanted: name or id of a variant, or its name in one engine.
+
+    Raises:
+        InputError: the campaign has no such variant, or no journal; or its file or samples do not fit.
+    """
+    ledger = Ledger.read(work / "ledger.jsonl")
+    planned = plan(config, base=base, work=work)
+    inquiry = _Inquiry(plan=planned, store=FolderStore(work), ledger=ledger, observer=_Silent(), findings=[])
+    source, recipe, engines = _find(planned, ledger, wanted)
+    evaluation = load_samples(planned.path(config.samples.evaluation))
+    given = config.samples.calibration
+    calibration = None if given is None else load_samples(planned.path(given))
+    variant = _variant(inquiry, source, recipe, calibration)
+    is_baseline = (source, recipe) == (config.sources[0], planned.recipes[0])
+    baseline = None if is_baseline else _baseline(replace(inquiry, findings=[]), evaluation, calibration)
+    for engine in engines:
+        name = _name(planned, source, recipe, engine)
+        if variant is None:
+            _follows(inquiry, name, ("Fidelity", "Screening"), "the variant is not reused")
+        elif baseline is None and not is_baseline:
+            _follows(inquiry, name, ("Fidelity", "Screening"), "the answers of the baseline are not reused")
+        else:
+            _ask_in_engine(inquiry, variant, engine, evaluation, baseline)
+    return list(dict.fromkeys(inquiry.findings))
+
+
+def _variant(inquiry: _Inquiry, source: SourceConfig, recipe: Recipe, calibration: Samples | None) -> Variant | None:
+    """The variant, or None where it would not be taken from the journal, or is a failure there."""
+    name = _name(inquiry.plan, source, recipe)
+    try:
+        known, _ = make_source(inquiry, source)
+    except _Missing:
+        _follows(inquiry, name, ("Variant",), "the source is not reused")
+        return None
+    try:
+        made = make_variant(inquiry, known, recipe, name, calibration)
+    except _Missing:
+        return None
+    return None if isinstance(made, Failure) else made
+
+
+def _baseline(inquiry: _Inquiry, evaluation: Samples, calibration: Samples | None) -> Judged | None:
+    """The answers of the baseline, or None where they would not be taken from the journal."""
+    variant = _variant(inquiry, inquiry.plan.config.sources[0], inquiry.plan.recipes[0], calibration)
+    if variant is None:
+        return None
+    try:
+        return judge_one(inquiry, variant, variant.recipe.engines[0], evaluation, None)
+    except _Missing:
+        return None
+
+
+def _ask_in_engine(
+    inquiry: _Inquiry, variant: Variant, engine: EngineSpec, evaluation: Samples, baseline: Judged | None
+) -> None:
+    try:
+        judged = judge_one(inquiry, variant, engine, evaluation, baseline)
+    except _Missing:
+        _follows(inquiry, inquiry.findings[-1].subject, ("Screening",), "the answers are not reused")
+        return
+    with suppress(_Missing):
+        screen_one(inquiry, judged)
+
+
+def _follows(inquiry: _Inquiry, subject: str, kinds: tuple[str, ...], reason: str) -> None:
+    """Notes what cannot be looked up, because what it depends on is made again."""
+    inquiry.findings.extend(Finding(kind=kind, subject=subject, reused=False, reason=reason) for kind in kinds)
+
+
+def _find(planned: Plan, ledger: Ledger, wanted: str) -> tuple[SourceConfig, Recipe, tuple[EngineSpec, ...]]:
+    by_id = {entry.record.id: entry.subject for entry in ledger.entries("Variant") if isinstance(entry.record, Variant)}
+    subject = by_id.get(wanted, wanted)
+    names = []
+    for source in planned.config.sources:
+        for recipe in planned.recipes:
+            name = _name(planned, source, recipe)
+            if subject == name:
+                return source, recipe, recipe.engines
+            for engine in recipe.engines:
+                if subject == _name(planned, source, recipe, engine):
+                    return source, recipe, (engine,)
+            names.append(name)
+    nearest = difflib.get_close_matches(subject, names, n=1, cutoff=0.4)
+    listed = f"There are: {', '.join(names)}."
+    raise InputError(
+        f"the campaign makes no variant {subject!r}",
+        hint=f"Did you mean {nearest[0]!r}? {listed}" if nearest else listed,
+    )
+
+
+def _name(planned: Plan, source: SourceConfig, recipe: Recipe, engine: EngineSpec | None = None) -> str:
+    name = f"{source.name}/{recipe.name}" if planned.several_sources else recipe.name
+    label = "" if engine is None else engine_label(engine, recipe)
+    return f"{name}.{label}" if label else name
