@@ -20,6 +20,7 @@ from typing import Any
 from figures import figure, finish, say
 
 ROUNDS = 5
+INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 STAGES = ("simplify.ort", "quantize.dynamic", "quantize.static", "precision.float16", "convert.openvino")
 
 
@@ -33,12 +34,17 @@ def arrays(path: Path) -> dict[str, Any]:
 def by_stage(name: str, model: Path, calibration: Path, out: Path) -> None:
     from optimize.samples import load_samples
     from optimize.stages import make_stage
-    from optimize.stages.base import Context, read_input
-    from registry.records import StageCall
+    from optimize.stages.base import Context, StageInput
+    from registry.records import StageCall, TensorSpec
 
     stage = make_stage(StageCall(name=name))
     samples = load_samples(calibration).inputs if stage.needs_calibration else None
-    stage(read_input(model.parent, model.name), Context(out=out, calibration=samples, threads=2))
+    # A campaign knows the signature from the record of the model, as whoever calls a library by hand knows it.
+    shape = ("batch", "tokens")
+    inputs = tuple(TensorSpec(name=name, dtype="int64", shape=shape) for name in INPUTS)
+    output = TensorSpec(name="embedding", dtype="float32", shape=("batch", 384))
+    given = StageInput(folder=model.parent, entry=model.name, format="onnx", inputs=inputs, outputs=(output,))
+    stage(given, Context(out=out, calibration=samples, threads=2))
 
 
 def dynamic(model: Path, _calibration: Path, out: Path) -> None:

@@ -190,7 +190,7 @@ class Stage(ABC):
         """
         if not result.changed:
             return
-        if _content(result.folder) == _content(source.folder):
+        if _sizes(result.folder) == _sizes(source.folder) and _content(result.folder) == _content(source.folder):
             raise StageContractError(f"{self.name} reports a change but wrote identical bytes")
         if not self.changes_signature:
             _check_kept(self.name, "input", source.inputs, result.inputs)
@@ -295,6 +295,10 @@ def _check_kept(stage: str, side: str, before: tuple[TensorSpec, ...], after: tu
             f"{stage} changed the {side}s (name, type, rank) from {told(before)} to {told(after)}, "
             "and does not declare a change of signature"
         )
+
+
+def _sizes(folder: Path) -> list[int]:
+    return sorted(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def _content(folder: Path) -> list[str]:

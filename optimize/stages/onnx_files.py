@@ -31,9 +31,11 @@ def load(source: StageInput) -> Any:
 
 
 def has_external_weights(path: Path) -> bool:
-    """Whether weights of the model stand in other files than ``path``."""
+    """Whether weights of the model stand in other files than ``path``, which are in its folder."""
     import onnx
 
+    if not any(other != path for other in path.parent.rglob("*")):
+        return False
     graph = onnx.load(str(path), load_external_data=False).graph
     return any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in graph.initializer)
 

@@ -39,6 +39,7 @@ class ToOpenVino(Stage):
     def apply(self, source: StageInput, context: Context) -> StageResult:
         """Converts; an operator that OpenVINO does not know makes the model one it cannot take."""
         openvino = _import("openvino", self.name)
+        known = _onnx_names(source.path)  # before the conversion, so that the two never share memory
         try:
             model = openvino.convert_model(str(source.path))
         except Exception as error:  # its frontends raise classes of their own that share no base but this
@@ -47,7 +48,7 @@ class ToOpenVino(Stage):
             # A tensor may carry several names; the one that requests use must be the only one.
             if port.get_names() != {spec.name}:
                 port.get_tensor().set_names({spec.name})
-        _save(openvino, model, context, known=_onnx_names(source.path))
+        _save(openvino, model, context, known=known)
         return self.written(context, ENTRY)
 
 
