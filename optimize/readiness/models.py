@@ -19,6 +19,8 @@ def unknown_ranks(graph: Graph, target: Target) -> Iterator[Hit]:
         if graph.shape(value.name) is None:
             yield Hit(message=f"the input {value.name!r} has no rank", nodes=(value.name,))
     for node in graph.model.graph.node:
+        if "Sequence" in node.op_type:  # sequences have no rank; they have a rule of their own
+            continue
         lost = [name for name in node.output if name and graph.consumers[name] and graph.shape(name) is None]
         known = all(graph.shape(name) is not None for name in filter(None, node.input))
         if lost and known and node.domain in _DEFAULT_DOMAINS and node.op_type not in {"If", "Loop", "Scan"}:

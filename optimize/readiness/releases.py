@@ -35,11 +35,13 @@ class TritonRelease:
     Attributes:
         onnxruntime: the version that the release is built with.
         opset: the newest opset of the default domain.
+        ml_opset: the newest opset of ai.onnx.ml; a newer one is refused even where no node uses it.
         ir_version: the newest IR version.
     """
 
     onnxruntime: str
     opset: int
+    ml_opset: int
     ir_version: int
 
 
@@ -58,18 +60,18 @@ TENSORRT_SINCE: Mapping[str, Version] = {
 }
 
 TRITON: Mapping[str, TritonRelease] = {
-    "23.03": TritonRelease(onnxruntime="1.14.1", opset=18, ir_version=8),
-    "23.06": TritonRelease(onnxruntime="1.15.0", opset=19, ir_version=9),
-    "24.01": TritonRelease(onnxruntime="1.16.3", opset=19, ir_version=9),
-    "24.04": TritonRelease(onnxruntime="1.17.3", opset=20, ir_version=9),
-    "24.07": TritonRelease(onnxruntime="1.18.1", opset=21, ir_version=10),
-    "24.10": TritonRelease(onnxruntime="1.19.2", opset=21, ir_version=10),
-    "25.01": TritonRelease(onnxruntime="1.20.1", opset=21, ir_version=10),
-    "25.04": TritonRelease(onnxruntime="1.21.0", opset=22, ir_version=10),
-    "25.07": TritonRelease(onnxruntime="1.22.0", opset=22, ir_version=10),
-    "26.01": TritonRelease(onnxruntime="1.23.2", opset=23, ir_version=11),
-    "26.04": TritonRelease(onnxruntime="1.24.4", opset=25, ir_version=13),
-    "26.07": TritonRelease(onnxruntime="1.27.0", opset=26, ir_version=13),
+    "23.03": TritonRelease(onnxruntime="1.14.1", opset=18, ml_opset=3, ir_version=8),
+    "23.06": TritonRelease(onnxruntime="1.15.0", opset=19, ml_opset=3, ir_version=9),
+    "24.01": TritonRelease(onnxruntime="1.16.3", opset=19, ml_opset=3, ir_version=9),
+    "24.04": TritonRelease(onnxruntime="1.17.3", opset=20, ml_opset=4, ir_version=9),
+    "24.07": TritonRelease(onnxruntime="1.18.1", opset=21, ml_opset=5, ir_version=10),
+    "24.10": TritonRelease(onnxruntime="1.19.2", opset=21, ml_opset=5, ir_version=10),
+    "25.01": TritonRelease(onnxruntime="1.20.1", opset=21, ml_opset=5, ir_version=10),
+    "25.04": TritonRelease(onnxruntime="1.21.0", opset=22, ml_opset=5, ir_version=10),
+    "25.07": TritonRelease(onnxruntime="1.22.0", opset=22, ml_opset=5, ir_version=10),
+    "26.01": TritonRelease(onnxruntime="1.23.2", opset=23, ml_opset=5, ir_version=11),
+    "26.04": TritonRelease(onnxruntime="1.24.4", opset=25, ml_opset=5, ir_version=13),
+    "26.07": TritonRelease(onnxruntime="1.27.0", opset=26, ml_opset=5, ir_version=13),
 }
 
 # Operators of com.microsoft younger than ONNX Runtime 1.14 -> the minor version that brought them.

@@ -26,6 +26,7 @@ TRITON_RULES: dict[str, tuple[Severity, str, str]] = {
     "T104": ("error", "operator that its ONNX Runtime lacks", "Leave out the fusion or quantization that made it."),
     "T105": ("error", "tensor type that its ONNX Runtime lacks", "Take a variant without it, or a later release."),
     "T106": ("error", "bfloat16", "Take float32 or float16: there are no bfloat16 kernels to rely on."),
+    "T107": ("error", "opset of ai.onnx.ml too new", "Take the import out where no node uses it."),
 }
 
 
@@ -47,6 +48,9 @@ def check_triton(graph: Graph, release: str) -> tuple[Finding, ...]:
 def _find(graph: Graph, known: TritonRelease) -> Iterator[tuple[str, str, tuple[str, ...]]]:
     if graph.opset > known.opset:
         yield "T101", f"the model has opset {graph.opset}; {known.opset} is the newest", ()
+    for entry in graph.model.opset_import:
+        if entry.domain == "ai.onnx.ml" and entry.version > known.ml_opset:
+            yield "T107", f"the model imports ai.onnx.ml {entry.version}; {known.ml_opset} is the newest", ()
     if graph.model.ir_version > known.ir_version:
         yield "T102", f"the model has IR version {graph.model.ir_version}; {known.ir_version} is the newest", ()
     for value in (*graph.inputs, *graph.outputs):

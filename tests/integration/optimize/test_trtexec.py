@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 
 from optimize.engines.trtexec import build_engine
-from optimize.stages.base import Context
+from optimize.stages import make_stage
+from optimize.stages.base import Context, read_input
 from optimize.stages.tensorrt import Prepare
-from optimize.testing import tiny_conv_net
+from optimize.testing import samples_for, tiny_conv_net, tiny_transformer
 from registry.errors import InputError, NotApplicableError, StageError
+from registry.records import StageCall
 
 DOUBLES = Path(__file__).parents[2] / "doubles" / "trtexec"
 
@@ -45,8 +47,7 @@ def machine(tmp_path: Path, monkeypatch):
 def test_the_double_builds_and_what_it_was_built_with_is_kept(ready, machine, tmp_path: Path) -> None:
     machine("trtexec", "nvidia-smi")
     plan = build_engine(ready, tmp_path / "engine")
-    size = (ready / "model.onnx").stat().st_size
-    assert plan.read_bytes() == b"plan of %d bytes" % size
+    assert plan.read_text() == "a plan\n"
     facts = json.loads((tmp_path / "engine" / "engine.json").read_text())
     assert (facts["tensorrt"], facts["gpu"], facts["compute_capability"]) == ("10.12", "NVIDIA L4", "8.9")
     assert facts["command"][-1] == "--stronglyTyped"
@@ -81,3 +82,22 @@ def test_without_a_gpu_or_trtexec_the_reason_is_said(ready, machine, tmp_path: P
 def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no build\.json"):
         build_engine(tmp_path, tmp_path / "engine")
+
+
+def test_int8_made_here_gives_the_rules_nothing_to_say(machine, tmp_path: Path) -> None:
+    source = tiny_transformer(tmp_path / "source")
+    made = source
+    for call in (
+        StageCall(name="quantize.tensorrt"),
+        StageCall(name="tensorrt.prepare", params={"version": 10, "precision": "float16"}),
+    ):
+        out = tmp_path / call.name
+        out.mkdir()
+        context = Context(out=out, calibration=samples_for(source.inputs, count=16))
+        result = make_stage(call)(made, context)
+        made = read_input(result.folder, result.entry)
+    assert json.loads((made.folder / "build.json").read_text())["findings"] == []
+    machine("trtexec", "nvidia-smi", wish="build 100300")
+    build_engine(made.folder, tmp_path / "engine")
+    command = json.loads((tmp_path / "engine" / "engine.json").read_text())["command"]
+    assert command[-2:] == ["--fp16", "--int8"]

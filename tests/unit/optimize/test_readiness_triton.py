@@ -18,6 +18,7 @@ def model(
     kind: int = TensorProto.FLOAT,
     inside: int | None = None,
     domain: str = "",
+    domain_version: int = 1,
 ) -> onnx.ModelProto:
     """``x`` to ``y`` of a type, through one operator; with ``inside``, through a Cast to that type and back, too."""
     nodes = [helper.make_node(op, ["x"], ["y"], name="node", domain=domain)]
@@ -31,7 +32,7 @@ def model(
         [helper.make_tensor_value_info("x", kind, [1])],
         [helper.make_tensor_value_info("y", kind, [1])],
     )
-    imports = [helper.make_opsetid("", opset), *([helper.make_opsetid(domain, 1)] if domain else ())]
+    imports = [helper.make_opsetid("", opset), *([helper.make_opsetid(domain, domain_version)] if domain else ())]
     return helper.make_model(graph, opset_imports=imports, ir_version=ir)
 
 
@@ -48,6 +49,7 @@ CASES = [
     ("T104", model("PagedAttention", domain="com.microsoft"), "25.07", "26.01"),
     ("T104", model("Conv", domain="com.microsoft.nchwc"), "24.10", None),
     ("T105", model(opset=21, ir=10, inside=TensorProto.INT4), "24.04", "24.07"),
+    ("T107", model("Normalizer", domain="ai.onnx.ml", domain_version=5), "24.04", "24.07"),
     ("T106", model(inside=TensorProto.BFLOAT16), "23.03", None),
 ]
 

@@ -135,6 +135,15 @@ def test_a_quantized_model_goes_to_float16_between_its_pairs(tmp_path: Path) -> 
     assert cosine(run_model(source, feeds)[0], run_model(result, feeds)[0]) > 0.999
 
 
+def test_opsets_that_no_node_uses_are_gone(tmp_path: Path) -> None:
+    source = tiny_conv_net(tmp_path / "source")
+    model = onnx.load(source.path)
+    model.opset_import.add(domain="ai.onnx.ml", version=5)
+    onnx.save(model, source.path)
+    result, _ = prepared(source, tmp_path / "out")
+    assert [entry.domain for entry in onnx.load(result.folder / result.entry).opset_import] == [""]
+
+
 def test_an_old_opset_is_raised_for_float16(tmp_path: Path) -> None:
     source = tiny_conv_net(tmp_path / "source", opset=11)
     result, _ = prepared(source, tmp_path / "out", precision="float16")
