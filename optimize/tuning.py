@@ -9,10 +9,14 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from time import monotonic
 from typing import Any, Literal
 
+from numpy.typing import NDArray
+
+from optimize.adaptation import adapt_calibration
 from optimize.calibration import whole_batches
 from optimize.config import AccuracySearchConfig
 from optimize.engines.local import run_in_child
@@ -21,11 +25,11 @@ from optimize.judging import Judged, failure_of, limits_of
 from optimize.making import make_variant
 from optimize.metrics import find_metric
 from optimize.plan import Workspace
-from optimize.samples import Samples, load_samples
+from optimize.samples import Samples, load_samples, open_samples
 from optimize.sensitivity import RANKED_ROWS, Found, rank_groups, search_float_nodes
 from optimize.sources import code_digests
 from optimize.stages import make_stage
-from optimize.stages.base import Context, StageInput, input_of
+from optimize.stages.base import Context, StageInput, StageResult, input_of
 from optimize.stages.preparation import prepare
 from optimize.stages.quantize import DynamicInt8, StaticInt8
 from profiles.measure.host import widest_instruction_set
@@ -47,6 +51,8 @@ from registry.records import (
 )
 from registry.report import numbers
 from registry.selection import Key, judge
+
+Arrays = Mapping[str, NDArray[Any]]
 
 METHOD = 1  # raised when ranking or judging of trials changes, so that earlier ones do not count
 _NAMED_NODES = 3
@@ -284,11 +290,15 @@ def rank_here(
         ``groups`` and ``floor`` of a `Sensitivity`.
     """
     held_out = load_samples(Path(samples))
-    ranking = held_out if calibration is None else load_samples(Path(calibration))
+    ranking: Arrays = held_out.inputs if calibration is None else open_samples(Path(calibration))
     *before, last = codec.from_jsonable(Recipe, recipe).stages
     given = input_of(codec.from_jsonable(Source, source).artifact, Path(files))
     for position, call in enumerate(before):
-        given = _made(call, given, ranking, Path(work) / str(position), seed=seed, threads=threads)
+        made = _made(call, given, ranking, Path(work) / str(position), seed=seed, threads=threads)
+        ranking = adapt_calibration(ranking, made.adaptation) or ranking
+        given = StageInput(
+            folder=made.folder, entry=made.entry, format=made.format, inputs=made.inputs, outputs=made.outputs
+        )
     groups = _rank(given, last, ranking, Path(work), seed=seed, threads=threads)
     answers = load_outputs(Path(reference))
     floor = compare_outputs(answers, answers, held_out.labels, find_metric(metric))["accuracy_drop"]
@@ -296,7 +306,7 @@ def rank_here(
 
 
 def _rank(
-    given: StageInput, call: StageCall, samples: Samples, work: Path, *, seed: int, threads: int
+    given: StageInput, call: StageCall, samples: Arrays, work: Path, *, seed: int, threads: int
 ) -> list[NodeGroup]:
     import onnx
 
@@ -307,13 +317,14 @@ def _rank(
     scratch = work / "prepared"
     scratch.mkdir()
     prepared, _ = prepare(given, scratch)
-    fixed = max((spec.shape[0] for spec in given.inputs if spec.shape and isinstance(spec.shape[0], int)), default=0)
-    few = samples.take(max(RANKED_ROWS, fixed)).inputs
+    batches = iter(whole_batches(samples, given.inputs, wanted=_RANKED_AT_ONCE))
+    first = next(batches)
+    more = RANKED_ROWS // len(next(iter(first.values()))) - 1
     return rank_groups(
         prepared,
-        onnx.load(str(quantized.path)),
+        onnx.load(str(quantized.folder / quantized.entry)),
         _quantizer(explicit).operators(prepared),
-        list(whole_batches(few, given.inputs, wanted=_RANKED_AT_ONCE)),
+        [first, *islice(batches, max(0, more))],
         scratch=scratch,
         left_out=_left_out(call),
         threads=threads,
@@ -326,13 +337,10 @@ def _quantizer(call: StageCall) -> DynamicInt8 | StaticInt8:
     return stage
 
 
-def _made(call: StageCall, given: StageInput, samples: Samples, out: Path, *, seed: int, threads: int) -> StageInput:
+def _made(call: StageCall, given: StageInput, samples: Arrays, out: Path, *, seed: int, threads: int) -> StageResult:
     out.mkdir()
-    context = Context(out=out, calibration=samples.inputs, seed=seed, threads=threads)
-    made = make_stage(call)(given, context)
-    return StageInput(
-        folder=made.folder, entry=made.entry, format=made.format, inputs=made.inputs, outputs=made.outputs
-    )
+    context = Context(out=out, calibration=samples, seed=seed, threads=threads)
+    return make_stage(call)(given, context)
 
 
 # --- one trial -------------------------------------------------------------------------------------------------
@@ -388,6 +396,7 @@ def _drop_with(workspace: Workspace, subject: _Subject, nodes: tuple[str, ...]) 
             instruction_set=widest_instruction_set(plan.host),
             threads=plan.host.cores,
             seed=plan.config.seed,
+            adaptation=one.variant.adaptation,
             limits=limits_of(workspace),
             python_path=plan.base,
         )

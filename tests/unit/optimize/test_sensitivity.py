@@ -13,7 +13,6 @@ from onnx import TensorProto, helper, numpy_helper
 
 from optimize import tuning
 from optimize.calibration import whole_batches
-from optimize.samples import from_arrays
 from optimize.sensitivity import MOST_GROUPS, Found, search_float_nodes
 from optimize.stages import make_stage
 from optimize.stages.base import Context, read_input
@@ -259,7 +258,7 @@ def rank(model: Path, call: StageCall, images: dict[str, np.ndarray], tmp_path: 
     work = tmp_path / f"rank-{len(list(tmp_path.iterdir()))}"
     work.mkdir()
     given = read_input(model.parent, model.name)
-    return tuning._rank(given, make_stage(call).call, from_arrays(images), work, seed=0, threads=1)
+    return tuning._rank(given, make_stage(call).call, images, work, seed=0, threads=1)
 
 
 def test_the_nodes_at_a_bad_tensor_rank_first(tmp_path):
