@@ -65,10 +65,14 @@ class Opset(Stage):
         return with_same_answers(self.name, source, result, threads=context.threads)
 
     def _converted(self, model: Any) -> Any:
+        import onnx.inliner
         import onnx.version_converter
 
         if onnx_files.is_large(model):
             raise NotApplicableError(f"{self.name} takes models below 2 GB: onnx converts in one protobuf")
+        if model.functions:
+            # The converter drops functions that a model brings; what they stand for is put in their place.
+            model = onnx.inliner.inline_local_functions(model)
         before, after = onnx_files.opset_of(model), self.params.opset
         try:
             return onnx.version_converter.convert_version(model, after)

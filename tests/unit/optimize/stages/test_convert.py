@@ -80,6 +80,18 @@ def test_a_step_without_an_adapter_that_was_wrong_is_refused(tmp_path, body, tol
         made_by(Opset({"opset": 11}), source, tmp_path)
 
 
+def test_functions_that_a_model_brings_are_put_in_their_place(tmp_path):
+    text = """
+    <ir_version: 8, opset_import: ["" : 17, "own" : 1]>
+    g (float[n, 2] x) => (float[n, 2] y) { y = own.twice (x) }
+    <domain: "own", opset_import: ["" : 17]> twice (a) => (b) { b = Add (a, a) }
+    """
+    (tmp_path / "source").mkdir()
+    onnx.save(onnx.parser.parse_model(text), str(tmp_path / "source" / "model.onnx"))
+    made = made_by(Opset({"opset": 20}), read_input(tmp_path / "source", "model.onnx"), tmp_path)
+    assert run_model(made, {"x": np.ones((1, 2), np.float32)})[0].tolist() == [[2, 2]]
+
+
 def test_a_model_too_new_for_onnx_runtime_is_converted_and_the_note_says_what_was_not_compared(tmp_path):
     source = tiny_conv_net(tmp_path / "source")
     model = onnx.load(str(source.path))
