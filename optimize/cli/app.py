@@ -2,7 +2,7 @@
 
 import typer
 
-from optimize.cli import cache, campaigns, explain, hosts, models, reports, serving
+from optimize.cli import cache, campaigns, explain, hosts, lint, models, reports, serving
 
 # Rich markup in help doubles the start-up time; plain help reads as well.
 app = typer.Typer(
@@ -23,4 +23,5 @@ app.command("bench")(serving.bench)
 app.command("report")(reports.report)
 app.command("explain")(explain.explain)
 app.add_typer(cache.app, name="cache")
+app.command("lint")(lint.lint)
 app.command("doctor")(hosts.doctor)
