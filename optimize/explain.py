@@ -19,7 +19,7 @@ from optimize.recipes import engine_label
 from optimize.reporting import read_campaign
 from profiles.measure.host import split_cpus
 from registry.errors import InputError, StageError
-from registry.records import Campaign, EngineGraph, EngineSpec, Estimate, Explanation, Recipe, Variant
+from registry.records import Adaptation, Campaign, EngineGraph, EngineSpec, Estimate, Explanation, Recipe, Variant
 from registry.store import FolderStore
 
 _NOTABLE = 0.1  # a part of the time worth a word
@@ -175,11 +175,16 @@ def _percent(share: float) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
-    """A model file in an engine, under the name that people know it by."""
+    """A model file in an engine, under the name that people know it by.
+
+    Attributes:
+        adaptation: how its inputs come from the samples, where it takes others than the baseline.
+    """
 
     name: str
     entry: Path
     engine: EngineSpec
+    adaptation: tuple[Adaptation, ...] = ()
 
 
 def explain(
@@ -213,7 +218,7 @@ def explain(
 
     def profile(model: Model) -> EngineGraph:
         return profile_variant(model.entry, model.engine, samples=samples, batch_size=batch_size, threads=threads,
-                               timing_s=timing_s, limits=limits, cpus=cpus)  # fmt: skip
+                               timing_s=timing_s, adaptation=model.adaptation, limits=limits, cpus=cpus)  # fmt: skip
 
     before = profile(baseline)
     told = []
@@ -348,7 +353,8 @@ def models_of(campaign: Campaign, wanted: str, folder: Callable[[Variant], Path]
         raise _unknown(campaign, wanted, sorted({text for variant, name, _ in known for text in (variant.name, name)}))
 
     def model(variant: Variant, name: str, engine: EngineSpec) -> Model:
-        return Model(name=name, entry=folder(variant) / variant.artifact.entry, engine=engine)
+        entry = folder(variant) / variant.artifact.entry
+        return Model(name=name, entry=entry, engine=engine, adaptation=tuple(variant.adaptation))
 
     return [model(*one) for one in found], model(*known[0])
 

@@ -15,13 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from optimize.adaptation import adapt, as_jsonable, from_jsonable
 from optimize.engines.local import Limits, run_in_child
 from optimize.fidelity import thread_limits
 from optimize.samples import load_samples
 from optimize.screening import time_runs
 from registry import codec
 from registry.errors import StageError
-from registry.records import EngineGraph, EngineSpec, Estimate, OperatorShare
+from registry.records import Adaptation, EngineGraph, EngineSpec, Estimate, OperatorShare
 
 TIMING_S = 1.5
 _FEWEST_RUNS, _MOST_RUNS, _WARM_UP_RUNS = 3, 50, 2
@@ -62,6 +63,7 @@ def profile_variant(
     batch_size: int,
     threads: int = 1,
     timing_s: float = TIMING_S,
+    adaptation: Sequence[Adaptation] = (),
     limits: Limits | None = None,
     cpus: Sequence[int] | None = None,
 ) -> EngineGraph:
@@ -74,6 +76,7 @@ def profile_variant(
         batch_size: samples in a run; a model that fixes its batch is profiled at that.
         threads: of the session.
         timing_s: wall time for the timing without the profiler, and again with it.
+        adaptation: how the model's inputs come from the samples.
         limits: of the child.
         cpus: the child may run on, or None for all.
 
@@ -92,6 +95,7 @@ def profile_variant(
                 "batch_size": batch_size,
                 "threads": threads,
                 "timing_s": timing_s,
+                "adaptation": as_jsonable(adaptation),
                 "work": work,
             },
             limits=limits,
@@ -121,6 +125,7 @@ def profile_here(
     threads: int,
     timing_s: float,
     work: str,
+    adaptation: Sequence[Any] = (),
 ) -> dict[str, Any]:
     """Times and profiles a model in this process; the child's side of `profile_variant`.
 
@@ -128,7 +133,7 @@ def profile_here(
         An `EngineGraph` as JSON has it.
     """
     spec = codec.from_jsonable(EngineSpec, dict(engine))
-    batch = next(load_samples(Path(samples)).batches(batch_size))
+    batch = adapt(next(load_samples(Path(samples)).batches(batch_size)), from_jsonable(adaptation))
     version, time_ms = _timed(entry, spec, batch, threads, timing_s)
     profiler = _profile_openvino if spec.name == "openvino" else _profile_ort
     profile = profiler(Path(entry), spec, batch, threads=threads, budget_s=timing_s, work=Path(work))

@@ -14,7 +14,7 @@ from optimize.recipes import apply_recipe, recipe_from_mapping
 from optimize.stages.base import read_input
 from registry.codec import to_jsonable
 from registry.errors import InputError, NotApplicableError, StageError
-from registry.records import EngineGraph, EngineSpec, Source
+from registry.records import Adaptation, EngineGraph, EngineSpec, Source
 from tests.doubles.models import write_onnx
 
 pytestmark = pytest.mark.slow
@@ -68,7 +68,7 @@ def made(folder: Path, work: Path, stage: str, **params: str) -> Path:
 
 
 def profiled(folder: Path, entry: Path, engine: EngineSpec, *, batch_size: int = 4) -> EngineGraph:
-    return profile_variant(entry, engine, samples=folder / "samples.npz", batch_size=batch_size, timing_s=0.2)
+    return profile_variant(entry, engine, samples=folder / "samples.npz", batch_size=batch_size, timing_s=0.1)
 
 
 def nodes(graph: EngineGraph) -> dict[str, int]:
@@ -136,6 +136,19 @@ def test_samples_that_do_not_fit(folder: Path, tmp_path: Path):
         profile_variant(folder / "model.onnx", ORT, samples=tmp_path / "other.npz", batch_size=2)
     with pytest.raises(InputError, match="no samples at"):
         explain_files(folder / "model.onnx", folder / "model.onnx", samples=tmp_path / "none", batch_size=1, threads=1)
+
+
+def test_samples_are_adapted_to_smaller_inputs(folder: Path, tmp_path: Path):
+    np.savez(tmp_path / "large.npz", x=np.ones((4, 3, SIDE, 2 * SIDE), np.float32))
+    graph = profile_variant(
+        folder / "model.onnx",
+        ORT,
+        samples=tmp_path / "large.npz",
+        batch_size=4,
+        timing_s=0.2,
+        adaptation=(Adaptation(input="x", way="truncate", axes=(3,), sizes=(SIDE,)),),
+    )
+    assert graph.macs == {"float32": CONV_MACS}
 
 
 def test_what_is_predicted_is_not_made_unless_told_otherwise(folder: Path, tmp_path: Path):
