@@ -65,10 +65,10 @@ class MixedFloat16(Stage):
 
     The float32 model is run on the calibration samples, batch by batch, with every tensor inside it as an output. A
     node stays in float32 where it gives or takes an activation, or holds a weight, that goes beyond a share of
-    float16's range, or a weight most of whose values vanish in float16. Sums inside one operator are not seen: a
-    node that overflows within, and gives small values, is not found. It matters most on a GPU: on a CPU ONNX Runtime
-    computes most float16 operators in float32. Source: onnxruntime.transformers.float16 with its
-    list of blocked nodes; the same idea as the range rules of AutoCast in NVIDIA's Model Optimizer.
+    float16's range, or a weight most of whose values vanish in float16. Neither sums inside one operator nor nodes
+    inside control flow are looked into: what overflows there, and gives small values, is not found. It matters most on
+    a GPU: on a CPU ONNX Runtime computes most float16 operators in float32. Source: onnxruntime.transformers.float16
+    with its list of blocked nodes; the same idea as the range rules of AutoCast in NVIDIA's Model Optimizer.
     """
 
     name = "precision.mixed"
