@@ -5,7 +5,7 @@ Graphs inside of nodes (If, Loop, Scan) and the model's own functions are looked
 
 from collections import defaultdict
 from collections.abc import Iterator
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 Dims = tuple[int | None, ...]
 
-# Operators that a builder computes beforehand when all they take is constant.
-_FOLDABLE_EXCEPT = frozenset({"RandomNormal", "RandomUniform", "Multinomial", "Bernoulli", "If", "Loop", "Scan"})
+# Operators that stay, whatever they take.
+_NEVER_FOLDED = frozenset({"RandomNormal", "RandomUniform", "Multinomial", "Bernoulli", "If", "Loop", "Scan"})
 
 
 class Graph:
@@ -78,26 +78,25 @@ class Graph:
 
     def is_constant(self, name: str) -> bool:
         """Whether a tensor is known when an engine is built: constant itself, or made of constants only."""
-        if name not in self._constness:
-            self._constness[name] = False  # a cycle in a damaged graph ends here
-            self._constness[name] = self._find_constness(name)
-        return self._constness[name]
-
-    def _find_constness(self, name: str) -> bool:
-        if name in self.initializers:
-            return True
-        node = self.producer(name)
-        if node is None or node.op_type in _FOLDABLE_EXCEPT:
-            return False
-        if node.op_type == "Shape":
-            return None not in (self.shape(node.input[0]) or (None,))
-        return node.op_type == "Constant" or (
-            bool(node.input) and all(self.is_constant(given) for given in filter(None, node.input))
-        )
+        return name in self.initializers or name in self._folded
 
     @cached_property
-    def _constness(self) -> dict[str, bool]:
-        return {}
+    def _folded(self) -> set[str]:
+        """What nodes make of constants. Nodes stand after those that they take from, so one pass finds all."""
+        found: set[str] = set()
+        for node in self.nodes:
+            taken = [name for name in node.input if name]
+            if node.op_type == "Shape":
+                constant = None not in (self.shape(taken[0]) or (None,))
+            else:
+                constant = node.op_type == "Constant" or (
+                    bool(taken)
+                    and node.op_type not in _NEVER_FOLDED
+                    and all(name in self.initializers or name in found for name in taken)
+                )
+            if constant:
+                found.update(node.output)
+        return found
 
     # --- types and shapes --------------------------------------------------------------------------------------
 
@@ -138,17 +137,21 @@ class Graph:
 
     def type_name(self, name: str) -> str:
         """ONNX's name of the type of a tensor's elements (``FLOAT``, ``INT8``, ...); ``UNDEFINED`` where unknown."""
-        import onnx
-
         tensor = self._constant_tensor(name)
         number = tensor.data_type if tensor is not None else getattr(self._values.get(name), "elem_type", 0)
-        kinds: dict[int, str] = {number: kind for kind, number in onnx.TensorProto.DataType.items()}
-        return kinds.get(number, "UNDEFINED")
+        return _type_names().get(number, "UNDEFINED")
 
     @cached_property
     def tensors(self) -> list[str]:
         """Names of all tensors: inputs, weights, and what nodes make."""
         return list(dict.fromkeys([*(value.name for value in self.inputs), *self.initializers, *self.producers]))
+
+
+@cache
+def _type_names() -> dict[int, str]:
+    import onnx
+
+    return {number: kind for kind, number in onnx.TensorProto.DataType.items()}
 
 
 def attributes(node: Any) -> dict[str, Any]:

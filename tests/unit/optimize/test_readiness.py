@@ -312,6 +312,16 @@ def test_a_clean_model_sets_off_none(model: onnx.ModelProto) -> None:
     assert found(model) == {}
 
 
+def test_a_graph_as_deep_as_networks_get_is_looked_at_whole() -> None:
+    deep = quantized_product()
+    chain = [helper.make_node("Relu", [f"t{i}"], [f"t{i + 1}"]) for i in range(3000)]
+    deep.graph.node[0].input[0] = "t3000"
+    chain[0].input[0] = "x"
+    for node in reversed(chain):
+        deep.graph.node.insert(0, node)
+    assert found(deep) == {}
+
+
 def test_rules_hold_from_their_version_on() -> None:
     plain, swish = parsed(RELU), parsed(simple("RMSNormalization", "float[1,4] x, float[4] s", call="x, s"), opset=23)
     assert "E305" not in found(plain, version=(10, 11))
