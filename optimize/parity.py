@@ -26,6 +26,7 @@ from registry.records import Estimate
 MOST_DB = 200.0
 TOLERANCE = 0.01
 _QUANTILE = 0.99
+_WORTH_SAYING = 0.999  # an answer with a higher cosine is as good as the baseline's
 _HUGE = 1e300  # what lies beyond is held to it, so that no ratio overflows
 _LARGER_IS_BETTER = {"cosine", "worst_cosine", "snr_db"}
 
@@ -218,7 +219,7 @@ def _notes(per_output: Mapping[str, tuple[Mapping[str, Estimate], int | None]]) 
     rows = [
         (metrics["worst_cosine"].value, row, name) for name, (metrics, row) in per_output.items() if row is not None
     ]
-    if not rows:
+    cosine, row, name = min(rows, default=(1.0, 0, ""))
+    if cosine > _WORTH_SAYING:
         return ()
-    cosine, row, name = min(rows)
     return (f"least like the baseline's is its answer to sample {row}: cosine {cosine:.4f} in the output {name!r}",)

@@ -75,6 +75,7 @@ def test_the_lowest_cosine_says_whose_it_is():
     found, notes = parity({"y": REFERENCE}, {"y": variant})
     assert found["worst_cosine"].value == pytest.approx(-1)
     assert "sample 17: cosine -1.0000 in the output 'y'" in notes[0]
+    assert not parity({"y": REFERENCE}, {"y": REFERENCE + np.float32(1e-4)})[1], "nothing worth saying"
 
 
 def test_whole_numbers_are_equal_or_not():

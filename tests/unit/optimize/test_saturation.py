@@ -152,6 +152,18 @@ def test_run_time_ranges_and_a_fixed_batch(tmp_path):
     assert (found.samples, found.saturated) == (8, 8)
 
 
+@pytest.mark.parametrize("reduce_range", [False, True])
+def test_what_onnxruntime_quantizes(tmp_path, reduce_range):
+    from onnxruntime.quantization import quantize_dynamic
+
+    weights = RNG.choice([-1, -0.99, 0.99, 1], (64, 8)).astype(np.float32)
+    path = save(tmp_path, "(float[n,64] x) => (float[n,8] y) { y = MatMul(x, w) }", w=weights)
+    quantize_dynamic(path, tmp_path / "int8.onnx", per_channel=True, reduce_range=reduce_range)
+    found = check_saturation(tmp_path / "int8.onnx", {"x": RNG.random((40, 64)).astype(np.float32)})
+    assert [node.op for node in found.nodes] == ["MatMulInteger"]
+    assert (found.saturated > 0) is not reduce_range
+
+
 def test_signed_activations_and_float_models_have_nothing_to_overflow(tmp_path):
     signed = DENSE.replace("zu", "zs")
     rows = {"x": np.full((2, 6), 127, np.float32)}
