@@ -8,7 +8,7 @@ from optimize.readiness.graph import Graph, attributes, given, named
 from optimize.readiness.releases import TENSORRT_SINCE
 from optimize.readiness.rules import Hit, Rule, Target
 
-_QUANTIZED = frozenset({
+QUANTIZED = frozenset({
     "ConvInteger", "DynamicQuantizeLinear", "MatMulInteger", "QLinearConv", "QLinearMatMul", "QGemm", "QAttention",
     "QLinearAdd", "QLinearAveragePool", "QLinearConcat", "QLinearGlobalAveragePool", "QLinearLeakyRelu", "QLinearMul",
     "QLinearReduceMean", "QLinearSigmoid", "QLinearSoftmax", "QLinearWhere", "DynamicQuantizeLSTM",
@@ -180,7 +180,7 @@ RULES = (
     ),
     Rule(
         id="E202", severity="error", title="QOperator or dynamically quantized",
-        check=_listed(_QUANTIZED, "computes on quantized tensors itself; TensorRT takes Q/DQ pairs only"),
+        check=_listed(QUANTIZED, "computes on quantized tensors itself; TensorRT takes Q/DQ pairs only"),
         fix="Quantize the float32 model anew with explicit Q/DQ pairs: the stage quantize.tensorrt.",
     ),
     Rule(

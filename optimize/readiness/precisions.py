@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from optimize.readiness.graph import Graph, given, named
+from optimize.readiness.operators import QUANTIZED
 from optimize.readiness.rules import Hit, Precision, Rule, Target
 
 _LARGEST_FLOAT16 = 65504.0
@@ -31,11 +32,11 @@ def strings(graph: Graph, target: Target) -> Iterator[Hit]:
 
 
 def bytes_inside(graph: Graph, target: Target) -> Iterator[Hit]:
-    """Unsigned bytes that something else than Cast, or an output, takes; Q and DQ have a rule of their own."""
+    """Unsigned bytes that something else than Cast, or an output, takes; quantized operators have other rules."""
     takers = tuple(
         named(node)
         for node in graph.nodes
-        if node.op_type not in {"Cast", "QuantizeLinear", "DequantizeLinear"}
+        if node.op_type not in {"Cast", "QuantizeLinear", "DequantizeLinear", *QUANTIZED}
         and any(graph.type_name(name) == "UINT8" for name in filter(None, node.input))
     )
     if takers:
@@ -56,9 +57,9 @@ def wide_integers(graph: Graph, target: Target) -> Iterator[Hit]:
 
 def precision_not_in_graph(graph: Graph, target: Target) -> Iterator[Hit]:
     """A precision that is asked for and that the graph does not hold."""
-    quantized = any(graph.of_type("QuantizeLinear", "DequantizeLinear"))
+    quantized = any(graph.of_type("QuantizeLinear", "DequantizeLinear", *QUANTIZED))
     if target.precision == "int8":
-        if not quantized:
+        if not any(graph.of_type("QuantizeLinear", "DequantizeLinear")):
             yield Hit(message="int8 is asked for, and the graph has no Q/DQ nodes")
     elif target.precision is not None and target.precision in _IN_GRAPH:
         kind, opset = _IN_GRAPH[target.precision]

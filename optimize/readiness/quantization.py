@@ -4,6 +4,7 @@ Sources: onnx-tensorrt's operators.md at 10.1; NVIDIA TensorRT documentation, "W
 NVIDIA ModelOpt writes.
 """
 
+from collections import defaultdict
 from collections.abc import Iterator
 from math import prod
 from typing import Any
@@ -86,30 +87,35 @@ def _requantized(graph: Graph, node: Any) -> Iterator[Any]:
 
 def zero_points(graph: Graph, target: Target) -> Iterator[Hit]:
     """Zero points that are not zero."""
-    for node in _pairs(graph):
-        name = given(node, 2)
-        if not name:
-            continue
-        values = graph.constant(name)
-        if values is None:
-            yield Hit(message=f"the zero point {name!r} is computed at run time", nodes=(named(node),))
-        elif values.astype(np.float64).any():
-            yield Hit(message=f"the zero point {name!r} is {values.astype(np.float64).flat[0]:g}", nodes=(named(node),))
+    values = {node.output[0]: graph.constant(given(node, 2)) for node in _pairs(graph) if given(node, 2)}
+    computed = [named(node) for node in _pairs(graph) if values.get(node.output[0], 0) is None]
+    if computed:
+        yield Hit(message=f"{len(computed)} zero points are computed at run time", nodes=tuple(computed))
+    shifted = {name: value.astype(np.float64) for name, value in values.items() if value is not None}
+    found = [node for node in _pairs(graph) if np.any(shifted.get(node.output[0], 0))]
+    if found:
+        first = shifted[found[0].output[0]].flat[0]
+        message = f"{len(found)} Q and DQ have a zero point that is not 0: {first:g}, for one"
+        yield Hit(message=message, nodes=tuple(map(named, found)))
 
 
 def unsigned_types(graph: Graph, target: Target) -> Iterator[Hit]:
     """Q and DQ of another type than the signed ones; int32 has a rule of its own."""
+    found = defaultdict(list)
     for node in _pairs(graph):
         kind = _quantized_type(graph, node)
         if kind not in _SIGNED | {"INT32", "UNDEFINED"}:
-            yield Hit(message=f"{node.op_type} is of {kind.lower()}", nodes=(named(node),))
+            found[kind].append(named(node))
+    for kind, nodes in sorted(found.items()):
+        yield Hit(message=f"{len(nodes)} Q and DQ are of {kind.lower()}", nodes=tuple(nodes))
 
 
 def quantized_bias(graph: Graph, target: Target) -> Iterator[Hit]:
     """DQ of int32, which is how ONNX Runtime quantizes biases."""
-    for node in graph.of_type(_DQ):
-        if _quantized_type(graph, node) == "INT32":
-            yield Hit(message=f"DequantizeLinear takes int32 {node.input[0]!r}", nodes=(named(node),))
+    found = [node for node in graph.of_type(_DQ) if _quantized_type(graph, node) == "INT32"]
+    if found:
+        message = f"{len(found)} DequantizeLinear take int32: {found[0].input[0]!r}, for one"
+        yield Hit(message=message, nodes=tuple(map(named, found)))
 
 
 def scales(graph: Graph, target: Target) -> Iterator[Hit]:

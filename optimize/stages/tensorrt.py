@@ -6,6 +6,7 @@ The stage runs anywhere. The build needs NVIDIA's ``trtexec`` and a GPU, and say
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -94,8 +95,8 @@ class Prepare(Stage):
         model = folded(model)
         _drop_unused_imports(model)
         profile = self._profile(source)
-        findings = self._checked(model, profile)
         entry = onnx_files.save(model, context.out)
+        findings = self._checked(context.out / entry, profile)
         facts = self._facts(model, profile, findings)
         (context.out / BUILD_FILE).write_text(json.dumps(facts, indent=2) + "\n")
         notes = [f"{finding.rule}: {finding.message}" for finding in findings]
@@ -109,18 +110,17 @@ class Prepare(Stage):
         except InputError as error:
             raise NotApplicableError(f"{self.name}: {error.message}", hint=error.hint) from error
 
-    def _checked(self, model: Any, profile: Profile) -> tuple[Finding, ...]:
-        """What the rules find in the model.
+    def _checked(self, path: Path, profile: Profile) -> tuple[Finding, ...]:
+        """What the rules find in the model's file: weights in other files stay out of memory.
 
         Raises:
             NotApplicableError: one of them is an error.
         """
-        from optimize.readiness.graph import Graph
-        from optimize.readiness.lint import RULES
+        from optimize.readiness.lint import RULES, load_graph
 
         params = self.params
         target = Target(tensorrt=(params.version, 0), profile=profile, precision=params.precision)
-        findings = apply_rules(RULES, Graph(model), target)
+        findings = apply_rules(RULES, load_graph(path), target)
         errors = [finding for finding in findings if finding.severity == "error"]
         if errors:
             told = "; ".join(f"{finding.rule} {finding.message}" for finding in errors[:5])

@@ -331,8 +331,10 @@ def test_rules_hold_from_their_version_on() -> None:
 
 def test_findings_name_their_nodes_and_errors_come_first() -> None:
     findings = apply_rules(RULES, Graph(quantized_product(zero=3, kind="uint8")), Target(tensorrt=TENSORRT_10))
-    assert [finding.rule for finding in findings] == ["E401", "E401", "E402", "E402", "E402", "E402"]
-    assert findings[0].nodes == ("q_x",)
+    assert [finding.rule for finding in findings] == ["E401", "E402"]
+    assert findings[0].nodes == ("q_x", "dq_x")
+    assert findings[1].nodes == ("q_x", "dq_x", "q_w", "dq_w")
+    assert findings[0].message == "2 Q and DQ have a zero point that is not 0: 3, for one"
     assert findings[0].severity == "error"
 
 
