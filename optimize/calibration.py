@@ -211,8 +211,10 @@ def _extremes(
     for batch in batches:
         seen = True
         answers = session.run([output for name in names for output in _outputs_of(name)], batch) if names else []
-        for name, least, greatest, zero in zip(names, answers[::3], answers[1::3], answers[2::3], strict=True):
-            if not (zero == 0).all():
+        for name, least, greatest, total in zip(names, answers[::3], answers[1::3], answers[2::3], strict=True):
+            # The extremes of no values at all are the other way round, plus and minus infinity.
+            unbounded = (least <= greatest) & ~(np.isfinite(least) & np.isfinite(greatest))
+            if (np.isnan(total) | unbounded).any():
                 raise NotApplicableError(
                     f"the tensor {name!r} is not finite on the calibration samples, so it has no range to quantize to"
                 )
@@ -220,7 +222,7 @@ def _extremes(
             found[name] = np.minimum(before[0], least), np.maximum(before[1], greatest)
     if not seen:
         raise InputError("the calibration samples are empty", hint="Give one array per input, samples first.")
-    # A tensor that was empty in every batch has the extremes of nothing, from plus to minus infinity.
+    # What was empty in every batch is taken for zero.
     return {
         name: ends if ends[0] <= ends[1] else (np.zeros_like(ends[0]), np.zeros_like(ends[1]))
         for name, ends in found.items()
@@ -265,29 +267,18 @@ def _session(
 
 
 def _outputs_of(name: str) -> tuple[str, str, str]:
-    return f"{name}/calibration/least", f"{name}/calibration/greatest", f"{name}/calibration/zero"
+    return f"{name}/calibration/least", f"{name}/calibration/greatest", f"{name}/calibration/sum"
 
 
 def _add_extremes(model: Any, names: list[str]) -> None:
-    """Adds the least and the greatest value of each tensor, and a sum that is zero where all its values are finite.
-
-    The reductions skip NaN; a value less itself is zero unless it is NaN or infinite.
-    """
+    """Adds the least and the greatest value of each tensor, and their sum: the reductions skip NaN, a sum does not."""
     import onnx
 
     graph, make = model.graph, onnx.helper.make_node
     kinds = _kinds(graph)
     for name in names:
-        least, greatest, zero = _outputs_of(name)
-        graph.node.extend(
-            [
-                make("ReduceMin", [name], [f"{least}/kept"], keepdims=1),
-                make("ReduceMax", [name], [f"{greatest}/kept"], keepdims=1),
-                make("Sub", [name, name], [f"{zero}/each"]),
-                make("ReduceSum", [f"{zero}/each"], [f"{zero}/kept"], keepdims=1),
-            ]
-        )
-        for output in (least, greatest, zero):
+        for reduction, output in zip(("ReduceMin", "ReduceMax", "ReduceSum"), _outputs_of(name), strict=True):
+            graph.node.append(make(reduction, [name], [f"{output}/kept"], keepdims=1))
             graph.node.append(make("Reshape", [f"{output}/kept", _FLAT], [output]))
             graph.output.append(onnx.helper.make_tensor_value_info(output, kinds[name], [1]))
     graph.initializer.append(onnx.numpy_helper.from_array(np.array([-1], np.int64), _FLAT))
