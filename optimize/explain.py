@@ -13,7 +13,8 @@ from pathlib import Path
 
 from optimize.admission import ENTRY, ask_child
 from optimize.config import load_campaign
-from optimize.engines.local import Limits
+from optimize.engines.local import ChildFailure, Limits
+from optimize.judging import as_input
 from optimize.profiling import TIMING_S, profile_variant
 from optimize.recipes import engine_label
 from optimize.reporting import read_campaign
@@ -88,7 +89,8 @@ def _arithmetic(before: EngineGraph, after: EngineGraph) -> list[str]:
     """How the arithmetic differs: fewer multiply-adds, or narrower types than the baseline's."""
     reasons = []
     had, has = sum(before.macs.values()), sum(after.macs.values())
-    if had and has < had * (1 - _ALIKE):
+    # What is counted differs between engines where operators are fused or hold graphs of their own.
+    if before.engine.name == after.engine.name and has < had * (1 - _ALIKE):
         reasons.append(f"it does {_percent(has / had)} of the baseline's multiply-adds")
     known = _mac_shares(before)
     for kind, share in _mac_shares(after).items():
@@ -323,8 +325,9 @@ def _explained(
     cpus, _, _ = split_cpus()
     try:
         return explain(models, baseline, samples=samples, batch_size=batch_size, threads=threads, cpus=cpus)
-    except StageError as error:
-        raise InputError(error.message, hint=error.hint or "Give --samples that fit both models.") from error
+    except (StageError, ChildFailure) as error:
+        what = "the models cannot be run: they may need --batch-size 1, or other --samples"
+        raise as_input(error, what) from error
 
 
 def models_of(campaign: Campaign, wanted: str, folder: Callable[[Variant], Path]) -> tuple[list[Model], Model]:

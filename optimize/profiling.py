@@ -34,6 +34,7 @@ _GRAPH_LEVELS = {
     "all": "ORT_ENABLE_ALL",
 }
 _ORT_FATAL = 4
+_KERNEL = "_kernel_time"
 
 # Operators of ONNX and of ONNX Runtime that multiply and add, each with the place of its weight among the inputs.
 _CONVOLUTIONS = {"Conv": 1, "FusedConv": 1, "NhwcFusedConv": 1, "ConvInteger": 1, "QLinearConv": 3}
@@ -107,7 +108,7 @@ def profile_variant(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Profile:
-    """What a profiler says of some runs: operator -> time and nodes of one run; kind -> multiply-adds of one run."""
+    """What a profiler says: operator -> time of some runs, and nodes; kind -> multiply-adds of one run."""
 
     times: Mapping[str, float]
     nodes: Mapping[str, int]
@@ -185,6 +186,39 @@ def _times(budget_s: float) -> Iterator[int]:
 def _profile_ort(
     entry: Path, spec: EngineSpec, batch: Mapping[str, Any], *, threads: int, budget_s: float, work: Path
 ) -> _Profile:
+    model = _named(entry)
+    options: dict[str, Any] = {"threads": threads, "folder": entry.parent, "work": work}
+    graph, events, rows = _run_ort(model, spec.graph_level, batch, budget_s=budget_s, **options)
+    shares = _warm_events(events)
+    times: dict[str, float] = defaultdict(float)
+    nodes: dict[str, set[str]] = defaultdict(set)
+    for event in shares:
+        times[event["args"]["op_name"]] += event["dur"]
+        nodes[event["args"]["op_name"]].add(event["name"])
+    counted = graph
+    if spec.graph_level == "all":
+        # The last level pads channels to the width of a vector, which would count what is no part of the model.
+        counted, events, _ = _run_ort(model, "extended", batch, budget_s=0, **options)
+    return _Profile(
+        times=times,
+        nodes={operator: len(names) for operator, names in nodes.items()},
+        macs=_ort_totals(counted, _warm_events(events, last=True)),
+        unfused_qdq=unfused_pairs(graph),
+        rows=rows,
+    )
+
+
+def _run_ort(
+    model: str | bytes,
+    level: str,
+    batch: Mapping[str, Any],
+    *,
+    budget_s: float,
+    threads: int,
+    folder: Path,
+    work: Path,
+) -> tuple[Any, list[dict[str, Any]], int]:
+    """The graph that ONNX Runtime makes of a model, the events of its profile, and the rows of a run."""
     import onnx
     import onnxruntime as ort
 
@@ -192,25 +226,25 @@ def _profile_ort(
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
-    options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, _GRAPH_LEVELS[spec.graph_level])
+    options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, _GRAPH_LEVELS[level])
     options.log_severity_level = _ORT_FATAL
     for key in ("session.intra_op.allow_spinning", "session.inter_op.allow_spinning"):
         options.add_session_config_entry(key, "0")
     # Weights go into a file of their own, so that the graph is small and is never beyond protobuf's 2 GiB.
-    options.optimized_model_filepath = str(work / "optimized.onnx")
-    options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights.bin")
+    written = work / f"{level}.onnx"
+    options.optimized_model_filepath = str(written)
+    options.add_session_config_entry("session.optimized_model_external_initializers_file_name", f"{level}.bin")
     options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
     options.enable_profiling = True
-    options.profile_file_prefix = str(work / "profile")
+    options.profile_file_prefix = str(work / level)
     # A model of bytes has no folder of its own.
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(entry.parent))
-    session = ort.InferenceSession(_named(entry), options, providers=["CPUExecutionProvider"])
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     fed = _fitted(batch, [(port.name, port.shape) for port in session.get_inputs()])
     for _ in _times(budget_s):
         session.run(None, fed)
     events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
-    graph = onnx.load(str(work / "optimized.onnx"), load_external_data=False).graph
-    return _read_ort(graph, events, rows=_rows(fed))
+    return onnx.load(str(written), load_external_data=False).graph, events, _rows(fed)
 
 
 def _named(entry: Path) -> str | bytes:
@@ -222,7 +256,8 @@ def _named(entry: Path) -> str | bytes:
     model = onnx.load(str(entry), load_external_data=False)
     taken: set[str] = set()
     renamed = False
-    for number, node in enumerate(nodes(model.graph)):
+    inside = (node for function in model.functions for node in function.node)
+    for number, node in enumerate((*nodes(model.graph), *inside)):
         if not node.name or node.name in taken:
             node.name = f"{node.op_type}#{number}"
             renamed = True
@@ -244,39 +279,30 @@ def _rows(batch: Mapping[str, Any]) -> int:
     return len(next(iter(batch.values())))
 
 
-def _read_ort(graph: Any, events: Sequence[Mapping[str, Any]], *, rows: int) -> _Profile:
-    """What ONNX Runtime's profile says of the runs after the warm-up, with the graph that it wrote."""
-    runs = [event for event in events if event.get("cat") == "Session" and event["name"] == "model_run"]
-    warm = runs[_WARM_UP_RUNS:]
-    kernels = [
+def _warm_events(events: Sequence[Mapping[str, Any]], *, last: bool = False) -> list[Mapping[str, Any]]:
+    """The kernels of the runs after the warm-up, or of the last run only."""
+    runs = [event["ts"] for event in events if event.get("cat") == "Session" and event["name"] == "model_run"]
+    begin = runs[-1 if last else _WARM_UP_RUNS]
+    return [
         event
         for event in events
         if event.get("cat") == "Node"
-        and event["name"].endswith("_kernel_time")
+        and event["name"].endswith(_KERNEL)
         and event["args"]["op_name"] not in _CONTROL
-        and event["ts"] >= warm[0]["ts"]
+        and event["ts"] >= begin
     ]
-    times: dict[str, float] = defaultdict(float)
-    nodes: dict[str, set[str]] = defaultdict(set)
-    for event in kernels:
-        times[event["args"]["op_name"]] += event["dur"] / len(warm)
-        nodes[event["args"]["op_name"]].add(event["name"])
+
+
+def _ort_totals(graph: Any, events: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """Kind of arithmetic -> multiply-adds of the kernels of one run."""
     known, dims = _by_name(graph)
     macs: Counter[str] = Counter()
-    for event in kernels:
-        if event["ts"] < warm[-1]["ts"]:
-            continue
-        node = known.get(event["name"].removesuffix("_kernel_time"))
+    for event in events:
+        node = known.get(event["name"].removesuffix(_KERNEL))
         if node is not None:
             kind, count = _ort_macs(node, dims, event["args"])
             macs[kind] += count
-    return _Profile(
-        times=times,
-        nodes={operator: len(names) for operator, names in nodes.items()},
-        macs=macs,
-        unfused_qdq=unfused_pairs(graph),
-        rows=rows,
-    )
+    return macs
 
 
 def unfused_pairs(graph: Any) -> int:
@@ -383,28 +409,24 @@ def _profile_openvino(
     ports = [(port.get_any_name(), _sizes(port)) for port in model.inputs]
     fed = _fitted(batch, ports)
     spent: dict[str, float] = defaultdict(float)
-    counted = 0
     for number in _times(budget_s):
         request.infer(fed)
         if number < _WARM_UP_RUNS:
             continue
-        counted += 1
         for one in request.get_profiling_info():
             if one.status == openvino.ProfilingInfo.Status.EXECUTED:
                 spent[one.node_name] += one.real_time.total_seconds()
     # The execution graph has the shapes of the last run.
     ran = compiled.get_runtime_model().get_ordered_ops()
     model.reshape({name: list(array.shape) for name, array in fed.items()})
-    return _read_openvino(ran, spent, _inner_macs(model), runs=counted, rows=_rows(fed))
+    return _read_openvino(ran, spent, _inner_macs(model), rows=_rows(fed))
 
 
 def _sizes(port: Any) -> list[int | None]:
     return [dim.get_length() if dim.is_static else None for dim in port.get_partial_shape()]
 
 
-def _read_openvino(
-    ran: Sequence[Any], spent: Mapping[str, float], inner: Mapping[str, int], *, runs: int, rows: int
-) -> _Profile:
+def _read_openvino(ran: Sequence[Any], spent: Mapping[str, float], inner: Mapping[str, int], *, rows: int) -> _Profile:
     times: dict[str, float] = defaultdict(float)
     nodes: Counter[str] = Counter()
     macs: Counter[str] = Counter()
@@ -413,7 +435,7 @@ def _read_openvino(
         layer = _told(op, "layerType")
         if op.get_friendly_name() not in spent:
             continue
-        times[layer] += spent[op.get_friendly_name()] / runs
+        times[layer] += spent[op.get_friendly_name()]
         nodes[layer] += 1
         macs[_openvino_kind(op, layer)] += _openvino_macs(op, layer, inner)
         if layer == "FakeQuantize" and _told(op.input(0).get_source_output().get_node(), "layerType") != "Input":

@@ -9,12 +9,14 @@ from onnx import TensorProto, helper, numpy_helper
 
 from optimize.explain import Model, explain, explain_files
 from optimize.making import make_here
-from optimize.profiling import profile_variant
+from optimize.profiling import profile_here, profile_variant
 from optimize.recipes import apply_recipe, recipe_from_mapping
+from optimize.signature import read_signature
 from optimize.stages.base import read_input
 from registry.codec import to_jsonable
 from registry.errors import InputError, NotApplicableError, StageError
 from registry.records import Adaptation, EngineGraph, EngineSpec, Source
+from tests.doubles import zoo
 from tests.doubles.models import write_onnx
 
 pytestmark = pytest.mark.slow
@@ -83,6 +85,38 @@ def test_onnxruntime_counts_multiply_adds(folder: Path, level: str):
     assert ("Relu" in nodes(graph)) == (level == "disable")
     assert sum(one.time_share for one in graph.operators) == pytest.approx(1, abs=1e-4)
     assert graph.time.value > 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "macs"),
+    [
+        # 8 of 8x8 from 3, 16 of 3x3 from 8, 4 from 16: not the channels that kernels pad to.
+        ("opset-17", 8 * 64 * 27 + 16 * 9 * 72 + 64),
+        ("local-functions", 8 * 16 + 16 * 4),
+        ("external-data", 8 * 16 + 16 * 4),
+        ("integers", None),
+    ],
+)
+def test_models_as_they_come(kind: str, macs: int | None, tmp_path: Path):
+    entry = zoo.write(kind, tmp_path / "model")
+    inputs, _ = read_signature(entry)
+    arrays = {
+        spec.name: np.ones([2, *(size if isinstance(size, int) else 6 for size in spec.shape[1:])], dtype=spec.dtype)
+        for spec in inputs
+    }
+    np.savez(tmp_path / "samples.npz", **arrays)
+    (tmp_path / "work").mkdir()
+    graph = profile_here(
+        entry=str(entry),
+        engine=to_jsonable(ORT),
+        samples=str(tmp_path / "samples.npz"),
+        batch_size=2,
+        threads=1,
+        timing_s=0.01,
+        work=str(tmp_path / "work"),
+    )
+    assert graph["macs"] == ({} if macs is None else {"float32": macs})
+    assert graph["operators"]
 
 
 def test_openvino_counts_the_same(folder: Path):

@@ -122,6 +122,11 @@ def test_fewer_operators_and_fewer_multiply_adds():
     assert "it does 43 % of the baseline's multiply-adds" in sentence(graph(14.0, {"Conv": 1.0}, {"float32": 430}))
 
 
+def test_counts_of_two_engines_are_not_set_against_each_other():
+    after = graph(20.0, {"RNNSeq": 0.9}, {}, engine="openvino")
+    assert "multiply-adds" not in sentence(after)
+
+
 def test_narrow_weights():
     after = graph(20.0, {"MatMulNBits": 0.9}, {"int4 weights": 900, "float32": 100})
     assert "90 % of multiply-adds are with int4 weights" in sentence(after)
