@@ -17,7 +17,7 @@ from optimize.making import make_sources
 from optimize.making import make_variants as make_all
 from optimize.measuring import Measured, Serving, measure
 from optimize.plan import Observer, Plan, Workspace, plan, plan_id
-from optimize.samples import Samples, check_fit, load_samples
+from optimize.samples import SampleFile, Samples, check_fit, load_samples, open_samples
 from optimize.tuning import tune_variants
 from profiles.deploy.local import LocalCluster, server_version
 from profiles.deploy.reaper import reap
@@ -112,11 +112,17 @@ def judge_campaign(config: CampaignConfig, *, base: Path, work: Path, observer: 
         return _prepare(workspace)
 
 
+def _calibration(planned: Plan) -> SampleFile | None:
+    """The calibration samples, all read once, so that a fault in them is told before anything heavy begins."""
+    given = planned.config.samples.calibration
+    return None if given is None else open_samples(planned.path(given)).checked()
+
+
 def _prepare(workspace: Workspace) -> Prepared:
     planned = workspace.plan
     samples = planned.config.samples
     evaluation = load_samples(planned.path(samples.evaluation))
-    calibration = None if samples.calibration is None else load_samples(planned.path(samples.calibration))
+    calibration = _calibration(planned)
     sources, failures = make_sources(workspace)
     sources, unfit = _fitting(sources, evaluation, calibration)
     variants, unmade = make_all(workspace, sources, calibration)
@@ -158,7 +164,7 @@ def _campaign(workspace: Workspace) -> Campaign:
 
 
 def _fitting(
-    sources: Sequence[Source], evaluation: Samples, calibration: Samples | None
+    sources: Sequence[Source], evaluation: Samples, calibration: SampleFile | None
 ) -> tuple[list[Source], list[Failure]]:
     """The sources whose inputs the samples fit; all of them are judged on the same samples.
 
@@ -171,7 +177,7 @@ def _fitting(
         try:
             check_fit(evaluation.inputs, source.artifact.inputs, where="the evaluation samples")
             if calibration is not None:
-                check_fit(calibration.inputs, source.artifact.inputs, where="the calibration samples")
+                check_fit(calibration, source.artifact.inputs, where="the calibration samples")
         except InputError as error:
             if not fitting:
                 raise
@@ -350,11 +356,10 @@ def make_variants(
     config = _config_for(model, variants, calibration)
     planned = plan(config, base=model.parent, work=work or model.parent / "burnish-work")
     with _workspace(planned, observer) as workspace:
-        given = config.samples.calibration
-        samples = None if given is None else load_samples(planned.path(given))
+        samples = _calibration(planned)
         sources, failures = make_sources(workspace)
         if samples is not None:
-            check_fit(samples.inputs, sources[0].artifact.inputs, where="the calibration samples")
+            check_fit(samples, sources[0].artifact.inputs, where="the calibration samples")
         made, unmade = make_all(workspace, sources, samples)
         placed = [_placed(workspace, variant, out) for variant in made]
     return placed, [to_jsonable(failure) for failure in (*failures, *unmade)]

@@ -13,7 +13,7 @@ from optimize.explain import predict, predictable, weights_of
 from optimize.judging import as_input, failure_of, limits_of
 from optimize.plan import Plan, Workspace
 from optimize.recipes import apply_recipe, needs_calibration, tool_versions, variant_id
-from optimize.samples import Samples, open_samples
+from optimize.samples import SampleFile, Samples, open_samples
 from optimize.sources import load_huggingface, load_onnx, load_torch, source_components
 from optimize.stages import make_stage
 from optimize.stages.base import input_of
@@ -90,7 +90,7 @@ def _options(plan: Plan, config: SourceConfig) -> dict[str, Any]:
 
 
 def make_variants(
-    workspace: Workspace, sources: Sequence[Source], calibration: Samples | None
+    workspace: Workspace, sources: Sequence[Source], calibration: SampleFile | None
 ) -> tuple[list[Variant], list[Failure]]:
     """Every recipe applied to every source; a recipe that cannot apply is a failure with its reason.
 
@@ -121,7 +121,7 @@ def make_variants(
 
 
 def make_variant(
-    workspace: Workspace, source: Source, recipe: Recipe, name: str, calibration: Samples | None
+    workspace: Workspace, source: Source, recipe: Recipe, name: str, calibration: Samples | SampleFile | None
 ) -> Variant | Failure:
     """The variant, or the failure that says why the recipe cannot apply; both are remembered.
 

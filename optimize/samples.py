@@ -243,6 +243,15 @@ class SampleFile(StreamedSamples):
                 total.update(_bytes_of(chunk[name]))
         return total.hexdigest()
 
+    def checked(self) -> "SampleFile":
+        """The same, after all values were read once.
+
+        Raises:
+            InputError: the file is damaged, or a float of an input holds NaN or an infinity.
+        """
+        _ = self.digest
+        return self
+
     def batches(self, size: int) -> Iterator[Batch]:
         """The inputs in batches of ``size`` (the last may be smaller), in the file's order, from the first each time.
 

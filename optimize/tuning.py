@@ -25,7 +25,7 @@ from optimize.judging import Judged, failure_of, limits_of
 from optimize.making import make_variant
 from optimize.metrics import find_metric
 from optimize.plan import Workspace
-from optimize.samples import Samples, load_samples, open_samples
+from optimize.samples import SampleFile, Samples, load_samples, open_samples
 from optimize.sensitivity import RANKED_ROWS, Found, rank_groups, search_float_nodes
 from optimize.sources import code_digests
 from optimize.stages import make_stage
@@ -66,7 +66,7 @@ class _Subject:
     one: Judged
     baseline: Judged
     source: Source
-    calibration: Samples | None
+    calibration: SampleFile | None
     evaluation: Samples
     limits: tuple[Constraint, ...]
 
@@ -105,7 +105,7 @@ def tune_variants(
     sources: Sequence[Source],
     judged: Sequence[Judged],
     *,
-    calibration: Samples | None,
+    calibration: SampleFile | None,
     evaluation: Samples,
 ) -> tuple[list[Variant], list[Failure]]:
     """For each quantized variant that misses the limit on ``accuracy_drop``, the best that the search made of it.

@@ -80,7 +80,7 @@ def test_a_value_that_is_not_finite_is_found_with_its_sample(tmp_path, save):
     save(tmp_path / "s.npz", ids=np.ones(9), x=x)
     samples = open_samples(tmp_path / "s.npz")
     text = "input 'x' of the samples holds NaN or an infinity, first in sample 7"
-    for read in (lambda: list(samples.batches(2)), lambda: samples.digest, lambda: load_samples(tmp_path / "s.npz")):
+    for read in (lambda: list(samples.batches(2)), samples.checked, lambda: load_samples(tmp_path / "s.npz")):
         with pytest.raises(InputError, match=text):
             read()
 
@@ -88,7 +88,7 @@ def test_a_value_that_is_not_finite_is_found_with_its_sample(tmp_path, save):
 def test_labels_may_be_nan(tmp_path):
     np.savez(tmp_path / "s.npz", x=np.ones(2), labels=np.array([1.0, np.nan]))
     samples = open_samples(tmp_path / "s.npz")
-    assert samples.digest == load_samples(tmp_path / "s.npz").digest
+    assert samples.checked().digest == load_samples(tmp_path / "s.npz").digest
 
 
 @pytest.mark.parametrize("read", [open_samples, load_samples])
