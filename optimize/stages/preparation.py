@@ -34,18 +34,7 @@ class FloatNodesParams(StageParams):
     float_nodes: tuple[str, ...] = ()
 
 
-def refuse_quantized(stage: str, source: StageInput) -> None:
-    """Returns when the model computes in float32; weights in files of their own are not read.
-
-    Raises:
-        NotApplicableError: it holds quantized operators, or float16 weights.
-    """
-    import onnx
-
-    onnx_files.refuse_quantized(stage, onnx.load(str(source.path), load_external_data=False))
-
-
-def prepare(source: StageInput, scratch: Path) -> tuple[Any, list[str]]:
+def prepare(source: StageInput, scratch: Path, *, stage: str = "quantization") -> tuple[Any, list[str]]:
     """The model made ready for quantization, also written to ``prepared.onnx`` in ``scratch``, and notes on it.
 
     Constant nodes become initializers, batch normalization is folded into convolutions, shapes are inferred (with
@@ -53,13 +42,17 @@ def prepare(source: StageInput, scratch: Path) -> tuple[Any, list[str]]:
     ``<operator>_<first output>``, and one that repeats a name gets a number. The same model gives the same names.
     Source: onnxruntime.quantization.quant_pre_process.
 
+    Args:
+        source: the model; it is not written to.
+        scratch: a folder for files in between.
+        stage: who asks, for messages.
+
     Raises:
-        NotApplicableError: the opset cannot be raised.
+        NotApplicableError: the model is not in float32, or its opset cannot be raised.
     """
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    notes = _write_given(source, scratch / "given.onnx")
-    large = (scratch / "given.onnx.data").exists()
+    given, large, notes = _given(source, scratch, stage)
     target = scratch / PREPARED
     common = {
         "output_model_path": target,
@@ -68,11 +61,11 @@ def prepare(source: StageInput, scratch: Path) -> tuple[Any, list[str]]:
         "external_data_location": f"{PREPARED}.data",
     }
     try:
-        quant_pre_process(scratch / "given.onnx", auto_merge=True, **common)
+        quant_pre_process(given, auto_merge=True, **common)
     except Exception as error:  # symbolic inference gives up with a bare Exception, and works without it, too
         logger.debug("symbolic shape inference gave up: %s", error)
         notes.append("shapes were inferred without symbolic inference, which gave up on this graph")
-        quant_pre_process(scratch / "given.onnx", skip_symbolic_shape=True, **common)
+        quant_pre_process(given, skip_symbolic_shape=True, **common)
     for path in scratch.glob("given.onnx*"):
         path.unlink()
     model = load(target)
@@ -119,15 +112,26 @@ def check_float_nodes(stage: str, model: Any, names: tuple[str, ...]) -> None:
             )
 
 
-def _write_given(source: StageInput, target: Path) -> list[str]:
-    model, notes = onnx_files.load(source), []
+def _given(source: StageInput, scratch: Path, stage: str) -> tuple[Path, bool, list[str]]:
+    """A file that the library takes, whether it is large, and notes. It is the source's own where that will do."""
+    import onnx
+
+    model, notes = onnx.load(str(source.path), load_external_data=False), []
+    onnx_files.refuse_quantized(stage, model)
+    weights = {tensor.name: tensor for tensor in model.graph.initializer}
+    rewritten = any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in weights.values())
+    rewritten |= any(value.name in weights for value in model.graph.input)
+    if rewritten:
+        model = onnx_files.load(source)
     opset = next((item.version for item in model.opset_import if item.domain in {"", "ai.onnx"}), _LEAST_OPSET)
     if opset < _LEAST_OPSET:
-        model = _raised(model, opset)
+        model, rewritten = _raised(model, opset), True
         notes.append(f"opset raised from {opset} to {_LEAST_OPSET}")
-    _name_nodes(model)
-    write(model, target, large=model.ByteSize() > _LARGEST_FILE_BYTES)
-    return notes
+    if not _name_nodes(model) and not rewritten:
+        return source.path, source.path.stat().st_size > _LARGEST_FILE_BYTES, notes
+    large = model.ByteSize() > _LARGEST_FILE_BYTES
+    write(model, scratch / "given.onnx", large=large)
+    return scratch / "given.onnx", large, notes
 
 
 def _name_nodes(model: Any) -> bool:

@@ -15,7 +15,6 @@ from optimize.stages.preparation import (
     is_large,
     load,
     prepare,
-    refuse_quantized,
 )
 from registry.errors import NotApplicableError
 
@@ -56,17 +55,13 @@ class DynamicInt8(Stage):
     tools = ("onnx", "onnxruntime", "sympy")
     params: DynamicInt8Params
 
-    def requires(self, source: StageInput, context: Context) -> None:
-        """Looks whether the model is in float32."""
-        refuse_quantized(self.name, source)
-
     def apply(self, source: StageInput, context: Context) -> StageResult:
         """Prepares the graph, then quantizes."""
         from onnx import TensorProto
         from onnxruntime.quantization import QuantType, quantize_dynamic
 
         with context.scratch() as scratch:
-            prepared, notes = prepare(source, scratch)
+            prepared, notes = prepare(source, scratch, stage=self.name)
             ops = self.operators(prepared)
             self._check_worth(prepared, ops)
             check_float_nodes(self.name, prepared, self.params.float_nodes)
@@ -168,15 +163,11 @@ class StaticInt8(Stage):
     tools = ("onnx", "onnxruntime", "numpy", "sympy")
     params: StaticInt8Params
 
-    def requires(self, source: StageInput, context: Context) -> None:
-        """Looks whether the model is in float32."""
-        refuse_quantized(self.name, source)
-
     def apply(self, source: StageInput, context: Context) -> StageResult:
         """Prepares the graph, finds the ranges, then quantizes."""
         assert context.calibration is not None  # the contract has looked
         with context.scratch() as scratch:
-            prepared, notes = prepare(source, scratch)
+            prepared, notes = prepare(source, scratch, stage=self.name)
             ops, float_outputs = self._choose(prepared)
             check_float_nodes(self.name, prepared, self.params.float_nodes)
             del prepared

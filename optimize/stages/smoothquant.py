@@ -14,7 +14,6 @@ from pydantic import Field
 from optimize.calibration import whole_batches
 from optimize.stages import onnx_files
 from optimize.stages.base import Context, Stage, StageInput, StageParams, StageResult
-from optimize.stages.preparation import refuse_quantized
 from registry.errors import NotApplicableError
 
 logger = logging.getLogger(__name__)
@@ -74,14 +73,12 @@ class Smooth(Stage):
     tools = ("onnx", "onnxruntime", "numpy")
     params: SmoothParams
 
-    def requires(self, source: StageInput, context: Context) -> None:
-        """Looks whether the model is in float32."""
-        refuse_quantized(self.name, source)
-
     def apply(self, source: StageInput, context: Context) -> StageResult:
         """Finds what can be smoothed, measures its channels on the samples, then moves the scales."""
         assert context.calibration is not None  # the contract has looked
-        graph = _Graph(onnx_files.load(source))
+        model = onnx_files.load(source)
+        onnx_files.refuse_quantized(self.name, model)
+        graph = _Graph(model)
         groups = graph.groups(self.params.insert_mul)
         if not groups:
             raise NotApplicableError(

@@ -16,7 +16,6 @@ from optimize.stages.preparation import (
     FloatNodesParams,
     check_float_nodes,
     prepare,
-    refuse_quantized,
 )
 from registry.errors import NotApplicableError
 
@@ -57,15 +56,11 @@ class TensorRtInt8(Stage):
     tools = ("onnx", "onnxruntime", "numpy", "sympy")
     params: TensorRtInt8Params
 
-    def requires(self, source: StageInput, context: Context) -> None:
-        """Looks whether the model is in float32."""
-        refuse_quantized(self.name, source)
-
     def apply(self, source: StageInput, context: Context) -> StageResult:
         """Prepares the graph, finds the ranges, then puts the pairs in."""
         assert context.calibration is not None  # the contract has looked
         with context.scratch() as scratch:
-            model, notes = prepare(source, scratch)
+            model, notes = prepare(source, scratch, stage=self.name)
             self._check_domains(model)
             check_float_nodes(self.name, model, self.params.float_nodes)
             pairs = _Pairs(model, left_out=set(self.params.float_nodes))

@@ -12,7 +12,6 @@ from optimize.stages.preparation import (
     FloatNodesParams,
     check_float_nodes,
     prepare,
-    refuse_quantized,
 )
 from registry.errors import NotApplicableError
 
@@ -52,16 +51,12 @@ class WeightOnly(Stage):
     tools = ("onnx", "onnxruntime", "onnx-ir", "sympy")
     params: WeightOnlyParams
 
-    def requires(self, source: StageInput, context: Context) -> None:
-        """Looks whether the model is in float32."""
-        refuse_quantized(self.name, source)
-
     def apply(self, source: StageInput, context: Context) -> StageResult:
         """Prepares the graph, turns each Gemm into a MatMul, then stores the weights of each MatMul in blocks."""
         from onnxruntime.quantization.onnx_model import ONNXModel
 
         with context.scratch() as scratch:
-            model, notes = prepare(source, scratch)
+            model, notes = prepare(source, scratch, stage=self.name)
         self._check_worth(model)
         check_float_nodes(self.name, model, self.params.float_nodes)
         left_out = [*self.params.float_nodes, *(f"{name}_MatMul" for name in self.params.float_nodes)]
