@@ -5,6 +5,7 @@ import os
 import shutil
 from pathlib import Path
 
+import onnx
 import pytest
 
 from optimize.engines.trtexec import build_engine
@@ -97,6 +98,7 @@ def test_int8_made_here_gives_the_rules_nothing_to_say(machine, tmp_path: Path) 
         result = make_stage(call)(made, context)
         made = read_input(result.folder, result.entry)
     assert json.loads((made.folder / "build.json").read_text())["findings"] == []
+    assert onnx.load(made.path).opset_import[0].version == 19  # from which on Q and DQ take float16
     machine("trtexec", "nvidia-smi", wish="build 100300")
     build_engine(made.folder, tmp_path / "engine")
     command = json.loads((tmp_path / "engine" / "engine.json").read_text())["command"]

@@ -312,6 +312,38 @@ def test_a_clean_model_sets_off_none(model: onnx.ModelProto) -> None:
     assert found(model) == {}
 
 
+@pytest.mark.parametrize(
+    ("op", "settings", "shape", "axis"),
+    [
+        ("Conv", {}, (3, 2, 1, 1), 0),
+        ("ConvTranspose", {}, (2, 3, 1, 1), 1),
+        ("Gemm", {}, (4, 3), 1),
+        ("Gemm", {"transB": 1}, (3, 4), 0),
+        ("MatMul", {}, (4, 3), 1),
+    ],
+)
+def test_weights_have_a_scale_for_each_output_channel(op, settings, shape, axis) -> None:
+    def with_axis(chosen: int) -> set[str]:
+        tensors = [
+            numpy_helper.from_array(np.ones(shape, dtype=np.int8), "w"),
+            numpy_helper.from_array(np.full(shape[chosen], 0.1, dtype=np.float32), "s"),
+        ]
+        graph = helper.make_graph(
+            [
+                helper.make_node("DequantizeLinear", ["w", "s"], ["d"], axis=chosen),
+                helper.make_node(op, ["x", "d"], ["y"], name="taker", **settings),
+            ],
+            "weights",
+            [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 2, 4, 4] if len(shape) == 4 else [1, 4])],
+            [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+            tensors,
+        )
+        return set(found(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)))
+
+    assert "E404" not in with_axis(axis)
+    assert "E404" in with_axis(1 - axis)
+
+
 def test_a_graph_as_deep_as_networks_get_is_looked_at_whole() -> None:
     deep = quantized_product()
     chain = [helper.make_node("Relu", [f"t{i}"], [f"t{i + 1}"]) for i in range(3000)]
