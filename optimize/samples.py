@@ -391,10 +391,7 @@ def _batches_of_member(file: IO[bytes], known: ArrayHeader, size: int) -> Iterat
         if known.fortran_order:
             yield np.ascontiguousarray(whole[start : start + rows])
         else:
-            values = _values(file, known.dtype, (rows, *known.shape[1:]))
-            if start + rows == count:
-                file.read(1)  # only at the end is the checksum compared
-            yield values
+            yield _values(file, known.dtype, (rows, *known.shape[1:]))
 
 
 def _values(file: IO[bytes], dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:

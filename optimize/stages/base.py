@@ -86,7 +86,8 @@ class Context:
 
     Attributes:
         out: an empty folder to write the model into.
-        calibration: input name -> samples of shape (samples, ...), or None where there are none.
+        calibration: input name -> samples of shape (samples, ...), or None where there are none;
+            `optimize.calibration.whole_batches` gives them batch by batch, without reading all of them.
         seed: of every random choice.
         threads: how many a library may use.
     """
