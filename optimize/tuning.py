@@ -462,7 +462,7 @@ def told(
     chosen = set(kept.float_nodes)
     macs = sum(group.macs for group in groups if chosen.issuperset(group.nodes))
     total = sum(len(group.nodes) for group in groups)
-    change = f"accuracy_drop {_number(before)} -> {_number(kept.drop)}, {100 * macs:.0f} % of MACs in float32"
+    change = f"accuracy drop {_number(before)} -> {_number(kept.drop)}, {100 * macs:.0f} % of MACs in float32"
     missed = (
         "" if kept.outcome == "pass" else f"; still over the limit by {_end(kept.drop) - allowed:.4f}: {kept.reason}"
     )

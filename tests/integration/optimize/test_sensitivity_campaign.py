@@ -31,9 +31,9 @@ class Log:
         self.lines.append(text)
 
 
-def prepare(folder: Path, *, spiked: tuple[int, ...]) -> None:
-    model = conv_chain(folder, spiked=spiked)
-    np.savez(folder / "evaluation.npz", **clear_samples(model, count=600))
+def prepare(folder: Path, *, samples: int) -> None:
+    model = conv_chain(folder, spiked=(2,))
+    np.savez(folder / "evaluation.npz", **clear_samples(model, count=samples))
     np.savez(folder / "calibration.npz", image=clear_samples(model, count=64, seed=1)["image"])
 
 
@@ -60,7 +60,7 @@ def searches(folder: Path) -> list[AccuracySearch]:
 
 
 def test_the_search_finds_the_bad_layers_and_the_tuned_variant_keeps_the_limit(tmp_path):
-    prepare(tmp_path, spiked=(2,))
+    prepare(tmp_path, samples=600)
     first, _ = run(tmp_path, trials=1)
     assert [one.name for one in first.judged] == ["float32", "int8-static"]
     (failure,) = first.failures
@@ -90,3 +90,12 @@ def test_the_search_finds_the_bad_layers_and_the_tuned_variant_keeps_the_limit(t
     trials = [line for line in log.lines if line.startswith("int8-static-tuned, ")]
     assert [line.endswith("(known)") for line in trials] == [True, False, False], "one was made before"
     assert not list((tmp_path / "work" / "tmp").iterdir())
+
+
+def test_where_so_few_samples_can_show_nothing_no_trial_is_made(tmp_path):
+    prepare(tmp_path, samples=60)
+    prepared, log = run(tmp_path, trials=8)
+    (failure,) = prepared.failures
+    assert (failure.subject, failure.kind) == ("int8-static-tuned", "not_applicable")
+    assert "not even all the baseline's answers would pass on 60 samples: accuracy drop 0.000" in failure.reason
+    assert not any(line.startswith("int8-static-tuned, ") for line in log.lines)

@@ -226,7 +226,7 @@ def test_what_was_found_is_told_with_its_cost():
     kept = trial(("conv_1", "conv_2"), estimate(0.006, 0.002))
     found = Found(best=kept, trials=(kept,), stopped="done", monotone=True)
     assert tuning.told(found, kept, estimate(0.031, 0.004), groups, allowed=LIMIT) == (
-        "left 2 of 3 nodes in float32 (conv_1, conv_2): accuracy_drop 0.0310 [0.0270, 0.0350] -> "
+        "left 2 of 3 nodes in float32 (conv_1, conv_2): accuracy drop 0.0310 [0.0270, 0.0350] -> "
         "0.0060 [0.0040, 0.0080], 4 % of MACs in float32 (1 trial)"
     )
 
