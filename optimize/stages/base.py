@@ -39,6 +39,23 @@ Format = Literal["onnx", "openvino"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TorchOrigin:
+    """How the torch module that a model was exported from is made again, and exported in the same way.
+
+    Attributes:
+        factory: ``package.module:function``, on the module search path of the process that makes the module.
+        samples: path of the ``.npz`` with the example inputs, where the factory gives none.
+        opset: of the ONNX model, or None for the exporter's own.
+        seed: of torch's random numbers before the factory is called.
+    """
+
+    factory: str
+    samples: str
+    opset: int | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StageInput:
     """The model that a stage is given: a folder of files that it must not write to.
 
@@ -48,6 +65,7 @@ class StageInput:
         format: what the files are.
         inputs: the model's inputs, in the graph's order.
         outputs: the model's outputs, in the graph's order.
+        origin: the torch module that these files were exported from, as they are; None for all other models.
     """
 
     folder: Path
@@ -55,6 +73,7 @@ class StageInput:
     format: Format
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    origin: TorchOrigin | None = None
 
     @property
     def path(self) -> Path:
@@ -73,10 +92,15 @@ def read_input(folder: Path, entry: str) -> StageInput:
     return StageInput(folder=folder, entry=entry, format=kind, inputs=inputs, outputs=outputs)
 
 
-def input_of(artifact: Artifact, folder: Path) -> StageInput:
+def input_of(artifact: Artifact, folder: Path, origin: TorchOrigin | None = None) -> StageInput:
     """A stored artifact, whose files are in ``folder``, as a stage takes it."""
     return StageInput(
-        folder=folder, entry=artifact.entry, format=artifact.format, inputs=artifact.inputs, outputs=artifact.outputs
+        folder=folder,
+        entry=artifact.entry,
+        format=artifact.format,
+        inputs=artifact.inputs,
+        outputs=artifact.outputs,
+        origin=origin,
     )
 
 
@@ -167,6 +191,16 @@ class Stage(ABC):
     def call(self) -> StageCall:
         """The stage with all its parameters, defaults included."""
         return StageCall(name=self.name, params=self.params.model_dump(mode="json"))
+
+    @property
+    def needs_module(self) -> bool:
+        """Whether it changes the torch module that a source comes from, and has it exported again."""
+        return False
+
+    @property
+    def functions(self) -> tuple[str, ...]:
+        """The user's functions that it calls, ``package.module:function``; their code is a part of the variant's id."""
+        return ()
 
     def requires(self, source: StageInput, context: Context) -> None:  # noqa: B027 - nothing to require is right, too
         """Returns when the stage applies to the model; override it where that can be told cheaply.
@@ -259,6 +293,11 @@ class Stage(ABC):
             raise NotApplicableError(
                 f"{self.name} takes a model in the format {wanted}, not {source.format}",
                 hint="Put a stage that converts it before this one." if wanted == "openvino" else None,
+            )
+        if self.needs_module and source.origin is None:
+            raise NotApplicableError(
+                f"{self.name} needs the torch module that the model was exported from, and this is an ONNX file",
+                hint="Name the model in the campaign as a torch source, and put this stage first in its recipe.",
             )
         if self.needs_calibration:
             if context.calibration is None:

@@ -44,11 +44,21 @@ def save(model: Any, folder: Path) -> str:
     """Writes the model with the same bytes each time; returns the entry's name."""
     import onnx
 
+    _drop_unused_imports(model)
     if model.ByteSize() > _LARGEST_FILE_BYTES:
         onnx.save(model, str(folder / ENTRY), save_as_external_data=True, location=f"{ENTRY}.data")
     else:
         (folder / ENTRY).write_bytes(model.SerializeToString(deterministic=True))
     return ENTRY
+
+
+def _drop_unused_imports(model: Any) -> None:
+    """Takes out opsets of domains that no node is of: older ONNX Runtimes refuse those that they do not know."""
+    used = {node.domain for node in nodes(model.graph)} | {function.domain for function in model.functions}
+    used |= {entry.domain for function in model.functions for entry in function.opset_import}
+    for entry in list(model.opset_import):
+        if entry.domain not in used | {"", "ai.onnx"}:
+            model.opset_import.remove(entry)
 
 
 def nodes(graph: Any) -> Iterator[Any]:

@@ -4,6 +4,7 @@ Between steps the model is a file, and no step keeps a copy while the next one w
 that the library would need by itself.
 """
 
+import contextlib
 import difflib
 import logging
 from collections import Counter
@@ -61,7 +62,9 @@ def prepare(source: StageInput, scratch: Path, *, stage: str = "quantization") -
         "external_data_location": f"{PREPARED}.data",
     }
     try:
-        quant_pre_process(given, auto_merge=True, **common)
+        # Where it gives up, symbolic inference leaves a copy of the model in the working directory.
+        with contextlib.chdir(scratch):
+            quant_pre_process(given, auto_merge=True, **common)
     except Exception as error:  # symbolic inference gives up with a bare Exception, and works without it, too
         logger.debug("symbolic shape inference gave up: %s", error)
         notes.append("shapes were inferred without symbolic inference, which gave up on this graph")

@@ -50,6 +50,7 @@ class DynamicInt8(Stage):
     """
 
     name = "quantize.dynamic"
+    version = 2
     Params = DynamicInt8Params
     batch_dependent = True
     tools = ("onnx", "onnxruntime", "sympy")
@@ -105,7 +106,7 @@ class DynamicInt8(Stage):
             raise NotApplicableError(
                 f"{self.name}: {100 * (total - mine) / total:.0f} % of the weights are of convolutions, which are "
                 "slower in int8 with run-time ranges than in float32; the rest is not worth it",
-                hint="Take quantize.static, or quantize.dynamic with ops: all to make it nevertheless.",
+                hint="Take quantize.static; ops: all here and predict: false in the campaign make it nevertheless.",
             )
 
 
@@ -158,6 +159,7 @@ class StaticInt8(Stage):
     """
 
     name = "quantize.static"
+    version = 2
     Params = StaticInt8Params
     needs_calibration = True
     tools = ("onnx", "onnxruntime", "numpy", "sympy")

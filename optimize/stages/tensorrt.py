@@ -93,7 +93,6 @@ class Prepare(Stage):
         if self.params.precision == "float16":
             model = _in_float16(self.name, model)
         model = folded(model)
-        _drop_unused_imports(model)
         profile = self._profile(source)
         entry = onnx_files.save(model, context.out)
         findings = self._checked(context.out / entry, profile)
@@ -231,15 +230,6 @@ def _in_float16(stage: str, model: Any) -> Any:
     made = convert_float_to_float16(model, keep_io_types=True, disable_shape_infer=onnx_files.is_large(model))
     OnnxModel(made).topological_sort(is_deterministic=True)
     return made
-
-
-def _drop_unused_imports(model: Any) -> None:
-    """Takes out opsets of domains that no node is of: older ONNX Runtimes refuse those that they do not know."""
-    used = {node.domain for node in onnx_files.nodes(model.graph)} | {function.domain for function in model.functions}
-    used |= {entry.domain for function in model.functions for entry in function.opset_import}
-    for entry in list(model.opset_import):
-        if entry.domain not in used | {"", "ai.onnx"}:
-            model.opset_import.remove(entry)
 
 
 def _text(version: Version) -> str:

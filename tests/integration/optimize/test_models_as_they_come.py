@@ -70,7 +70,11 @@ def known() -> dict[tuple[str, str], Outcome]:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("kind", zoo.KINDS)
-def test_every_stage_works_or_refuses(kind: str, known: dict[tuple[str, str], Outcome], tmp_path: Path) -> None:
+def test_every_stage_works_or_refuses(
+    kind: str, known: dict[tuple[str, str], Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")  # nothing may be left in the working directory
     source = admitted(kind, tmp_path)
     answers = answered(source)
     outcomes = {name: tried(name, source, answers, tmp_path) for name in stage_names() if "onnx" in formats(name)}
@@ -84,6 +88,7 @@ def test_every_stage_works_or_refuses(kind: str, known: dict[tuple[str, str], Ou
     assert {name: outcome.said for name, outcome in outcomes.items() if outcome.said.startswith("BAD")} == {}
     required = {name for name, kinds in MUST_WORK.items() if kind in kinds}
     assert {name: outcomes[name].said for name in required if outcomes[name].said != "works"} == {}
+    assert list((tmp_path / "here").iterdir()) == []
 
 
 def call(name: str) -> StageCall:

@@ -5,6 +5,7 @@ import warnings
 from importlib.metadata import EntryPoint
 
 import numpy as np
+import onnx
 import pytest
 
 import optimize.stages as stages
@@ -234,3 +235,11 @@ def test_broken_plug_ins_are_listed_with_their_reason(plugins):
 def test_attention_is_seen_and_convolution_is_not(tmp_path):
     assert onnx_files.has_attention(onnx_files.load(tiny_transformer(tmp_path / "t")))
     assert not onnx_files.has_attention(onnx_files.load(tiny_conv_net(tmp_path / "c")))
+
+
+def test_opsets_of_domains_that_no_node_is_of_are_not_written(tmp_path):
+    model = onnx_files.load(tiny_conv_net(tmp_path / "source"))
+    model.opset_import.append(onnx.helper.make_opsetid("ai.onnx.ml", 5))
+    onnx_files.save(model, tmp_path)
+    written = onnx.load(str(tmp_path / onnx_files.ENTRY))
+    assert [entry.domain for entry in written.opset_import] == [""]
