@@ -234,7 +234,7 @@ def _activations(
 ) -> Iterator[Batch]:
     """The values of all tensors, one batch after the other."""
     names, session = _session(model, scratch, op_types, threads, _add_outputs)
-    # onnxruntime does not copy a graph's input that is its output, too: it is what was fed (microsoft/onnxruntime#21922).
+    # A graph's input that is its output, too, is what was fed: microsoft/onnxruntime#21922 loses the copy.
     computed = [name for name in names if name not in {given.name for given in session.get_inputs()}]
     for batch in batches:
         fed = {name: batch[name] for name in names if name in batch}
