@@ -132,10 +132,17 @@ class ServingConfig(_Model):
 
 
 class PolicyConfig(_Model):
-    """The user's constraints and objective, in the policy's words."""
+    """The user's constraints and objective, in the policy's words.
+
+    Attributes:
+        constraints: one line each.
+        objective: one line, or several in falling order of weight.
+        signature: whether a variant whose inputs or outputs differ from the baseline's may win.
+    """
 
     constraints: tuple[str, ...] = ()
     objective: str | tuple[str, ...] = "maximize max_throughput_rps"
+    signature: Literal["same", "may_change"] = "same"
 
     @property
     def objectives(self) -> tuple[str, ...]:

@@ -27,7 +27,7 @@ from registry.records import (
     Screening,
     Variant,
 )
-from registry.selection import judge
+from registry.selection import OTHER_SIGNATURE, judge
 
 # What kernels of low precision may move an answer by at another place in the batch, as a part of the outputs' spread.
 BATCH_TOLERANCE = 0.01
@@ -291,7 +291,11 @@ def choose_served(workspace: Workspace, judged: Sequence[Judged]) -> tuple[list[
     served: list[Judged] = []
     failures: list[Failure] = []
     for one in sorted(others, key=_ms_a_row):
-        reason = _too_unlike(policy, one, reference) or _too_slow(one, served, most)
+        reason = (
+            (OTHER_SIGNATURE if one.variant.signature_changed and policy.signature == "same" else None)
+            or _too_unlike(policy, one, reference)
+            or _too_slow(one, served, most)
+        )
         if reason is None:
             served.append(one)
         else:

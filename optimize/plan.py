@@ -138,7 +138,7 @@ def plan(config: CampaignConfig, *, base: Path, work: Path) -> Plan:
         config=config,
         base=base.resolve(),
         work=work.resolve(),
-        policy=parse_policy(config.policy.constraints, config.policy.objectives),
+        policy=parse_policy(config.policy.constraints, config.policy.objectives, signature=config.policy.signature),
         level=_level(config, base),
         recipes=recipes,
         profiles=tuple(entry.profile() for entry in config.serving),

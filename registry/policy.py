@@ -79,12 +79,18 @@ _TOKEN = re.compile(
 )
 
 
-def parse_policy(constraints: Sequence[str], objective: str | Sequence[str]) -> Policy:
+def parse_policy(
+    constraints: Sequence[str],
+    objective: str | Sequence[str],
+    *,
+    signature: Literal["same", "may_change"] = "same",
+) -> Policy:
     """The policy that the lines say.
 
     Args:
         constraints: one line each, such as ``latency_p90_ms <= 50 at 0.8 saturation``.
         objective: one line, such as ``maximize max_throughput_rps``, or several in falling order of weight.
+        signature: whether a candidate's inputs and outputs may differ from the baseline's.
 
     Raises:
         PolicyError: a line is not understood; the message shows it with a mark under the wrong word.
@@ -97,6 +103,7 @@ def parse_policy(constraints: Sequence[str], objective: str | Sequence[str]) -> 
     return Policy(
         constraints=tuple(_constraint(_Line(line)) for line in constraints),
         objectives=tuple(_objective(_Line(line)) for line in lines),
+        signature=signature,
     )
 
 

@@ -747,10 +747,16 @@ class Objective:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Policy:
-    """The user's constraints, and objectives in falling order of weight."""
+    """The user's constraints, and objectives in falling order of weight.
+
+    Attributes:
+        signature: whether a candidate may take or give other tensors than the baseline: ``same`` refuses it, since who
+            calls the model would have to change, too.
+    """
 
     constraints: tuple[Constraint, ...]
     objectives: tuple[Objective, ...]
+    signature: Literal["same", "may_change"] = "same"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -54,6 +54,10 @@ _FAILED_TO = {
 _OPPOSITE = {"<=": ">", "<": ">=", ">=": "<", ">": "<="}
 
 
+OTHER_SIGNATURE = (
+    "its inputs or outputs are not the baseline's, which the policy allows only with `signature: may_change`"
+)
+
 # --- what is known of each candidate ---------------------------------------------------------------------------
 
 
@@ -167,13 +171,14 @@ class _Standing:
     judgements: tuple[Judgement, ...]
     failure: Failure | None
     missing: tuple[str, ...]
+    other_signature: bool
 
     @property
     def outcome(self) -> Literal["failed", "fail", "unknown", "pass"]:
         outcomes = {judgement.outcome for judgement in self.judgements}
         if self.failure is not None:
             return "failed"
-        if "fail" in outcomes:
+        if "fail" in outcomes or self.other_signature:
             return "fail"
         return "unknown" if "unknown" in outcomes or self.missing else "pass"
 
@@ -262,6 +267,7 @@ def _standing(
         judgements=tuple(judge(constraint, metrics, baseline_metrics) for constraint in policy.constraints),
         failure=failure,
         missing=tuple(_label(*key) for key in wanted if key not in metrics),
+        other_signature=variant.signature_changed and policy.signature == "same",
     )
 
 
@@ -421,7 +427,7 @@ def _closest(
 
 def _misses_only_one(one: _Standing) -> bool:
     missed = [judgement for judgement in one.judgements if judgement.outcome != "pass"]
-    return len(missed) == 1 and not one.missing and one.failure is None
+    return len(missed) == 1 and not one.missing and not one.other_signature and one.failure is None
 
 
 def _violation(judgement: Judgement, baseline_metrics: Mapping[Key, Estimate]) -> float:
@@ -507,7 +513,8 @@ def _why_not(one: _Standing, selected: _Standing | None, lost: Mapping[str, tupl
     if one.failure is not None:
         return f"{_FAILED_TO[one.failure.phase]}: {one.failure.reason}"
     if one.outcome == "fail":
-        return _joined(judgement.reason for judgement in one.judgements if judgement.outcome == "fail")
+        missed = [judgement.reason for judgement in one.judgements if judgement.outcome == "fail"]
+        return _joined([*missed, *([OTHER_SIGNATURE] if one.other_signature else [])])
     if one.outcome == "unknown" or selected is None:
         reasons = [judgement.reason for judgement in one.judgements if judgement.outcome == "unknown"]
         return "unknown: " + _joined([*reasons, *(f"{name} is not known" for name in one.missing)])

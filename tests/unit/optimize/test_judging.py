@@ -168,3 +168,11 @@ def test_what_is_limited_by_slice_or_by_parity_is_judged_before_serving():
     )
     assert chosen == ["float32"]
     assert "largest drop of a slice" in reasons["fast"]
+
+
+def test_other_inputs_are_not_served_where_they_could_not_win():
+    smaller = judged("smaller", 1.0)
+    smaller = replace(smaller, variant=replace(smaller.variant, signature_changed=True))
+    chosen, reasons = choose(2, judged("float32", 9.0), smaller)
+    assert chosen == ["float32"]
+    assert "signature: may_change" in reasons["smaller"]

@@ -94,10 +94,12 @@ class Case:
         self.comparisons: list[Comparison] = []
         self.failures: list[Failure] = []
 
-    def verdict(self, constraints: list[str], objective: Any = GOAL, *, provisional: bool = False) -> Verdict:
+    def verdict(
+        self, constraints: list[str], objective: Any = GOAL, *, provisional: bool = False, signature: Any = "same"
+    ) -> Verdict:
         candidates = [candidate(one) for one in self.variants.values()]
         return select(
-            policy=parse_policy(constraints, objective),
+            policy=parse_policy(constraints, objective, signature=signature),
             candidates=candidates,
             variants=list(self.variants.values()),
             metrics=self.metrics,
@@ -509,3 +511,12 @@ def test_what_holds_of_every_verdict(case, constraint_texts, objective, random):
     random.shuffle(others)
     case.variants = {name: case.variants[name] for name in names[:1] + others}
     assert case.verdict(constraint_texts, objective).selected == verdict.selected
+
+
+def test_other_inputs_win_only_where_the_policy_allows_it():
+    case = Case(base={RATE: around(200)}, smaller={RATE: around(900)})
+    case.variants["smaller"] = replace(case.variants["smaller"], signature_changed=True)
+    strict = case.verdict([])
+    assert strict.selected == "id-base"
+    assert "signature: may_change" in reasons(strict)["smaller"]
+    assert case.verdict([], signature="may_change").selected == "id-smaller"
