@@ -27,10 +27,10 @@ demo: $(STAMP)  ## Take one real model through the whole journey
 	$(BIN)/burnish demo
 
 test: $(STAMP)  ## Run every test, with the real servers
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 quick: $(STAMP)  ## Run the tests of a commit (under 90 s)
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "not slow"
 
 lint: $(STAMP)  ## ruff, mypy strict, import contracts
 	$(BIN)/ruff check .

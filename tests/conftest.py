@@ -3,6 +3,7 @@
 import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ from hypothesis import settings
 settings.register_profile("burnish", deadline=None)
 settings.load_profile("burnish")
 
+HERE = Path(__file__).parent
+WITH_SERVERS = ("e2e", "integration/profiles", "integration/registry")
 REQUIRE_ALL = os.environ.get("BURNISH_REQUIRE_ALL") == "1"
 
 # A shell starts background jobs with SIGINT ignored, and children inherit that; tests of Ctrl-C need the usual.
@@ -20,6 +23,13 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # Nothing here talks to the outside; what a library would send home stays home.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests with servers take their turns in one worker; the others run beside them in the next."""
+    for item in items:
+        if any(item.path.is_relative_to(HERE / folder) for folder in WITH_SERVERS):
+            item.add_marker(pytest.mark.xdist_group("servers"))
 
 
 @pytest.hookimpl(wrapper=True)
