@@ -1,0 +1,502 @@
+"""A double of Core 2's scheduler: a real gRPC server on loopback that behaves as the published facts say.
+
+It is no Core 2. It schedules by capability and memory, counts versions, takes time, forgets to say so for a while, and
+fails with the reasons that Core 2 gives; what it is to do wrong is set on it. Models answer to nothing but readiness.
+"""
+
+import contextlib
+import re
+import socket
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, Self
+
+import grpc
+
+from profiles.deploy import core2_scheduler_pb2 as pb
+from profiles.deploy.scheduler_channel import SERVICE
+
+LOOPBACK = "127.0.0.1"
+NO_SERVER = "Failed to schedule model as no matching server had enough suitable replicas"
+NAME = re.compile(r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$")
+State = pb.ModelStatus
+Status = pb.PipelineVersionState
+
+
+@dataclass
+class ServerDouble:
+    """A server with one replica.
+
+    Attributes:
+        capabilities: what it can run.
+        memory_bytes: of its replica.
+        connected: whether it is there.
+    """
+
+    capabilities: frozenset[str]
+    memory_bytes: int = 8_000_000_000
+    connected: bool = True
+
+
+@dataclass
+class _Version:
+    """One version of a model, whose state follows from the time."""
+
+    number: int
+    model: pb.Model
+    server: str = ""
+    ready_at: float = 0.0
+    gone_at: float | None = None
+    failure: str = ""
+
+    def state(self) -> pb.ModelVersionStatus:
+        now = time.monotonic()
+        answer = pb.ModelVersionStatus(version=self.number, serverName=self.server)
+        replicas = self.model.deploymentSpec.replicas
+        if self.gone_at is not None:
+            answer.state.state = State.ModelTerminated if now >= self.gone_at else State.ModelTerminating
+        elif replicas == 0:
+            answer.state.state = State.ModelScaledDown
+        elif not self.server:
+            answer.state.state, answer.state.reason = State.ScheduleFailed, NO_SERVER
+        elif now < self.ready_at:
+            answer.state.state = State.ModelProgressing
+            answer.modelReplicaState[0].state = pb.ModelReplicaStatus.Loading
+        elif self.failure:
+            answer.state.state, answer.state.reason = State.ModelFailed, self.failure
+            answer.state.unavailableReplicas = replicas
+            answer.modelReplicaState[0].state = pb.ModelReplicaStatus.LoadFailed
+            answer.modelReplicaState[0].reason = self.failure
+        else:
+            answer.state.state, answer.state.availableReplicas = State.ModelAvailable, replicas
+            answer.modelReplicaState[0].state = pb.ModelReplicaStatus.Available
+        return answer
+
+    @property
+    def gone(self) -> bool:
+        return self.gone_at is not None and time.monotonic() >= self.gone_at
+
+
+@dataclass
+class _Pipeline:
+    number: int
+    steps: tuple[str, ...]
+    ready_at: float
+    gone_at: float | None = None
+
+
+class SchedulerDouble:
+    """The scheduler, with a mesh that says which models are ready. A context manager.
+
+    Attributes:
+        servers: name -> server.
+        load_s: from a load to its outcome.
+        unload_s: from an unload to its end.
+        stale_answers: how many answers after a load still show what was before.
+        definitions: whether a status says what a model was loaded with.
+        failures: URI -> why a model from there does not load.
+        unload_failures: names of the models that no server can unload.
+        refusals: method -> (code, words) for every call of it.
+        lost: method -> how many calls of it lose their connection, after the work was done.
+        late_s: method -> how long each call of it takes.
+        mesh_ready: whether the mesh has heard of the models.
+        asked: every call, in order: method and request.
+    """
+
+    def __init__(self, *, credentials: Any = None) -> None:
+        self.servers = {"mlserver": ServerDouble(frozenset({"mlserver", "python", "sklearn"}))}
+        self.load_s = self.unload_s = 0.0
+        self.stale_answers = 0
+        self.definitions = True
+        self.failures: dict[str, str] = {}
+        self.unload_failures: set[str] = set()
+        self.refusals: dict[str, tuple[grpc.StatusCode, str]] = {}
+        self.lost: Counter[str] = Counter()
+        self.late_s: dict[str, float] = {}
+        self.mesh_ready = True
+        self.asked: list[tuple[str, Any]] = []
+        self._credentials = credentials
+        self._lock = threading.RLock()
+        self._models: dict[str, list[_Version]] = {}
+        self._stale: dict[str, list[pb.ModelStatusResponse | None]] = {}
+        self._experiments: dict[str, pb.Experiment] = {}
+        self._pipelines: dict[str, _Pipeline] = {}
+
+    def __enter__(self) -> Self:
+        self._pool = ThreadPoolExecutor(8, thread_name_prefix="scheduler-double")
+        self._server = grpc.server(self._pool)
+        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, self._handlers()),))
+        if self._credentials is None:
+            inner = self._server.add_insecure_port(f"{LOOPBACK}:0")
+        else:
+            inner = self._server.add_secure_port(f"{LOOPBACK}:0", self._credentials)
+        self._server.start()
+        self._line = _Line(inner)
+        self._mesh = _mesh(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._line.close()
+        self._server.stop(None).wait()
+        self._pool.shutdown()
+        self._mesh.shutdown()
+        self._mesh.server_close()
+
+    @property
+    def port(self) -> int:
+        """Where the scheduler listens."""
+        return self._line.port
+
+    @property
+    def mesh(self) -> str:
+        """``host:port`` of the mesh."""
+        return f"{LOOPBACK}:{self._mesh.server_address[1]}"
+
+    def hang_up(self) -> None:
+        """Takes no connection any more, and ends those that are."""
+        self._line.open = False
+        self._line.cut()
+
+    def loaded(self) -> list[str]:
+        """The names of the models that are there."""
+        with self._lock:
+            return sorted(name for name, versions in self._models.items() if not versions[-1].gone)
+
+    def available(self, name: str) -> bool:
+        """Whether the newest version of a model is available."""
+        with self._lock:
+            versions = self._models.get(name)
+            return bool(versions) and versions[-1].state().state.state == State.ModelAvailable
+
+    def methods(self) -> list[str]:
+        """The methods that were called, in order."""
+        return [method for method, _ in self.asked]
+
+    def calls(self, method: str) -> list[Any]:
+        """The requests of one method, in order."""
+        return [request for name, request in self.asked if name == method]
+
+    def load(self, name: str, uri: str, **parameters: str) -> None:
+        """Loads a model as somebody else would."""
+        spec = pb.ModelSpec(uri=uri, requirements=["mlserver"])
+        for key, value in parameters.items():
+            spec.parameters.add(name=key, value=value)
+        deployment = pb.DeploymentSpec(replicas=1)
+        self._store(pb.Model(meta=pb.MetaData(name=name), modelSpec=spec, deploymentSpec=deployment))
+
+    # --- calls ---
+
+    def _handlers(self) -> dict[str, Any]:
+        single: list[tuple[str, type, Callable[..., Any]]] = [
+            ("LoadModel", pb.LoadModelRequest, self._load_model),
+            ("UnloadModel", pb.UnloadModelRequest, self._unload_model),
+            ("StartExperiment", pb.StartExperimentRequest, self._start_experiment),
+            ("StopExperiment", pb.StopExperimentRequest, self._stop_experiment),
+            ("LoadPipeline", pb.LoadPipelineRequest, self._load_pipeline),
+            ("UnloadPipeline", pb.UnloadPipelineRequest, self._unload_pipeline),
+        ]
+        streams: list[tuple[str, type, Callable[..., Any]]] = [
+            ("ModelStatus", pb.ModelStatusRequest, self._model_status),
+            ("ServerStatus", pb.ServerStatusRequest, self._server_status),
+            ("ExperimentStatus", pb.ExperimentStatusRequest, self._experiment_status),
+            ("PipelineStatus", pb.PipelineStatusRequest, self._pipeline_status),
+        ]
+        handlers = {
+            name: grpc.unary_unary_rpc_method_handler(
+                self._taken(name, work), request.FromString, lambda answer: answer.SerializeToString()
+            )
+            for name, request, work in single
+        }
+        handlers |= {
+            name: grpc.unary_stream_rpc_method_handler(
+                self._streamed(name, work), request.FromString, lambda answer: answer.SerializeToString()
+            )
+            for name, request, work in streams
+        }
+        return handlers
+
+    def _taken(self, method: str, work: Callable[..., Any]) -> Callable[[Any, Any], Any]:
+        def answer(request: Any, context: Any) -> Any:
+            self._begin(method, request, context)
+            with self._lock:
+                done = work(request, context)
+            self._end(method)
+            return done
+
+        return answer
+
+    def _streamed(self, method: str, work: Callable[..., Any]) -> Callable[[Any, Any], Iterator[Any]]:
+        def answer(request: Any, context: Any) -> Iterator[Any]:
+            self._begin(method, request, context)
+            with self._lock:
+                answers = list(work(request, context))
+            self._end(method)
+            yield from answers
+
+        return answer
+
+    def _begin(self, method: str, request: Any, context: Any) -> None:
+        with self._lock:
+            self.asked.append((method, request))
+        if method in self.late_s:
+            time.sleep(self.late_s[method])
+        if method in self.refusals:
+            context.abort(*self.refusals[method])
+
+    def _end(self, method: str) -> None:
+        if self.lost[method] > 0:
+            self.lost[method] -= 1
+            self._line.cut()
+
+    # --- models ---
+
+    def _load_model(self, request: pb.LoadModelRequest, context: Any) -> pb.LoadModelResponse:
+        name = request.model.meta.name
+        if not NAME.match(name):
+            context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"Model {name} does not have a valid name")
+        versions = self._models.get(name)
+        if versions and versions[-1].gone_at is not None and not versions[-1].gone:
+            context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"Model {name} is in process of deletion")
+        self._stale[name] = [self._picture(name)] * self.stale_answers
+        self._store(request.model)
+        return pb.LoadModelResponse()
+
+    def _store(self, model: pb.Model) -> None:
+        name = model.meta.name
+        versions = self._models.get(name)
+        if versions is None or versions[-1].gone:
+            versions = self._models[name] = []
+        if versions and versions[-1].model.modelSpec == model.modelSpec:
+            versions[-1].model = model
+            return
+        version = _Version(number=len(versions) + 1, model=model)
+        versions.append(version)
+        self._schedule(version)
+
+    def _schedule(self, version: _Version) -> None:
+        spec = version.model.modelSpec
+        for name, server in self.servers.items():
+            fits = set(spec.requirements) <= server.capabilities and spec.memoryBytes <= self._free(name)
+            if server.connected and fits and spec.server in ("", name):
+                version.server = name
+                version.ready_at = time.monotonic() + self.load_s
+                version.failure = self.failures.get(spec.uri, "")
+                return
+
+    def _unload_model(self, request: pb.UnloadModelRequest, context: Any) -> pb.UnloadModelResponse:
+        versions = self._models.get(request.model.name)
+        if versions is None:
+            context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"Failed to find model {request.model.name}")
+        assert versions is not None
+        if request.model.name not in self.unload_failures and versions[-1].gone_at is None:
+            versions[-1].gone_at = time.monotonic() + self.unload_s
+        return pb.UnloadModelResponse()
+
+    def _free(self, server: str) -> int:
+        return self.servers[server].memory_bytes - sum(
+            version.model.modelSpec.memoryBytes for version in self._on(server)
+        )
+
+    def _on(self, server: str) -> list[_Version]:
+        newest = [versions[-1] for versions in self._models.values()]
+        return [version for version in newest if version.server == server and not version.gone]
+
+    def _picture(self, name: str) -> pb.ModelStatusResponse | None:
+        versions = self._models.get(name)
+        if versions is None:
+            return None
+        for version in versions:
+            if not version.server and version.gone_at is None:
+                # As Core 2 does when servers join or models leave.
+                self._schedule(version)
+        status = versions[-1].state()
+        if name in self.unload_failures and "UnloadModel" in self.methods():
+            status.state.state, status.state.reason = State.ModelTerminateFailed, "the server does not answer"
+        if self.definitions:
+            status.modelDefn.CopyFrom(versions[-1].model)
+        return pb.ModelStatusResponse(modelName=name, versions=[status])
+
+    def _model_status(self, request: pb.ModelStatusRequest, context: Any) -> Iterator[pb.ModelStatusResponse]:
+        name = request.model.name
+        stale = self._stale.get(name)
+        picture = stale.pop() if stale else self._picture(name)
+        if picture is None:
+            context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"Failed to find model {name}")
+        else:
+            yield picture
+
+    # --- servers ---
+
+    def _server_status(self, request: pb.ServerStatusRequest, context: Any) -> Iterator[pb.ServerStatusResponse]:
+        if request.name and request.name not in self.servers:
+            context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"Failed to find server {request.name}")
+        for name, server in self.servers.items():
+            if request.name in ("", name):
+                status = pb.ServerStatusResponse(serverName=name, expectedReplicas=-1)
+                if server.connected:
+                    models = len(self._on(name))
+                    status.availableReplicas = 1
+                    status.numLoadedModelReplicas = models
+                    status.resources.add(
+                        totalMemoryBytes=server.memory_bytes,
+                        availableMemoryBytes=self._free(name),
+                        numLoadedModels=models,
+                    )
+                yield status
+
+    # --- experiments ---
+
+    def _start_experiment(self, request: pb.StartExperimentRequest, context: Any) -> pb.StartExperimentResponse:
+        for other in self._experiments.values():
+            if request.experiment.default and (other.default, other.name) == (request.experiment.default, other.name):
+                if other.name == request.experiment.name:
+                    continue
+                words = f"default {other.default} is already in use by experiment {other.name}"
+                context.abort(grpc.StatusCode.FAILED_PRECONDITION, words)
+        self._experiments[request.experiment.name] = request.experiment
+        return pb.StartExperimentResponse()
+
+    def _stop_experiment(self, request: pb.StopExperimentRequest, context: Any) -> pb.StopExperimentResponse:
+        if self._experiments.pop(request.name, None) is None:
+            context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"Experiment not found {request.name}")
+        return pb.StopExperimentResponse()
+
+    def _experiment_status(
+        self, request: pb.ExperimentStatusRequest, context: Any
+    ) -> Iterator[pb.ExperimentStatusResponse]:
+        experiment = self._experiments.get(request.name)
+        if experiment is None:
+            context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"Experiment not found {request.name}")
+        assert experiment is not None
+        missing = [one.name for one in experiment.candidates if not self.available(one.name)]
+        mirrored = not experiment.HasField("mirror") or self.available(experiment.mirror.name)
+        yield pb.ExperimentStatusResponse(
+            experimentName=experiment.name,
+            active=not missing and mirrored,
+            candidatesReady=not missing,
+            mirrorReady=mirrored,
+            statusDescription=f"candidates not ready: {', '.join(missing)}" if missing else "experiment active",
+        )
+
+    # --- pipelines ---
+
+    def _load_pipeline(self, request: pb.LoadPipelineRequest, context: Any) -> pb.LoadPipelineResponse:
+        name = request.pipeline.name
+        old = self._pipelines.get(name)
+        number = 1 if old is None or old.gone_at is not None else old.number + 1
+        steps = tuple(step.name for step in request.pipeline.steps)
+        self._pipelines[name] = _Pipeline(number, steps, time.monotonic() + self.load_s)
+        return pb.LoadPipelineResponse()
+
+    def _unload_pipeline(self, request: pb.UnloadPipelineRequest, context: Any) -> pb.UnloadPipelineResponse:
+        pipeline = self._pipelines.get(request.name)
+        if pipeline is None:
+            context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"pipeline {request.name} not found")
+        assert pipeline is not None
+        pipeline.gone_at = time.monotonic() + self.unload_s
+        return pb.UnloadPipelineResponse()
+
+    def _pipeline_status(self, request: pb.PipelineStatusRequest, context: Any) -> Iterator[pb.PipelineStatusResponse]:
+        pipeline = self._pipelines.get(request.name)
+        if pipeline is None:
+            context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"pipeline {request.name} not found")
+        assert pipeline is not None
+        now = time.monotonic()
+        state = Status(pipelineVersion=pipeline.number, modelsReady=all(map(self.available, pipeline.steps)))
+        if pipeline.gone_at is not None:
+            state.status = Status.PipelineTerminated if now >= pipeline.gone_at else Status.PipelineTerminating
+        elif now < pipeline.ready_at:
+            state.status = Status.PipelineCreating
+        elif request.name in self.failures:
+            state.status, state.reason = Status.PipelineFailed, self.failures[request.name]
+        else:
+            state.status = Status.PipelineReady
+        yield pb.PipelineStatusResponse(pipelineName=request.name, versions=[pb.PipelineWithState(state=state)])
+
+
+# --- what is around it -----------------------------------------------------------------------------------------------
+
+
+class _Line:
+    """The wire to the scheduler, which can be cut: connections on it end, in the middle of whatever they carry."""
+
+    def __init__(self, inner: int) -> None:
+        self.open = True
+        self._inner = inner
+        self._ends: list[socket.socket] = []
+        self._lock = threading.Lock()
+        self._threads: list[threading.Thread] = []
+        self._listener = socket.create_server((LOOPBACK, 0))
+        self.port: int = self._listener.getsockname()[1]
+        self._start(self._accept)
+
+    def cut(self) -> None:
+        """Ends every connection."""
+        with self._lock:
+            for end in self._ends:
+                with contextlib.suppress(OSError):
+                    end.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Ends every connection, and the line."""
+        self.open = False
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self.cut()
+        for thread in self._threads:
+            thread.join()
+        for end in (*self._ends, self._listener):
+            end.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                outside, _ = self._listener.accept()
+            except OSError:
+                return
+            if not self.open:
+                outside.close()
+                continue
+            inside = socket.create_connection((LOOPBACK, self._inner))
+            with self._lock:
+                self._ends += [outside, inside]
+            self._start(self._pump, outside, inside)
+            self._start(self._pump, inside, outside)
+
+    def _start(self, work: Callable[..., None], *args: Any) -> None:
+        thread = threading.Thread(target=work, args=args, daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    @staticmethod
+    def _pump(source: socket.socket, sink: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while sent := source.recv(1 << 16):
+                sink.sendall(sent)
+        for end in (source, sink):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+
+def _mesh(double: SchedulerDouble) -> ThreadingHTTPServer:
+    """The mesh, as far as it tells whether a model is ready: by the header of the route, not by the path."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            model = self.headers.get("seldon-model", "")
+            ready = double.mesh_ready and double.available(model) and self.path == f"/v2/models/{model}/ready"
+            self.send_response(200 if ready else 404)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer((LOOPBACK, 0), Handler)
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    return server
