@@ -2,7 +2,7 @@
 
 import typer
 
-from optimize.cli import cache, campaigns, explain, hosts, lint, models, reports, serving
+from optimize.cli import cache, campaigns, explain, hosts, lint, models, render, reports, serving
 
 # Rich markup in help doubles the start-up time; plain help reads as well.
 app = typer.Typer(
@@ -18,6 +18,7 @@ app.command("init")(campaigns.init)
 app.command("inspect")(models.inspect)
 app.command("make")(campaigns.make)
 app.command("run")(campaigns.run)
+app.command("render")(render.render)
 app.command("serve")(serving.serve)
 app.command("bench")(serving.bench)
 app.command("report")(reports.report)

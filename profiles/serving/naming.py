@@ -7,6 +7,8 @@ from registry.records import Artifact, Candidate, TensorSpec
 
 MAX_NAME = 63
 """Longest name of a Kubernetes label, which a model's name becomes on Core 2."""
+CORE2_NAME = "[a-z0-9]([-a-z0-9]*[a-z0-9])?"
+"""What Core 2 takes as a name: no ``_``, which stands before a version, and no ``.``, as in ``name.pipeline``."""
 
 
 def model_name_of(candidate: Candidate) -> str:
@@ -17,6 +19,24 @@ def model_name_of(candidate: Candidate) -> str:
     tail = candidate.id[:8].lower()
     words = re.sub(r"[^a-z0-9]+", "-", candidate.variant_name.lower())[: MAX_NAME - len(tail) - 1].strip("-")
     return f"{words}-{tail}" if words else f"m-{tail}"
+
+
+def server_name_of(candidate: Candidate) -> str:
+    """The name of a Core 2 Server that is there for one candidate; short, since names of pods are made from it."""
+    return f"burnish-{candidate.serving.server}-{candidate.id[:8].lower()}"
+
+
+def check_core2_name(name: str, what: str) -> None:
+    """Returns when Core 2 takes the name; ``what`` says in the message what it is a name of.
+
+    Raises:
+        InputError: it does not.
+    """
+    if len(name) > MAX_NAME or not re.fullmatch(CORE2_NAME, name):
+        raise InputError(
+            f"Core 2 takes no {what} named {name!r}",
+            hint=f"Names have small letters, digits and -, begin and end without -, and at most {MAX_NAME} characters.",
+        )
 
 
 def why_not_batched(artifact: Artifact) -> str | None:

@@ -1,0 +1,461 @@
+"""A candidate of a finished campaign, rendered to files: what `burnish render` does."""
+
+import difflib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Literal
+
+from optimize.reporting import read_campaign
+from profiles.serving.core2 import manifests
+from profiles.serving.core2.folder import ModelFolder, model_folder, write_folder
+from profiles.serving.core2.hardware import ANY_NODE, Hardware
+from profiles.serving.core2.schema import NEWEST, VERSIONS, Core2Version
+from profiles.serving.naming import check_core2_name, model_name_of, server_name_of
+from registry.documents import load_document
+from registry.errors import InputError, StorageError
+from registry.records import Campaign, Candidate, Estimate, Variant
+from registry.store import FolderStore
+
+Render = Literal["core2", "files"]
+MARKER = ".burnish-render"
+"""Lists what was written into a folder, with digests, so that it can be known as ours and replaced."""
+MANIFESTS = "manifests"
+"""Where the resources are: a folder of nothing else, so that ``kubectl apply -f`` takes it whole."""
+STOCK_TRITON = "23.03"
+"""The release of Triton that Core 2 comes with."""
+MODELS_VOLUME_BYTES = 1 << 30
+"""Core 2's default size of the volume that a server keeps its models on."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rendering:
+    """What is to be rendered, and for what.
+
+    Attributes:
+        target: ``core2`` for a model's folder with manifests, ``files`` for a repository of MLServer or Triton.
+        core2_version: the release of Core 2.
+        storage_uri: where the model's folder will be uploaded to: the URI's beginning.
+        server: an existing Server to schedule the model to.
+        image: of a Server that is rendered for it.
+        hardware: a YAML file, see `profiles.serving.core2.hardware.Hardware`.
+        replicas: of the model, where no rate is given.
+        for_rate: requests a second that the replicas are to take together.
+        max_replicas: up to which an autoscaler adds replicas.
+        margin: how far below saturation a replica is to be kept.
+        server_config: a file with the cluster's own ServerConfig, to render one from.
+        secret: the Kubernetes secret with the rclone remote.
+    """
+
+    target: Render = "core2"
+    core2_version: Core2Version = NEWEST
+    storage_uri: str | None = None
+    server: str | None = None
+    image: str | None = None
+    hardware: Path | None = None
+    replicas: int | None = None
+    for_rate: float | None = None
+    max_replicas: int | None = None
+    margin: float = manifests.MARGIN
+    server_config: Path | None = None
+    secret: str | None = None
+
+
+def rendering(**fields: Any) -> Rendering:
+    """What the command line asks for.
+
+    Raises:
+        InputError: a word is unknown, or two options do not go together.
+    """
+    asked = Rendering(**fields)
+    if asked.target not in ("core2", "files"):
+        raise InputError(f"there is no target {asked.target!r}", hint="It is core2 or files.")
+    if asked.core2_version not in VERSIONS:
+        raise InputError(f"nothing is known of Core 2 {asked.core2_version!r}", hint=f"It is {' or '.join(VERSIONS)}.")
+    if asked.target == "files":
+        given = [f"--{name.replace('_', '-')}" for name in _ONLY_CORE2 if getattr(asked, name) is not None]
+        if given:
+            raise InputError(f"{given[0]} is for Core 2", hint="Leave it out, or render with --target core2.")
+        return asked
+    if asked.storage_uri is None:
+        raise InputError(
+            "nothing says where Core 2 is to fetch the model from",
+            hint="Give --storage-uri, the place you will upload to: s3://bucket/path, say.",
+        )
+    if asked.server is not None and asked.image is not None:
+        raise InputError(
+            "--server names an existing Server, --with-server asks for a new one", hint="Give one of them."
+        )
+    if asked.image is None and (asked.hardware or asked.server_config):
+        raise InputError("--hardware and --server-config say how a Server is made", hint="Add --with-server IMAGE.")
+    if asked.replicas is not None and asked.for_rate is not None:
+        raise InputError("--for-rate finds the replicas that --replicas gives", hint="Give one of them.")
+    return asked
+
+
+_ONLY_CORE2 = (
+    "storage_uri", "server", "image", "hardware", "replicas", "for_rate", "max_replicas", "server_config", "secret",
+)  # fmt: skip
+
+
+def render_candidate(work: Path, wanted: str | None, out: Path, asked: Rendering) -> dict[str, Any]:
+    """Writes a candidate's files into a folder of their own; what was rendered there before makes room.
+
+    Args:
+        work: the campaign's working folder.
+        wanted: name or id of a candidate; None for the one that the campaign selected.
+        out: the folder. It is new, empty, or a former rendering that nobody has changed.
+        asked: what to render.
+
+    Returns:
+        What was written, as plain values: the model's name and URI, replicas, memory, paths, and warnings.
+
+    Raises:
+        InputError: there is no such campaign or candidate, it cannot be rendered so, or the folder is not ours.
+        StorageError: the folder cannot be written.
+    """
+    campaign = read_campaign(work)
+    candidate = find_candidate(campaign, wanted)
+    variant = next(one for one in campaign.variants if one.id == candidate.variant_id)
+    former = check_out(out)
+    source = FolderStore(work).path(variant.artifact)
+    name = model_name_of(candidate)
+    folder = model_folder(candidate, variant.artifact, model_name=name)
+    told: dict[str, Any] = {"candidate": candidate.name, "candidate_id": candidate.id, "model": name}
+    told |= {"target": asked.target, "out": str(out)}
+    if asked.target == "files":
+        place, texts = name, dict(folder.settings)
+    else:
+        # Core 2 does not look again under a URI that it has, so other bytes need another.
+        place = f"models/{name}-{folder.digest[:16]}"
+        texts, about = _core2(campaign, candidate, folder, Path(place).name, asked)
+        told |= about
+    told["warnings"] = [
+        *warnings_about(campaign, candidate, variant, source, asked),
+        *([f"{out} was rendered from {former}, and is replaced."] if former not in (None, candidate.name) else []),
+    ]
+    told["files"] = _write(out, folder=folder, source=source, place=place, texts=texts, candidate=candidate)
+    told["folder"] = str(out / place)
+    return told
+
+
+def find_candidate(campaign: Campaign, wanted: str | None) -> Candidate:
+    """The candidate of this name or id, the only one of this variant, or the one that the campaign selected.
+
+    Raises:
+        InputError: there is none.
+    """
+    wanted = wanted or campaign.verdict.selected
+    if wanted is None:
+        raise InputError("this campaign selected no candidate", hint=f"Name one: {_listed(campaign)}.")
+    for candidate in campaign.candidates:
+        if wanted in {candidate.id, candidate.name, model_name_of(candidate)}:
+            return candidate
+    of_variant = [one for one in campaign.candidates if wanted in {one.variant_id, one.variant_name}]
+    if len(of_variant) == 1:
+        return of_variant[0]
+    if of_variant:
+        names = "; ".join(one.name for one in of_variant)
+        raise InputError(f"the variant {wanted!r} was served in several ways", hint=f"Name one: {names}.")
+    close = difflib.get_close_matches(wanted, [one.name for one in campaign.candidates], n=1)
+    raise InputError(
+        f"this campaign has no candidate {wanted!r}",
+        hint=f"Did you mean {close[0]!r}?" if close else f"It has: {_listed(campaign)}.",
+    )
+
+
+def _listed(campaign: Campaign) -> str:
+    return "; ".join(candidate.name for candidate in campaign.candidates) or "none was served"
+
+
+# --- numbers of the campaign -----------------------------------------------------------------------------------
+
+
+def peak_memory_mb(campaign: Campaign, candidate_id: str) -> float | None:
+    """The most resident memory that was seen of a candidate's server, in MB of 10^6 bytes; None where none was."""
+    runs = [run for one in campaign.rounds if one.candidate_id == candidate_id for run in one.runs]
+    seen = [run.metrics["rss_mb"] for run in runs if "rss_mb" in run.metrics]
+    seen += [one.metrics["rss_mb"].value for one in _measured(campaign, candidate_id) if "rss_mb" in one.metrics]
+    return max(seen, default=None)
+
+
+def saturation_of(campaign: Campaign, candidate_id: str) -> Estimate | None:
+    """Where a candidate saturates, if that was measured."""
+    found = (one.metrics.get("saturation_rps") for one in _measured(campaign, candidate_id))
+    return next((estimate for estimate in found if estimate is not None), None)
+
+
+def _measured(campaign: Campaign, candidate_id: str) -> list[Any]:
+    return [one for one in campaign.measurements if one.candidate_id == candidate_id]
+
+
+# --- manifests -------------------------------------------------------------------------------------------------
+
+
+def _core2(
+    campaign: Campaign, candidate: Candidate, folder: ModelFolder, stem: str, asked: Rendering
+) -> tuple[dict[str, str], dict[str, Any]]:
+    """The manifests by file name, and what to say of them."""
+    name, version = model_name_of(candidate), asked.core2_version
+    labels = manifests.labels_of(candidate, campaign.id)
+    peak = peak_memory_mb(campaign, candidate.id)
+    memory = None if peak is None else manifests.memory_needed(peak)
+    per_replica = _rate_per_replica(campaign, candidate, asked)
+    replicas = 1 if asked.replicas is None else asked.replicas
+    if asked.for_rate is not None:
+        replicas = manifests.replicas_for(asked.for_rate, per_replica / (1 - asked.margin), asked.margin)
+    _check_replicas(replicas, asked.max_replicas)
+    server = asked.server or (server_name_of(candidate) if asked.image else None)
+    if asked.server is not None:
+        check_core2_name(asked.server, "Server")
+    uri = f"{str(asked.storage_uri).rstrip('/')}/{stem}"
+    made = {
+        "model.yaml": manifests.render_model(
+            name,
+            candidate,
+            storage_uri=uri,
+            labels=labels,
+            extra=folder.extra,
+            memory_bytes=memory,
+            server=server,
+            replicas=replicas,
+            secret_name=asked.secret,
+            version=version,
+        )
+    }
+    if asked.image is not None:
+        size_bytes = next(one.artifact.size_bytes for one in campaign.variants if one.id == candidate.variant_id)
+        made |= _servers(candidate, size_bytes, labels=labels, memory=memory, replicas=replicas, asked=asked)
+    texts = {}
+    if asked.max_replicas is not None:
+        made["autoscaler.yaml"] = manifests.render_autoscaler(
+            name,
+            rate_rps=per_replica,
+            min_replicas=replicas,
+            max_replicas=asked.max_replicas,
+            labels=labels,
+            version=version,
+        )
+        texts["prometheus-adapter-values.yaml"] = manifests.as_yaml(manifests.adapter_rules())
+    about = {
+        "core2_version": version,
+        "storage_uri": uri,
+        "requirements": list(manifests.REQUIREMENTS[candidate.serving.backend]),
+        "server": server,
+        "replicas": replicas,
+        "rate_per_replica_rps": per_replica or None,
+        "memory_bytes": memory,
+    }
+    texts |= {f"{MANIFESTS}/{path}": manifests.as_yaml(manifest) for path, manifest in made.items()}
+    return texts, about
+
+
+def _rate_per_replica(campaign: Campaign, candidate: Candidate, asked: Rendering) -> float:
+    """What a replica is to be given; 0 where nobody asked."""
+    if asked.for_rate is None and asked.max_replicas is None:
+        return 0.0
+    saturation = saturation_of(campaign, candidate.id)
+    if saturation is None:
+        raise InputError(
+            f"no saturation point was measured of {candidate.name!r}, so no number of replicas follows from a rate",
+            hint="Give --replicas, without --for-rate and --max-replicas.",
+        )
+    known = saturation.value if saturation.low is None else saturation.low
+    return manifests.rate_per_replica(known, asked.margin)
+
+
+def _check_replicas(replicas: int, most: int | None) -> None:
+    if replicas < 1:
+        raise InputError(f"{replicas} replicas cannot be asked for", hint="It is 1 or more.")
+    if most is not None and most < replicas:
+        raise InputError(f"--max-replicas {most} is below the {replicas} replicas to begin with")
+
+
+def _servers(
+    candidate: Candidate,
+    size_bytes: int,
+    *,
+    labels: Mapping[str, str],
+    memory: int | None,
+    replicas: int,
+    asked: Rendering,
+) -> dict[str, manifests.Manifest]:
+    hardware = ANY_NODE if asked.hardware is None else load_document(asked.hardware, Hardware)
+    made = {}
+    config = None
+    name = server_name_of(candidate)
+    if asked.server_config is not None:
+        config = name
+        made["serverconfig.yaml"] = manifests.render_server_config(
+            name,
+            _read_json(asked.server_config),
+            labels=labels,
+            server=candidate.serving.server,
+            models_bytes=size_bytes if 2 * size_bytes > MODELS_VOLUME_BYTES else None,
+            version=asked.core2_version,
+        )
+    made["server.yaml"] = manifests.render_server(
+        name,
+        candidate.serving,
+        labels=labels,
+        image=asked.image,
+        memory_bytes=memory,
+        hardware=hardware,
+        replicas=replicas,
+        max_replicas=asked.max_replicas,
+        server_config=config,
+        version=asked.core2_version,
+    )
+    return made
+
+
+def _read_json(path: Path) -> Mapping[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read as JSON: {error}") from error
+    return content if isinstance(content, dict) else {}
+
+
+# --- warnings --------------------------------------------------------------------------------------------------
+
+
+def warnings_about(
+    campaign: Campaign, candidate: Candidate, variant: Variant, source: Path, asked: Rendering
+) -> list[str]:
+    """What somebody who deploys this should know of."""
+    found = []
+    if campaign.verdict.provisional and candidate.id == campaign.verdict.selected:
+        found.append(f"It was chosen at the level {campaign.level!r}: its verdict is provisional.")
+    if candidate.id != campaign.verdict.selected:
+        found.append("The campaign did not select this candidate.")
+    if asked.target == "files":
+        return found
+    if asked.hardware is not None and load_document(asked.hardware, Hardware).gpus:
+        found.append("The Server gets a GPU, and this candidate runs on the CPU.")
+    if peak_memory_mb(campaign, candidate.id) is None:
+        found.append("Its memory was not measured, so that Core 2 counts it as nothing.")
+    if asked.for_rate is not None or asked.max_replicas is not None:
+        found.append(f"Replicas are counted by the saturation on {campaign.host.cpu_model}; on other nodes it differs.")
+    if asked.server is None and asked.image is None and "burnish" in manifests.REQUIREMENTS[candidate.serving.backend]:
+        found.append("No Server of Core 2's own has the capability 'burnish': name one, or render it --with-server.")
+    if 2 * variant.artifact.size_bytes > MODELS_VOLUME_BYTES and asked.server_config is None:
+        found.append(
+            "The model may not fit the volume that a server keeps models on (1 GiB, and a copy while it loads): "
+            "render a ServerConfig with --server-config."
+        )
+    if candidate.serving.backend == "onnxruntime":
+        found += list(_triton_refuses(source / variant.artifact.entry, asked.image))
+    return found
+
+
+def _triton_refuses(model: Path, image: str | None) -> Iterator[str]:
+    """What the Triton of the image, or Core 2's own, would not load; nothing where its release is not known."""
+    from optimize.readiness.lint import lint
+
+    tag = re.search(r":(\d\d\.\d\d)(?![\d.])", image or f":{STOCK_TRITON}")
+    if tag is None:
+        return
+    try:
+        findings = lint(model, triton=tag[1])
+    except InputError as error:
+        yield f"Whether Triton {tag[1]} takes the model is not known: {error.message}"
+        return
+    for found in findings:
+        yield f"Triton {tag[1]}: {found['message']}. {found['fix']}"
+
+
+# --- the folder ------------------------------------------------------------------------------------------------
+
+
+def check_out(out: Path) -> str | None:
+    """The name of the candidate that was rendered into a folder before; None where it is new or empty.
+
+    Raises:
+        InputError: it holds something that burnish did not write, or that was changed since.
+    """
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        raise InputError(f"{out} is no folder", hint="Name another with --out.")
+    here = {str(path.relative_to(out)): path for path in sorted(out.rglob("*")) if path.is_symlink() or path.is_file()}
+    marker = here.pop(MARKER, None)
+    if not here and marker is None:
+        return None
+    listed = _marked(marker)
+    for name, path in here.items():
+        if name not in listed["files"]:
+            raise InputError(
+                f"{out} holds {name!r}, which no rendering put there", hint="Name another folder with --out."
+            )
+        if path.is_symlink() or _sha256(path) != listed["files"][name]:
+            raise InputError(
+                f"{path} was changed since it was rendered",
+                hint="Name another folder with --out, or remove this one if nothing in it is needed.",
+            )
+    return str(listed["candidate"])
+
+
+def _marked(marker: Path | None) -> dict[str, Any]:
+    nothing: dict[str, Any] = {"candidate": "", "files": {}}
+    if marker is None or marker.is_symlink():
+        return nothing
+    try:
+        content = json.loads(marker.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return nothing
+    known = isinstance(content, dict) and isinstance(content.get("files"), dict)
+    return nothing | content if known else nothing
+
+
+def _write(
+    out: Path, *, folder: ModelFolder, source: Path, place: str, texts: Mapping[str, str], candidate: Candidate
+) -> list[str]:
+    """Writes all of it beside the folder, and then puts it in its place."""
+    out = out.resolve()
+    fresh, old = (out.with_name(f".{out.name}.{word}-{os.getpid()}") for word in ("new", "old"))
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        fresh.mkdir()
+        write_folder(folder, source, fresh / place)
+        for path, text in texts.items():
+            (fresh / path).parent.mkdir(exist_ok=True)
+            (fresh / path).write_text(text, encoding="utf-8")
+        written = sorted(path for path in fresh.rglob("*") if path.is_file())
+        digests = {str(path.relative_to(fresh)): _sha256(path) for path in written}
+        marker = {"candidate": candidate.name, "candidate_id": candidate.id, "files": digests}
+        (fresh / MARKER).write_text(json.dumps(marker, indent=2) + "\n", encoding="utf-8")
+        if out.exists():
+            out.rename(old)
+        fresh.rename(out)
+    except OSError as error:
+        raise StorageError(f"{out} cannot be written: {error.strerror or error}") from error
+    finally:
+        if old.exists() and not out.exists():  # ended between the two
+            old.rename(out)
+        shutil.rmtree(fresh, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+    return sorted(digests)
+
+
+def _sha256(path: Path) -> str:
+    digest = sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def lines(told: Mapping[str, Any]) -> list[str]:
+    """What `render_candidate` told, for a person."""
+    shown = [f"{told['candidate']} as {told['model']}: {len(told['files'])} files in {told['out']}"]
+    if told["target"] == "core2":
+        memory = told["memory_bytes"]
+        asked = f"{memory / 1e6:.0f} MB" if memory else "unknown memory"
+        shown.append(f"{told['replicas']} replicas, {asked} each, on a server with {', '.join(told['requirements'])}")
+        shown.append(f"Upload it: rclone copy {told['folder']} {told['storage_uri']}")
+        shown.append(f"Then:      kubectl apply -f {told['out']}/{MANIFESTS}")
+    return shown

@@ -1,0 +1,265 @@
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from optimize import rendering
+from optimize.cli import main
+from optimize.reporting import write_campaign
+from registry.errors import InputError
+from registry.records import Artifact, Campaign, ServingProfile
+from registry.store import FolderStore
+from tests.doubles import campaigns
+from tests.doubles.models import mlp, write_onnx
+
+URI = "s3://models/digits"
+WON = campaigns.STATIC_TRITON
+IMAGE = "registry.example/burnish-serve:1"
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> Path:
+    """A finished campaign whose int8 variant is really in its store."""
+    folder = tmp_path / "from"
+    write_onnx(mlp(), folder)
+    made = FolderStore(tmp_path / "work").add(
+        folder, format="onnx", entry="model.onnx", inputs=campaigns.INPUTS, outputs=campaigns.OUTPUTS
+    )
+    write_campaign(with_artifact(made), tmp_path / "work")
+    return tmp_path / "work"
+
+
+def with_artifact(artifact: Artifact) -> Campaign:
+    campaign = campaigns.campaign()
+    variants = [
+        dataclasses.replace(one, artifact=artifact) if one is campaigns.STATIC else one for one in campaign.variants
+    ]
+    return dataclasses.replace(campaign, variants=tuple(variants))
+
+
+def changed(work: Path, **fields: Any) -> None:
+    write_campaign(dataclasses.replace(rendering.read_campaign(work), **fields), work)
+
+
+def render(work: Path, wanted: str | None = None, **asked: Any) -> dict[str, Any]:
+    asked = {"storage_uri": URI, **asked}
+    return rendering.render_candidate(work, wanted, work.parent / "out", rendering.rendering(**asked))
+
+
+def files_of(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def test_the_winner_is_rendered_with_its_server(work: Path) -> None:
+    told = render(work, image=IMAGE)
+    assert told["candidate"] == WON.name
+    assert told["storage_uri"].startswith(f"{URI}/{told['model']}-")
+    assert told["server"] == f"burnish-triton-{WON.id[:8]}"
+    assert told["requirements"] == ["triton", "burnish"]
+    stem = told["storage_uri"].rpartition("/")[2]
+    assert set(told["files"]) == {
+        "manifests/model.yaml", "manifests/server.yaml",
+        f"models/{stem}/config.pbtxt", f"models/{stem}/1/model.onnx", f"models/{stem}/1/model.py",
+    }  # fmt: skip
+    assert files_of(work.parent / "out") == {*told["files"], rendering.MARKER}
+    assert told["storage_uri"] in (work.parent / "out/manifests/model.yaml").read_text()
+
+
+def test_the_folder_of_manifests_holds_nothing_else(work: Path) -> None:
+    render(work, image=IMAGE, max_replicas=4)
+    assert sorted(path.name for path in (work.parent / "out/manifests").iterdir()) == [
+        "autoscaler.yaml", "model.yaml", "server.yaml",
+    ]  # fmt: skip
+    assert (work.parent / "out/prometheus-adapter-values.yaml").is_file()
+
+
+def test_memory_is_the_peak_that_was_seen_with_headroom(work: Path) -> None:
+    campaign = rendering.read_campaign(work)
+    assert render(work)["memory_bytes"] == pytest.approx(1.25e6 * (241.0 + campaigns.LAWS[WON.id][2]))
+    one = campaign.rounds[0]
+    run = dataclasses.replace(one.runs[0], metrics={**one.runs[0].metrics, "rss_mb": 4000.0})
+    changed(work, rounds=(dataclasses.replace(one, candidate_id=WON.id, runs=(run,)), *campaign.rounds))
+    assert render(work)["memory_bytes"] == 5_000_000_000
+
+
+def test_unmeasured_memory_is_absent_and_said(work: Path) -> None:
+    changed(work, measurements=())
+    told = render(work)
+    assert told["memory_bytes"] is None
+    assert any("memory was not measured" in warning for warning in told["warnings"])
+    assert "memory" not in (work.parent / "out/manifests/model.yaml").read_text()
+
+
+def test_a_rate_gives_replicas_from_the_pessimistic_end(work: Path) -> None:
+    told = render(work, for_rate=2000.0, margin=0.2)
+    low = campaigns.LAWS[WON.id][0] * 0.95
+    assert told["rate_per_replica_rps"] == pytest.approx(0.8 * low)
+    assert told["replicas"] == 3
+    assert 2 * 0.8 * low < 2000 <= 3 * 0.8 * low
+
+
+def test_the_same_again_is_the_same(work: Path) -> None:
+    first = render(work, image=IMAGE)
+    before = {path: (work.parent / "out" / path).read_bytes() for path in first["files"]}
+    assert render(work, image=IMAGE) == first
+    assert {path: (work.parent / "out" / path).read_bytes() for path in first["files"]} == before
+
+
+def test_a_former_rendering_makes_room_whole(work: Path) -> None:
+    render(work, image=IMAGE)
+    told = render(work, campaigns.STATIC_MLSERVER.name)
+    assert files_of(work.parent / "out") == {*told["files"], rendering.MARKER}
+    assert any(f"rendered from {WON.name}" in warning for warning in told["warnings"])
+    assert [path.name for path in work.parent.iterdir() if path.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize("change", ["added", "edited", "linked", "unmarked"])
+def test_what_burnish_did_not_write_is_left_alone(work: Path, change: str) -> None:
+    render(work)
+    out = work.parent / "out"
+    manifest = out / "manifests/model.yaml"
+    if change == "added":
+        (out / "notes.txt").write_text("mine")
+    elif change == "edited":
+        manifest.write_text(manifest.read_text() + "# mine\n")
+    elif change == "linked":
+        manifest.rename(work.parent / "elsewhere.yaml")
+        manifest.symlink_to(work.parent / "elsewhere.yaml")
+    else:
+        (out / rendering.MARKER).write_text("[]")
+    before = files_of(out)
+    with pytest.raises(InputError, match=r"changed since|no rendering put there"):
+        render(work)
+    assert files_of(out) == before
+
+
+def test_the_store_is_not_reached_by_what_is_done_to_copies(work: Path) -> None:
+    told = render(work)
+    copy = Path(told["folder"]) / "1/model.onnx"
+    copy.write_bytes(b"")
+    with pytest.raises(InputError, match="was changed"):
+        render(work)
+    (work.parent / "out").rename(work.parent / "away")
+    render(work)
+    assert (Path(told["folder"]) / "1/model.onnx").stat().st_size > 0
+
+
+def test_plain_files_for_a_plain_server(work: Path) -> None:
+    told = rendering.render_candidate(
+        work, campaigns.STATIC_MLSERVER.id, work.parent / "out", rendering.rendering(target="files")
+    )
+    assert set(told["files"]) == {
+        "settings.json", f"{told['model']}/model-settings.json", f"{told['model']}/model.onnx",
+    }  # fmt: skip
+
+
+def test_a_server_config_is_adapted_from_the_clusters(work: Path) -> None:
+    containers = [{"name": "triton", "args": ["--log-verbose=1", "--x"]}]
+    config = {"kind": "ServerConfig", "spec": {"podSpec": {"containers": containers}}}
+    (work / "config.json").write_text(json.dumps(config))
+    told = render(work, image=IMAGE, server_config=work / "config.json")
+    text = (work.parent / "out/manifests/serverconfig.yaml").read_text()
+    assert "--x" in text
+    assert "--log-verbose" not in text
+    assert f"serverConfig: {told['server']}" in (work.parent / "out/manifests/server.yaml").read_text()
+
+
+def test_hardware_is_the_users_file(work: Path) -> None:
+    (work / "gpu.yaml").write_text("gpus: 1\nnode_selector: {pool: gpu}\ntolerations: [{key: gpu, operator: Exists}]\n")
+    told = render(work, image=IMAGE, hardware=work / "gpu.yaml")
+    assert "The Server gets a GPU, and this candidate runs on the CPU." in told["warnings"]
+    text = (work.parent / "out/manifests/server.yaml").read_text()
+    assert 'nvidia.com/gpu: "1"' in text
+    assert "pool: gpu" in text
+
+
+def test_triton_is_asked_whether_it_takes_the_model(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    campaign = rendering.read_campaign(work)
+    stock = dataclasses.replace(WON, serving=ServingProfile(server="triton", backend="onnxruntime"))
+    changed(work, candidates=tuple(stock if one == WON else one for one in campaign.candidates))
+    asked: list[tuple[str, str]] = []
+
+    def lint(model: Path, *, triton: str) -> list[dict[str, str]]:
+        asked.append((model.name, triton))
+        return [{"message": "the model has opset 21; 18 is the newest", "fix": "Convert it."}]
+
+    monkeypatch.setattr("optimize.readiness.lint.lint", lint)
+    warnings = render(work)["warnings"]
+    render(work, image="nvcr.io/nvidia/tritonserver:24.10-py3")
+    render(work, image="registry.example/ours:3")
+    assert asked == [("model.onnx", "23.03"), ("model.onnx", "24.10")]
+    assert "Triton 23.03: the model has opset 21; 18 is the newest. Convert it." in warnings
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"storage_uri": None}, "where Core 2 is to fetch"),
+        ({"storage_uri": "runs:/a"}, "rclone"),
+        ({"target": "kserve"}, "no target 'kserve'"),
+        ({"target": "files"}, "--storage-uri is for Core 2"),
+        ({"core2_version": "1.18"}, "nothing is known of Core 2 '1.18'"),
+        ({"server": "a", "image": "b"}, "existing Server"),
+        ({"server": "a.b"}, "no Server named 'a.b'"),
+        ({"hardware": Path("x")}, "how a Server is made"),
+        ({"replicas": 2, "for_rate": 3.0}, "--for-rate finds"),
+        ({"replicas": 0}, "0 replicas"),
+        ({"replicas": 3, "max_replicas": 2}, "below the 3 replicas"),
+        ({"for_rate": -1.0}, "a rate of -1.0"),
+        ({"for_rate": 10.0, "margin": 0.5}, "margin of 0.5"),
+        ({"max_replicas": 3, "core2_version": "2.6"}, r"came after Core 2 2\.6"),
+        ({"image": "i", "hardware": Path("/nowhere.yaml")}, r"nowhere\.yaml"),
+        ({"image": "i", "server_config": Path("/nowhere.json")}, r"nowhere\.json"),
+    ],
+)
+def test_refuses_what_cannot_be(work: Path, asked: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        render(work, **asked)
+    assert not (work.parent / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("wanted", "said"),
+    [
+        ("int8-statik @ triton-grpc-b8-d2", f"Did you mean '{WON.name}'"),
+        ("zzz", "It has: float32 @"),
+        ("int8-static", "served in several ways"),
+    ],
+)
+def test_an_unknown_candidate_is_told_the_known_ones(work: Path, wanted: str, said: str) -> None:
+    with pytest.raises(InputError) as caught:
+        render(work, wanted)
+    assert said in str(caught.value)
+
+
+def test_no_winner_and_no_saturation(work: Path) -> None:
+    changed(work, measurements=())
+    with pytest.raises(InputError, match="no saturation point was measured"):
+        render(work, for_rate=5.0)
+    changed(work, verdict=campaigns.no_winner())
+    with pytest.raises(InputError, match="selected no candidate"):
+        render(work)
+
+
+def test_a_file_in_the_way(work: Path) -> None:
+    (work.parent / "out").write_text("")
+    with pytest.raises(InputError, match="is no folder"):
+        render(work)
+
+
+def test_the_command(work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    out = work.parent / "out"
+    command = ["burnish", "render", "--work", str(work), "--out", str(out), "--storage-uri", URI]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit, match="0"):
+        main()
+    told = capsys.readouterr()
+    assert f"rclone copy {out}/models/" in told.out
+    assert "warning: No Server of Core 2's own has the capability 'burnish'" in told.err
+    monkeypatch.setattr(sys, "argv", [*command, "--json"])
+    with pytest.raises(SystemExit, match="0"):
+        main()
+    assert json.loads(capsys.readouterr().out)["candidate_id"] == WON.id
