@@ -76,17 +76,45 @@ def export_torch(
         StageError: the module cannot be exported, or the exported model answers otherwise.
         MissingExtraError: torch or onnxscript is not installed.
     """
+    module, examples = make_module(factory, samples=Path(samples), seed=seed)
+    return export_module(module, examples, Path(folder), factory=factory, opset=opset)
+
+
+def make_module(factory: str, *, samples: Path, seed: int) -> tuple["torch.nn.Module", dict[str, "torch.Tensor"]]:
+    """The module that a factory returns, in evaluation mode, and input name -> example of four rows.
+
+    Args:
+        factory: as `export_torch` takes it.
+        samples: the ``.npz`` of the example inputs, where the factory gives none.
+        seed: of torch's random numbers before the factory is called.
+
+    Raises:
+        InputError: the factory cannot be found or called, or its inputs do not fit.
+        MissingExtraError: torch or onnxscript is not installed.
+    """
     try:
         import onnxscript  # noqa: F401
-        import torch
+        import torch  # noqa: F401
     except ImportError as error:
         raise MissingExtraError("exporting a torch module", extra="torch") from error
 
     module, given = _made(factory, seed)
-    examples = _examples(module, given, Path(samples), factory)
+    return module, _examples(module, given, samples, factory)
+
+
+def export_module(
+    module: "torch.nn.Module", examples: Mapping[str, "torch.Tensor"], folder: Path, *, factory: str, opset: int | None
+) -> Described:
+    """Exports a module as `export_torch` does, with examples from `make_module`.
+
+    Raises:
+        StageError: the module cannot be exported, or the exported model answers otherwise.
+    """
+    import torch
+
     with torch.no_grad():
         names = _output_names(_call(module, examples))
-    path = Path(folder) / ENTRY
+    path = folder / ENTRY
     size = sum(tensor.numel() * tensor.element_size() for tensor in (*module.parameters(), *module.buffers()))
     try:
         _export(module, examples, path, opset=opset, output_names=names, external=size > _MOST_IN_ONE_FILE)
@@ -158,12 +186,18 @@ def _examples(module: "torch.nn.Module", given: Any, samples: Path, factory: str
     return {name: tensor[rows % len(tensor)] for name, tensor in named.items()}
 
 
-def _by_name(module: "torch.nn.Module", names: Mapping[str, Any]) -> bool:
+def takes_by_name(module: "torch.nn.Module", names: Mapping[str, Any]) -> bool:
+    """Whether the names are those of parameters of ``forward``."""
     return set(names) <= set(inspect.signature(module.forward).parameters)
 
 
 def _call(module: "torch.nn.Module", examples: Mapping[str, "torch.Tensor"]) -> Any:
-    return module(**examples) if _by_name(module, examples) else module(*examples.values())
+    return module(**examples) if takes_by_name(module, examples) else module(*examples.values())
+
+
+def flat_answer(module: "torch.nn.Module", examples: Mapping[str, "torch.Tensor"]) -> list["torch.Tensor"]:
+    """The tensors that the module answers with, in the order that the exporter gives its outputs."""
+    return _flat(_call(module, examples))
 
 
 def _flat(answer: Any) -> list["torch.Tensor"]:
@@ -194,7 +228,7 @@ def _export(
     import torch
 
     batch = torch.export.Dim("batch")
-    by_name = _by_name(module, examples)
+    by_name = takes_by_name(module, examples)
     shapes: Any = {name: {0: batch} for name in examples} if by_name else tuple({0: batch} for _ in examples)
     torch.onnx.export(
         module,
@@ -236,7 +270,7 @@ def _check_against(module: "torch.nn.Module", examples: Mapping[str, "torch.Tens
     import torch
 
     with torch.no_grad():
-        wanted = [tensor.numpy() for tensor in _flat(_call(module, examples))]
+        wanted = [tensor.numpy() for tensor in flat_answer(module, examples)]
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     known = {value.name for value in session.get_inputs()}
     got = session.run(None, {name: tensor.numpy() for name, tensor in examples.items() if name in known})

@@ -12,11 +12,18 @@ from optimize.engines.local import run_in_child
 from optimize.explain import predict, predictable, weights_of
 from optimize.judging import as_input, failure_of, limits_of
 from optimize.plan import Plan, Workspace
-from optimize.recipes import apply_recipe, needs_calibration, tool_versions, variant_id
+from optimize.recipes import (
+    apply_recipe,
+    functions_of,
+    needs_calibration,
+    needs_module,
+    tool_versions,
+    variant_id,
+)
 from optimize.samples import SampleFile, Samples, open_samples
-from optimize.sources import load_huggingface, load_onnx, load_torch, source_components
+from optimize.sources import code_digests, load_huggingface, load_onnx, load_torch, sha256_of, source_components
 from optimize.stages import make_stage
-from optimize.stages.base import input_of
+from optimize.stages.base import TorchOrigin, input_of
 from registry import codec
 from registry.errors import BurnishError, NotApplicableError, StorageError
 from registry.records import Failure, Recipe, Source, TensorSpec, Variant
@@ -129,7 +136,7 @@ def make_variant(
         BurnishError: it failed in another way, which the next run tries again.
     """
     calibrated = calibration.digest if calibration is not None and needs_calibration(recipe) else None
-    versions = tool_versions(recipe)
+    versions = tool_versions(recipe) | code_versions(workspace.plan, source, recipe)
     identity = variant_id(source.digest, recipe, calibrated, workspace.plan.config.seed, versions)
     foreseen = workspace.plan.config.predict and predictable(recipe)
 
@@ -143,11 +150,17 @@ def make_variant(
                 "calibration": _path(workspace.plan) if calibrated else None,
                 "seed": workspace.plan.config.seed,
                 "foreseen": foreseen,
+                "origin": origin_of(workspace.plan, source, recipe),
                 "threads": workspace.plan.host.cores,
                 "work": scratch,
             }
             try:
-                made = run_in_child("optimize.making:make_here", arguments, limits=limits_of(workspace))
+                made = run_in_child(
+                    "optimize.making:make_here",
+                    arguments,
+                    limits=limits_of(workspace),
+                    python_path=workspace.plan.base if needs_module(recipe) else None,
+                )
             except NotApplicableError as error:
                 return failure_of(name, "make", error)
             artifact = workspace.store.add(
@@ -188,6 +201,41 @@ def make_variant(
     return workspace.remember("Variant", name, components, make)[0]
 
 
+def origin_of(plan: Plan, source: Source, recipe: Recipe) -> dict[str, Any] | None:
+    """The fields of the source's `TorchOrigin`, as a child takes them; None where the recipe or source needs none."""
+    if source.kind != "torch" or not needs_module(recipe):
+        return None
+    options = _options(plan, _config(plan, source))
+    return {
+        "factory": source.location,
+        "samples": str(options["samples"]),
+        "opset": options["opset"],
+        "seed": options["seed"],
+    }
+
+
+def code_versions(plan: Plan, source: Source, recipe: Recipe) -> dict[str, str]:
+    """Name -> digest of the user's code that makes the variant: it counts as packages' versions do.
+
+    That is what the recipe's stages call and, where one changes the torch module, the module's factory with the files
+    that the campaign says are read.
+
+    Raises:
+        InputError: a function's module, or a file, is not there.
+    """
+    functions = [*functions_of(recipe)]
+    reads: dict[str, str] = {}
+    if source.kind == "torch" and needs_module(recipe):
+        functions.append(source.location)
+        reads = {given: sha256_of(plan.path(given)) for given in _config(plan, source).depends_on}
+    versions = {name: codec.digest(code_digests(name, plan.base)) for name in functions}
+    return versions | reads
+
+
+def _config(plan: Plan, source: Source) -> SourceConfig:
+    return next(config for config in plan.config.sources if config.name == source.name)
+
+
 def _stages(recipe: Recipe) -> dict[str, Any]:
     """The stages with their versions and all their parameters, by place and name."""
     stages = [make_stage(call) for call in recipe.stages]
@@ -212,13 +260,17 @@ def make_here(
     threads: int,
     work: str,
     foreseen: bool = False,
+    origin: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Applies a recipe in this process; the child's side of `make_variants`, with records as plain JSON values.
+
+    ``origin`` are the fields of a `TorchOrigin`, for recipes that change the torch module.
 
     Raises:
         NotApplicableError: a stage does not apply, or outcomes are to be ``foreseen`` and this one is hopeless.
     """
-    given = input_of(codec.from_jsonable(Source, source).artifact, Path(files))
+    module = None if origin is None else TorchOrigin(**origin)
+    given = input_of(codec.from_jsonable(Source, source).artifact, Path(files), module)
     wanted = codec.from_jsonable(Recipe, recipe)
     if foreseen and given.format == "onnx" and (reason := predict(wanted, weights_of(given.path))):
         raise NotApplicableError(reason)

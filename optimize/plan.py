@@ -8,8 +8,9 @@ from typing import Any, Protocol, TypeVar
 
 from optimize.config import CampaignConfig, SourceConfig
 from optimize.metrics import BUILT_IN, find_metric
-from optimize.recipes import BASELINE, load_recipes, recipes_of
+from optimize.recipes import BASELINE, functions_of, load_recipes, recipes_of
 from optimize.samples import LABELS, SLICES, array_names
+from optimize.sources import code_digests
 from profiles.measure.host import fingerprint_host, split_cpus
 from profiles.measure.levels import Level, load_levels
 from registry.codec import digest, to_jsonable
@@ -199,6 +200,8 @@ def _check_files(planned: Plan) -> None:
     for source in planned.config.sources:
         if source.kind != "torch":
             planned.source_path(source)
+    for function in dict.fromkeys(name for recipe in planned.recipes for name in functions_of(recipe)):
+        code_digests(function, planned.base)  # says so where there is no such module
     samples = planned.config.samples
     for key, given in (("evaluation", samples.evaluation), ("calibration", samples.calibration)):
         if given is not None and not planned.path(given).is_file():

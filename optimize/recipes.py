@@ -23,6 +23,8 @@ from registry.records import Adaptation, EngineSpec, Recipe, StageCall, TensorSp
 BASELINE = "float32"
 
 _ORT = EngineSpec(name="onnxruntime")
+# What makes a torch module into a model once more, for stages that change the module.
+_EXPORT_TOOLS = ("onnx", "onnx-ir", "onnxscript", "torch")
 _OPENVINO = EngineSpec(name="openvino", precision="float32")
 _OPENVINO_DEFAULT = EngineSpec(name="openvino", precision="default")
 # Where the CPU has one of these, OpenVINO computes a float32 model in bfloat16 unless it is told otherwise.
@@ -171,10 +173,22 @@ def needs_calibration(recipe: Recipe) -> bool:
     return any(make_stage(call).needs_calibration for call in recipe.stages)
 
 
+def needs_module(recipe: Recipe) -> bool:
+    """Whether a stage of the recipe changes the torch module that the source comes from."""
+    return any(make_stage(call).needs_module for call in recipe.stages)
+
+
+def functions_of(recipe: Recipe) -> tuple[str, ...]:
+    """The user's functions that the recipe's stages call, ``package.module:function``, each once and in order."""
+    return tuple(dict.fromkeys(name for call in recipe.stages for name in make_stage(call).functions))
+
+
 def tool_versions(recipe: Recipe) -> dict[str, str]:
     """The installed versions of the packages that the recipe's stages name; ``absent`` where one is missing."""
-    packages = sorted({tool for call in recipe.stages for tool in make_stage(call).tools})
-    return {package: _version(package) for package in packages}
+    packages = {tool for call in recipe.stages for tool in make_stage(call).tools}
+    if needs_module(recipe):
+        packages.update(_EXPORT_TOOLS)
+    return {package: _version(package) for package in sorted(packages)}
 
 
 def variant_id(
@@ -274,6 +288,8 @@ def apply_recipe(
             format=result.format,
             inputs=result.inputs,
             outputs=result.outputs,
+            # Files that a stage has written are no longer those of the torch module.
+            origin=None if result.changed else current.origin,
         )
     if recipe.stages and current.folder == source.folder:
         raise NotApplicableError(f"no stage of the recipe {recipe.name!r} changes this model: {'; '.join(notes)}")

@@ -209,11 +209,11 @@ def source_components(
         return found | {"files": _onnx_files(Path(location))}
     if kind == "huggingface":
         kept = kept_files(Path(location), allow_pickle=bool(options.get("allow_pickle")))
-        return found | {"files": {file.name: _sha256(file) for file in kept}, "tools": _tools(_HUGGINGFACE_TOOLS)}
+        return found | {"files": {file.name: sha256_of(file) for file in kept}, "tools": _tools(_HUGGINGFACE_TOOLS)}
     return found | {
         "factory": location,
         "files": code_digests(location, python_path),
-        "reads": {str(path): _sha256(path) for path in depends_on},
+        "reads": {str(path): sha256_of(path) for path in depends_on},
         "examples": None if samples is None else _example_shapes(samples),
         "tools": _tools(_TORCH_TOOLS),
     }
@@ -223,8 +223,8 @@ def _onnx_files(path: Path) -> dict[str, str]:
     """Digest of the model, and of the external data it names inside of its folder."""
     refuse_other_formats(path)
     locations = ask_child("optimize.admission:external_files", path)
-    beside = {location: _sha256(path.parent / location) for location in locations}
-    return {ENTRY: _sha256(path), **beside}
+    beside = {location: sha256_of(path.parent / location) for location in locations}
+    return {ENTRY: sha256_of(path), **beside}
 
 
 def _example_shapes(samples: Path) -> dict[str, list[Any]]:
@@ -243,7 +243,12 @@ def _tools(names: Sequence[str]) -> dict[str, str | None]:
     return found
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """SHA-256 (hex) of a file.
+
+    Raises:
+        InputError: it is not there, no regular file, or cannot be read.
+    """
     if not path.is_file():
         raise InputError(f"{path} is not there, or no regular file")
     try:
@@ -273,7 +278,7 @@ def code_digests(reference: str, python_path: Path | None) -> dict[str, str]:
         raise InputError(
             f"{reference!r}: no module named {module!r}", hint="Put it beside the campaign file, or install it."
         )
-    return {name: _sha256(file) for name, file in sorted(files.items())}
+    return {name: sha256_of(file) for name, file in sorted(files.items())}
 
 
 def _search(python_path: Path | None) -> list[str]:

@@ -22,14 +22,14 @@ from optimize.config import AccuracySearchConfig
 from optimize.engines.local import run_in_child
 from optimize.fidelity import compare_outputs, load_outputs, measure_fidelity, thread_limits
 from optimize.judging import Judged, failure_of, limits_of
-from optimize.making import make_variant
+from optimize.making import make_variant, origin_of
 from optimize.metrics import find_metric
 from optimize.plan import Workspace
 from optimize.samples import SampleFile, Samples, load_samples, open_samples
 from optimize.sensitivity import RANKED_ROWS, Found, rank_groups, search_float_nodes
 from optimize.sources import code_digests
 from optimize.stages import make_stage
-from optimize.stages.base import Context, StageInput, StageResult, input_of
+from optimize.stages.base import Context, StageInput, StageResult, TorchOrigin, input_of
 from optimize.stages.preparation import prepare
 from optimize.stages.quantize import DynamicInt8, StaticInt8
 from profiles.measure.host import widest_instruction_set
@@ -281,6 +281,7 @@ def rank_here(
     samples: str,
     reference: str,
     metric: str,
+    origin: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Ranks the nodes of a recipe's last stage in this process; the child's side, with records as plain JSON values.
 
@@ -292,7 +293,8 @@ def rank_here(
     held_out = load_samples(Path(samples))
     ranking: Arrays = held_out.inputs if calibration is None else open_samples(Path(calibration))
     *before, last = codec.from_jsonable(Recipe, recipe).stages
-    given = input_of(codec.from_jsonable(Source, source).artifact, Path(files))
+    module = None if origin is None else TorchOrigin(**origin)
+    given = input_of(codec.from_jsonable(Source, source).artifact, Path(files), module)
     for position, call in enumerate(before):
         made = _made(call, given, ranking, Path(work) / str(position), seed=seed, threads=threads)
         ranking = adapt_calibration(ranking, made.adaptation) or ranking
@@ -381,7 +383,7 @@ def _drop_with(workspace: Workspace, subject: _Subject, nodes: tuple[str, ...]) 
     plan, one = workspace.plan, subject.one
     with tempfile.TemporaryDirectory(prefix="trial-", dir=workspace.folder("tmp")) as scratch:
         arguments = {**_common(workspace, subject, nodes), "work": scratch}
-        made = run_in_child("optimize.making:make_here", arguments, limits=limits_of(workspace))
+        made = run_in_child("optimize.making:make_here", arguments, limits=limits_of(workspace), python_path=plan.base)
         fidelity = measure_fidelity(
             "trial",
             Path(made["folder"]) / made["entry"],
@@ -414,6 +416,7 @@ def _common(workspace: Workspace, subject: _Subject, nodes: Sequence[str]) -> di
         "calibration": None if calibrating is None else str(plan.path(calibrating)),
         "seed": plan.config.seed,
         "threads": plan.host.cores,
+        "origin": origin_of(plan, source, subject.recipe(nodes)),
     }
 
 

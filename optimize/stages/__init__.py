@@ -38,6 +38,9 @@ _IN_TREE: Mapping[str, str] = {
     "reduce.image_side": "optimize.stages.reduce:ImageSide",
     "convert.openvino": "optimize.stages.openvino:ToOpenVino",
     "quantize.openvino": "optimize.stages.openvino:OpenVinoInt8",
+    "prune.magnitude": "optimize.stages.prune:Magnitude",
+    "prune.structured": "optimize.stages.prune:Structured",
+    "prune.two_four": "optimize.stages.prune:TwoFour",
     "tensorrt.prepare": "optimize.stages.tensorrt:Prepare",
 }
 

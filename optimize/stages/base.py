@@ -296,7 +296,7 @@ class Stage(ABC):
             )
         if self.needs_module and source.origin is None:
             raise NotApplicableError(
-                f"{self.name} needs the torch module that the model was exported from, and this is an ONNX file",
+                f"{self.name} needs the torch module that the model was exported from, and here is ONNX alone",
                 hint="Name the model in the campaign as a torch source, and put this stage first in its recipe.",
             )
         if self.needs_calibration:

@@ -17,6 +17,12 @@ needs_openvino = pytest.mark.skipif(
     reason="the extra openvino is not installed",
 )
 
+STRUCTURED = StageCall(name="prune.structured", params={"sparsity": 0.25, "round_to": 4})
+needs_torch_pruning = pytest.mark.skipif(
+    importlib.util.find_spec("torch_pruning") is None or importlib.util.find_spec("onnxscript") is None,
+    reason="the extra torch is not installed",
+)
+
 
 def source_fixture(*kinds):
     @pytest.fixture(params=kinds)
@@ -37,6 +43,18 @@ def stage_fixture(*calls):
 @pytest.fixture
 def integers(tmp_path):
     return integer_model(tmp_path / "integers")
+
+
+@pytest.fixture(scope="module")
+def torch_net(tmp_path_factory):
+    from tests.doubles.torch_nets import exported
+
+    return exported("residual", tmp_path_factory.mktemp("torch"))
+
+
+@pytest.fixture(scope="module")
+def pruned_net(torch_net, tmp_path_factory):
+    return make_stage(STRUCTURED)(torch_net, Context(out=tmp_path_factory.mktemp("pruned")))
 
 
 class TestOrtGraph(StageContract):
@@ -240,6 +258,50 @@ class TestFloat16(StageContract):
     stage = stage_fixture(StageCall(name="precision.float16"))
     source = source_fixture("conv", "transformer")
     min_cosine = 0.9999
+
+    @pytest.fixture
+    def refused(self, integers):
+        return integers
+
+
+class TestMagnitude(StageContract):
+    stage = stage_fixture(
+        StageCall(name="prune.magnitude", params={"sparsity": 0.3}),
+        StageCall(name="prune.magnitude", params={"sparsity": 0.2, "scope": "global", "keep_ends": False}),
+    )
+    source = source_fixture("conv", "transformer")
+    min_cosine = 0.95
+
+    @pytest.fixture
+    def refused(self, integers):
+        return integers
+
+
+class TestTwoFour(StageContract):
+    stage = stage_fixture(StageCall(name="prune.two_four"))
+    source = source_fixture("conv", "transformer")
+    # Half of the weights are gone, and nothing made up for them.
+    min_cosine = 0.8
+
+    @pytest.fixture
+    def refused(self, integers):
+        return integers
+
+
+@needs_torch_pruning
+@pytest.mark.slow
+class TestStructured(StageContract):
+    stage = stage_fixture(STRUCTURED)
+    # A fourth of the channels of an untrained net are gone.
+    min_cosine = 0.8
+
+    @pytest.fixture
+    def source(self, torch_net):
+        return torch_net
+
+    @pytest.fixture
+    def made(self, pruned_net):
+        return pruned_net
 
     @pytest.fixture
     def refused(self, integers):
