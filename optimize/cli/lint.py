@@ -1,4 +1,4 @@
-"""``burnish lint``: whether a model is ready for TensorRT, or for a release of Triton."""
+"""``burnish lint``: whether a model is ready for TensorRT, or for a release of Triton, or a folder for Core 2."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,23 +9,37 @@ from optimize.cli.output import Json, emit_json
 
 
 def lint(
-    model: Annotated[Path, typer.Argument(help="An ONNX file.")],
+    model: Annotated[Path | None, typer.Argument(help="An ONNX file; not with --core2.")] = None,
     tensorrt: Annotated[str | None, typer.Option(help="10, 11, or a minor version: 10.14.")] = None,
     triton: Annotated[str | None, typer.Option(help="A release of Triton, for its onnxruntime backend: 23.03.")] = None,
     shapes: Annotated[list[str] | None, typer.Option(help="input=min,opt,max of the engine; once an input.")] = None,
     precision: Annotated[str | None, typer.Option(help="float32, float16, bfloat16 or int8.")] = None,
     max_batch_size: Annotated[int | None, typer.Option(help="The server's.")] = None,
+    core2: Annotated[Path | None, typer.Option(help="A folder that storageUri is to point to.")] = None,
+    server: Annotated[str | None, typer.Option(help="mlserver or triton, where the folder leaves it open.")] = None,
+    uri: Annotated[str | None, typer.Option(help="The storageUri itself.")] = None,
+    remote: Annotated[list[str] | None, typer.Option(help="An rclone remote of the cluster; once each.")] = None,
     json_output: Json = False,
 ) -> None:
     """Check a model by static rules: what TensorRT or Triton would refuse, run badly, or never fuse.
+
+    With --core2, check a folder instead: which settings Seldon Core 2 would lose, overwrite or refuse.
 
     Exit code 5 where a rule finds an error; warnings and remarks leave it at 0.
 
     Example: burnish lint model.onnx --tensorrt 11 --shapes x=1x8,8x8,16x8
     """
     from optimize.readiness.lint import lint as find
-    from registry.errors import CheckFailedError
+    from registry.errors import CheckFailedError, InputError
 
+    if core2 is not None:
+        given = {"a model": model, "--tensorrt": tensorrt, "--triton": triton, "--shapes": shapes}
+        if other := next((name for name, value in given.items() if value), None):
+            raise InputError(f"--core2 is a check of a folder, and does not go with {other}", hint="Run lint twice.")
+        _lint_folder(core2, server, uri, remote, json_output=json_output)
+        return
+    if model is None:
+        raise InputError("there is nothing to check", hint="Name an ONNX file, or a folder with --core2.")
     findings = find(
         model,
         tensorrt=tensorrt,
@@ -41,6 +55,33 @@ def lint(
         _show(findings, counts)
     if counts["error"]:
         # The findings say it all; the exit code is for scripts.
+        raise typer.Exit(CheckFailedError.exit_code)
+
+
+def _lint_folder(
+    folder: Path, server: str | None, uri: str | None, remotes: list[str] | None, *, json_output: bool
+) -> None:
+    from dataclasses import asdict
+
+    from profiles.serving.roundtrip import check_roundtrip, guess_server
+    from registry.errors import CheckFailedError, InputError
+
+    if server not in {None, "mlserver", "triton"}:
+        raise InputError(f"Core 2 has no server {server!r}", hint="It is mlserver or triton.")
+    kind: Any = server or guess_server(folder)
+    findings = check_roundtrip(folder, kind, uri=uri, remotes=remotes)
+    counts = {level: sum(found.severity == level for found in findings) for level in ("error", "warning", "info")}
+    if json_output:
+        listed = [asdict(found) for found in findings]
+        emit_json({"folder": str(folder), "server": kind, "uri": uri, **counts, "findings": listed})
+    else:
+        for found in findings:
+            where = f"{found.file} {found.key}".rstrip()
+            typer.echo(f"{found.rule} {found.severity:<7} {where}: {found.message}")
+            if found.way:
+                typer.echo(f"     fix {found.way}")
+        typer.echo(f"{counts['error']} errors, {counts['warning']} warnings, {counts['info']} remarks")
+    if counts["error"]:
         raise typer.Exit(CheckFailedError.exit_code)
 
 

@@ -6,6 +6,7 @@ drops ``max_batch_size`` and ``max_batch_time`` beside it.
 
 import asyncio
 import contextlib
+import math
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -42,12 +43,17 @@ class SessionRuntime(MLModel):  # type: ignore[misc]  # mlserver is not followed
     """
 
     def __init__(self, settings: ModelSettings) -> None:
+        """Takes the settings of batching from ``parameters.extra``.
+
+        Raises:
+            ValueError: one of them is no number.
+        """
         extra = _extra(settings)
         # MLServer reads these two when it has loaded the model, so now is early enough for batching to work.
         if "max_batch_size" in extra:
-            settings.max_batch_size = int(extra["max_batch_size"])
+            settings.max_batch_size = int(_number(extra, "max_batch_size", whole=True))
         if "max_batch_time" in extra:
-            settings.max_batch_time = float(extra["max_batch_time"])
+            settings.max_batch_time = _number(extra, "max_batch_time")
         super().__init__(settings)
         self._session: Session | None = None
         # The model computes in one thread of its own: the event loop goes on reading requests, answering health
@@ -107,6 +113,19 @@ def _extra(settings: ModelSettings) -> Mapping[str, Any]:
     return (parameters.extra or {}) if parameters is not None else {}
 
 
+def _number(extra: Mapping[str, Any], key: str, *, whole: bool = False) -> float:
+    """A number of ``parameters.extra``, not below 0: a text, as Core 2 makes of a Model's parameters, or a number."""
+    given = extra[key]
+    try:
+        number = float(given)
+    except (TypeError, ValueError):
+        number = math.nan
+    if isinstance(given, bool) or not 0 <= number < math.inf or (whole and number != int(number)):
+        wanted = "a whole number" if whole else "a number"
+        raise ValueError(f"parameters.extra.{key} is {given!r}; it takes {wanted} from 0 on")
+    return number
+
+
 def _open(entry: str, extra: Mapping[str, Any]) -> Session:
     providers = [name.strip() for name in str(extra.get("providers") or "").split(",") if name.strip()]
     return open_session(
@@ -114,7 +133,7 @@ def _open(entry: str, extra: Mapping[str, Any]) -> Session:
         engine=str(extra.get("engine", "onnxruntime")),
         precision=str(extra.get("precision", "default")),
         graph_level=str(extra.get("graph_level", "all")),
-        threads=int(extra.get("threads", 1)),
+        threads=int(_number({"threads": 1, **extra}, "threads", whole=True)),
         providers=providers or None,
     )
 
