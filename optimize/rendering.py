@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from optimize.reporting import read_campaign
-from profiles.serving.core2 import manifests
+from profiles.serving.core2 import manifests, sizing
 from profiles.serving.core2.folder import ModelFolder, model_folder, write_folder
 from profiles.serving.core2.hardware import ANY_NODE, Hardware
 from profiles.serving.core2.schema import NEWEST, VERSIONS, Core2Version
@@ -61,7 +61,7 @@ class Rendering:
     replicas: int | None = None
     for_rate: float | None = None
     max_replicas: int | None = None
-    margin: float = manifests.MARGIN
+    margin: float = sizing.MARGIN
     server_config: Path | None = None
     secret: str | None = None
 
@@ -204,11 +204,11 @@ def _core2(
     name, version = model_name_of(candidate), asked.core2_version
     labels = manifests.labels_of(candidate, campaign.id)
     peak = peak_memory_mb(campaign, candidate.id)
-    memory = None if peak is None else manifests.memory_needed(peak)
+    memory = None if peak is None else sizing.memory_needed(peak)
     per_replica = _rate_per_replica(campaign, candidate, asked)
     replicas = 1 if asked.replicas is None else asked.replicas
     if asked.for_rate is not None:
-        replicas = manifests.replicas_for(asked.for_rate, per_replica / (1 - asked.margin), asked.margin)
+        replicas = sizing.replicas_for(asked.for_rate, per_replica / (1 - asked.margin), asked.margin)
     _check_replicas(replicas, asked.max_replicas)
     server = asked.server or (server_name_of(candidate) if asked.image else None)
     if asked.server is not None:
@@ -266,7 +266,7 @@ def _rate_per_replica(campaign: Campaign, candidate: Candidate, asked: Rendering
             hint="Give --replicas, without --for-rate and --max-replicas.",
         )
     known = saturation.value if saturation.low is None else saturation.low
-    return manifests.rate_per_replica(known, asked.margin)
+    return sizing.rate_per_replica(known, asked.margin)
 
 
 def _check_replicas(replicas: int, most: int | None) -> None:
@@ -342,6 +342,13 @@ def warnings_about(
         found.append("Its memory was not measured, so that Core 2 counts it as nothing.")
     if asked.for_rate is not None or asked.max_replicas is not None:
         found.append(f"Replicas are counted by the saturation on {campaign.host.cpu_model}; on other nodes it differs.")
+    stock = manifests.STOCK_CAPABILITIES.get(asked.server or "")
+    lacking = set(manifests.REQUIREMENTS[candidate.serving.backend]) - (stock or set())
+    if stock is not None and lacking:
+        found.append(
+            f"The Server {asked.server!r} of Core 2's own has no capability {', '.join(sorted(lacking))}: "
+            "unless yours has, the model is not scheduled."
+        )
     if asked.server is None and asked.image is None and "burnish" in manifests.REQUIREMENTS[candidate.serving.backend]:
         found.append("No Server of Core 2's own has the capability 'burnish': name one, or render it --with-server.")
     if 2 * variant.artifact.size_bytes > MODELS_VOLUME_BYTES and asked.server_config is None:

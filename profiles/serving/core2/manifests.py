@@ -14,6 +14,7 @@ import yaml
 
 from profiles.serving.core2.hardware import ANY_NODE, Hardware
 from profiles.serving.core2.schema import AUTOSCALING, MLOPS, NEWEST, Core2Version, check_manifest
+from profiles.serving.core2.sizing import MEBIBYTE, as_quantity, counted_copies, quantity_bytes
 from profiles.serving.naming import check_core2_name
 from registry.errors import InputError
 from registry.records import Candidate, ServingProfile
@@ -31,78 +32,20 @@ REQUIREMENTS: Mapping[str, tuple[str, ...]] = {
 On Core 2 ``onnx`` and ``openvino`` are Triton's own backends. ``burnish`` is ours: a server whose image has our
 session, in our MLServer runtime or in Triton's Python backend.
 """
+STOCK_CAPABILITIES: Mapping[str, frozenset[str]] = {
+    "mlserver": frozenset({
+        "mlserver", "alibi-detect", "alibi-explain", "huggingface", "lightgbm", "mlflow", "python", "sklearn",
+        "spark-mlib", "xgboost",
+    }),
+    "triton": frozenset({
+        "triton", "dali", "fil", "onnx", "openvino", "python", "pytorch", "tensorflow", "tensorrt",
+    }),
+}  # fmt: skip
+"""What the two Servers that Core 2 comes with can serve, by their names."""
 KNOBS = ("max_batch_size", "max_batch_time", "threads")
 """Keys of our runtime's ``parameters.extra`` that are repeated in a Model's ``parameters``, to be turned there."""
 METRIC = "infer_rps"
 """What the autoscaler asks the metrics adapter for: requests a second to one model."""
-MARGINS = (0.1, 0.2)
-"""How far below saturation replicas are to be run, in shares: Seldon's advice, for the time that a start takes."""
-MARGIN = 0.15
-_MEBIBYTE = 1 << 20
-
-
-# --- sizing ----------------------------------------------------------------------------------------------------
-
-
-def counted_copies(serving: ServingProfile) -> int:
-    """By how many copies Core 2 multiplies a Model's ``memory``: Triton's instances, or MLServer's workers."""
-    return serving.instances if serving.server == "triton" else max(1, serving.parallel_workers)
-
-
-def memory_needed(peak_mb: float, *, headroom: float = 0.25) -> int:
-    """Bytes to ask for, from the peak of resident memory in MB of 10^6 bytes, and a share of it on top.
-
-    Raises:
-        InputError: a number is not one of memory.
-    """
-    if not (math.isfinite(peak_mb) and peak_mb > 0 and headroom >= 0):
-        raise InputError(f"memory of {peak_mb} MB with a headroom of {headroom} cannot be asked for")
-    return math.ceil(peak_mb * 1e6 * (1 + headroom))
-
-
-def as_quantity(size_bytes: float) -> str:
-    """Bytes as Kubernetes writes them, rounded up to whole MiB."""
-    return f"{math.ceil(size_bytes / _MEBIBYTE)}Mi"
-
-
-def quantity_bytes(quantity: str) -> float:
-    """Bytes of an amount of memory as Kubernetes writes it (``512Mi``, ``2G``).
-
-    Raises:
-        InputError: it is none.
-    """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([kMGT]|[KMGT]i)?", quantity)
-    if found is None:
-        raise InputError(f"{quantity!r} is no amount of memory", hint="It is a number with Mi, Gi, M or G, say: 512Mi.")
-    unit = found[2] or ""
-    power = " kMGT".index(unit[:1].replace("K", "k")) if unit else 0
-    return float(found[1]) * (1024.0 if unit.endswith("i") else 1000.0) ** power
-
-
-def rate_per_replica(saturation_rps: float, margin: float = MARGIN) -> float:
-    """Requests a second that one replica is to be given.
-
-    Raises:
-        InputError: the margin is not 0.1 to 0.2, or nothing was measured.
-    """
-    if not MARGINS[0] <= margin <= MARGINS[1]:
-        raise InputError(
-            f"a margin of {margin} below saturation", hint=f"It is a share from {MARGINS[0]} to {MARGINS[1]}."
-        )
-    if not (math.isfinite(saturation_rps) and saturation_rps > 0):
-        raise InputError(f"a saturation of {saturation_rps} requests a second gives no number of replicas")
-    return saturation_rps * (1 - margin)
-
-
-def replicas_for(rate_rps: float, saturation_rps: float, margin: float = MARGIN) -> int:
-    """How many replicas take this many requests a second, each kept below its saturation by the margin.
-
-    Raises:
-        InputError: as `rate_per_replica`, or the rate is not above 0.
-    """
-    if not (math.isfinite(rate_rps) and rate_rps > 0):
-        raise InputError(f"a rate of {rate_rps} requests a second cannot be served", hint="It is above 0.")
-    return math.ceil(rate_rps / rate_per_replica(saturation_rps, margin))
 
 
 # --- resources -------------------------------------------------------------------------------------------------
@@ -488,7 +431,7 @@ def _resources(serving: ServingProfile, memory_bytes: int | None, hardware: Hard
     copies = counted_copies(serving)
     # Each copy's share rounded up, as it is in the Model, or the Server would be some bytes too small for it.
     needed = (
-        None if memory_bytes is None else as_quantity(copies * math.ceil(memory_bytes / copies / _MEBIBYTE) * _MEBIBYTE)
+        None if memory_bytes is None else as_quantity(copies * math.ceil(memory_bytes / copies / MEBIBYTE) * MEBIBYTE)
     )
     memory = hardware.memory or needed
     if memory and needed and quantity_bytes(memory) < quantity_bytes(needed):

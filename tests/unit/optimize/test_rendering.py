@@ -93,6 +93,15 @@ def test_unmeasured_memory_is_absent_and_said(work: Path) -> None:
     assert "memory" not in (work.parent / "out/manifests/model.yaml").read_text()
 
 
+@pytest.mark.parametrize("server", ["triton", "mlserver", "ours"])
+def test_a_server_without_the_capability_is_said(work: Path, server: str) -> None:
+    warned = [warning for warning in render(work, server=server)["warnings"] if "has no capability" in warning]
+    lacking = {"triton": "burnish", "mlserver": "burnish, triton"}
+    assert [f"{server!r} of Core 2's own has no capability {lacking[server]}:" in warning for warning in warned] == (
+        [True] if server in lacking else []
+    )
+
+
 def test_a_rate_gives_replicas_from_the_pessimistic_end(work: Path) -> None:
     told = render(work, for_rate=2000.0, margin=0.2)
     low = campaigns.LAWS[WON.id][0] * 0.95

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict
 
-from profiles.serving.core2 import manifests, schema
+from profiles.serving.core2 import manifests, schema, sizing
 from profiles.serving.core2.folder import model_folder, write_folder
 from profiles.serving.core2.hardware import Hardware
 from profiles.serving.naming import model_name_of, server_name_of
@@ -109,7 +109,7 @@ def of_every_kind() -> dict[str, dict[str, Any]]:
         ),
         "pipeline": manifests.render_pipeline("digits-pipeline", ["digits"], labels=LABELS),
         "autoscaler": manifests.render_autoscaler(
-            "digits", rate_rps=manifests.rate_per_replica(98.04), min_replicas=3, max_replicas=6, labels=LABELS
+            "digits", rate_rps=sizing.rate_per_replica(98.04), min_replicas=3, max_replicas=6, labels=LABELS
         ),
     }
 
@@ -186,7 +186,7 @@ def test_what_every_profile_gives_passes_both_checks_and_fits(
     variant: str, serving: ServingProfile, peak_mb: float | None, replicas: int, more: int, gpus: int
 ) -> None:
     served = dataclasses.replace(candidate(variant=variant), serving=serving)
-    memory = None if peak_mb is None else manifests.memory_needed(peak_mb)
+    memory = None if peak_mb is None else sizing.memory_needed(peak_mb)
     folder = model_folder(served, artifact(), model_name=model_name_of(served))
     labels = manifests.labels_of(served, "0123456789abcdef")
     server = manifests.render_server(
@@ -215,8 +215,8 @@ def test_what_every_profile_gives_passes_both_checks_and_fits(
     assert set(rendered["spec"]["requirements"]) <= set(server["spec"]["capabilities"])
     if memory is not None:
         asked = server["spec"]["podSpec"]["containers"][0]["resources"]["requests"]["memory"]
-        counted = manifests.counted_copies(serving) * manifests.quantity_bytes(rendered["spec"]["memory"])
-        assert memory <= counted <= manifests.quantity_bytes(asked)
+        counted = sizing.counted_copies(serving) * sizing.quantity_bytes(rendered["spec"]["memory"])
+        assert memory <= counted <= sizing.quantity_bytes(asked)
 
 
 def test_memory_is_of_one_copy_and_absent_where_unmeasured() -> None:
@@ -273,8 +273,8 @@ def test_hardware_with_too_little_memory_is_refused() -> None:
 
 @given(st.floats(0.1, 1e6), st.floats(0.1, 1e6), st.floats(0.1, 0.2))
 def test_replicas_suffice_and_one_fewer_does_not(rate: float, saturation: float, margin: float) -> None:
-    found = manifests.replicas_for(rate, saturation, margin)
-    each = manifests.rate_per_replica(saturation, margin)
+    found = sizing.replicas_for(rate, saturation, margin)
+    each = sizing.rate_per_replica(saturation, margin)
     assert found * each >= rate * (1 - 1e-12)
     assert (found - 1) * each < rate
 
@@ -285,20 +285,20 @@ def test_replicas_suffice_and_one_fewer_does_not(rate: float, saturation: float,
 )
 def test_replicas_of_nonsense_are_refused(given: tuple[float, float, float]) -> None:
     with pytest.raises(InputError):
-        manifests.replicas_for(*given)
+        sizing.replicas_for(*given)
 
 
 @pytest.mark.parametrize(
     ("quantity", "size"), [("512Mi", 512 << 20), ("1.5Gi", 3 << 29), ("2G", 2e9), ("7", 7), ("3k", 3000), ("1Ki", 1024)]
 )
 def test_quantities_are_read_as_kubernetes_does(quantity: str, size: float) -> None:
-    assert manifests.quantity_bytes(quantity) == size
+    assert sizing.quantity_bytes(quantity) == size
 
 
 @pytest.mark.parametrize("peak", [0.0, -1.0, math.nan, math.inf])
 def test_memory_that_cannot_be_is_refused(peak: float) -> None:
     with pytest.raises(InputError):
-        manifests.memory_needed(peak)
+        sizing.memory_needed(peak)
 
 
 # --- what is refused -------------------------------------------------------------------------------------------
@@ -461,6 +461,9 @@ def test_another_setting_or_other_bytes_is_another_digest() -> None:
     first = model_folder(candidate(), artifact(), model_name="m")
     assert model_folder(candidate(threads=2), artifact(), model_name="m").digest != first.digest
     assert model_folder(candidate(), artifact("model.onnx", "w.bin"), model_name="m").digest != first.digest
+    other = ArtifactFile(path="model.onnx", sha256="1" * 64, size_bytes=3)
+    trained_again = dataclasses.replace(artifact(), files=(other,))
+    assert model_folder(candidate(), trained_again, model_name="m").digest != first.digest
     assert model_folder(candidate(), artifact(), model_name="m").digest == first.digest
 
 
