@@ -2,29 +2,26 @@
 
 import difflib
 import json
-import os
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
+from optimize.rendered import former_rendering, put_rendering
 from optimize.reporting import read_campaign
 from profiles.serving.core2 import manifests, sizing
-from profiles.serving.core2.folder import ModelFolder, model_folder, write_folder
+from profiles.serving.core2.folder import ModelFolder, model_folder
 from profiles.serving.core2.hardware import ANY_NODE, Hardware
 from profiles.serving.core2.schema import NEWEST, VERSIONS, Core2Version
 from profiles.serving.naming import check_core2_name, model_name_of, server_name_of
+from profiles.serving.roundtrip import check_roundtrip
 from registry.documents import load_document
-from registry.errors import InputError, StorageError
+from registry.errors import InputError
 from registry.records import Campaign, Candidate, Estimate, Variant
 from registry.store import FolderStore
 
 Render = Literal["core2", "files"]
-MARKER = ".burnish-render"
-"""Lists what was written into a folder, with digests, so that it can be known as ours and replaced."""
 MANIFESTS = "manifests"
 """Where the resources are: a folder of nothing else, so that ``kubectl apply -f`` takes it whole."""
 STOCK_TRITON = "23.03"
@@ -116,13 +113,14 @@ def render_candidate(work: Path, wanted: str | None, out: Path, asked: Rendering
         What was written, as plain values: the model's name and URI, replicas, memory, paths, and warnings.
 
     Raises:
-        InputError: there is no such campaign or candidate, it cannot be rendered so, or the folder is not ours.
+        InputError: there is no such campaign or candidate, it cannot be rendered so, Core 2 would not serve it as
+            rendered, or the folder is not ours.
         StorageError: the folder cannot be written.
     """
     campaign = read_campaign(work)
     candidate = find_candidate(campaign, wanted)
     variant = next(one for one in campaign.variants if one.id == candidate.variant_id)
-    former = check_out(out)
+    former = former_rendering(out)
     source = FolderStore(work).path(variant.artifact)
     name = model_name_of(candidate)
     folder = model_folder(candidate, variant.artifact, model_name=name)
@@ -135,11 +133,18 @@ def render_candidate(work: Path, wanted: str | None, out: Path, asked: Rendering
         place = f"models/{name}-{folder.digest[:16]}"
         texts, about = _core2(campaign, candidate, folder, Path(place).name, asked)
         told |= about
-    told["warnings"] = [
-        *warnings_about(campaign, candidate, variant, source, asked),
-        *([f"{out} was rendered from {former}, and is replaced."] if former not in (None, candidate.name) else []),
-    ]
-    told["files"] = _write(out, folder=folder, source=source, place=place, texts=texts, candidate=candidate)
+    warnings = warnings_about(campaign, candidate, variant, source, asked)
+    if former not in (None, candidate.name):
+        warnings.append(f"{out} was rendered from {former}, and is replaced.")
+
+    def check(written: Path) -> None:
+        if asked.target == "core2":
+            warnings.extend(_lost(written, candidate, name, folder, told["storage_uri"]))
+
+    told["files"] = put_rendering(
+        out, folder=folder, source=source, place=place, texts=texts, candidate=candidate, check=check
+    )
+    told["warnings"] = warnings
     told["folder"] = str(out / place)
     return told
 
@@ -361,6 +366,27 @@ def warnings_about(
     return found
 
 
+def _lost(written: Path, candidate: Candidate, name: str, folder: ModelFolder, uri: str) -> list[str]:
+    """What the agent may do to the folder as it stands.
+
+    Raises:
+        InputError: it would lose a setting, or refuse the model.
+    """
+    found = check_roundtrip(
+        written,
+        candidate.serving.server,
+        name=name,
+        uri=uri,
+        parameters=manifests.model_parameters(candidate, folder.extra),
+        requirements=manifests.REQUIREMENTS[candidate.serving.backend],
+    )
+    for one in found:
+        if one.severity == "error":
+            where = f"{one.file} {one.key}".rstrip()
+            raise InputError(f"Core 2 would not serve {candidate.name!r} so: {where}: {one.message}", hint=one.way)
+    return [f"{one.file}: {one.message}. {one.way}" for one in found if one.severity == "warning"]
+
+
 def _triton_refuses(model: Path, image: str | None) -> Iterator[str]:
     """What the Triton of the image, or Core 2's own, would not load; nothing where its release is not known."""
     from optimize.readiness.lint import lint
@@ -375,85 +401,6 @@ def _triton_refuses(model: Path, image: str | None) -> Iterator[str]:
         return
     for found in findings:
         yield f"Triton {tag[1]}: {found['message']}. {found['fix']}"
-
-
-# --- the folder ------------------------------------------------------------------------------------------------
-
-
-def check_out(out: Path) -> str | None:
-    """The name of the candidate that was rendered into a folder before; None where it is new or empty.
-
-    Raises:
-        InputError: it holds something that burnish did not write, or that was changed since.
-    """
-    if out.is_symlink() or (out.exists() and not out.is_dir()):
-        raise InputError(f"{out} is no folder", hint="Name another with --out.")
-    here = {str(path.relative_to(out)): path for path in sorted(out.rglob("*")) if path.is_symlink() or path.is_file()}
-    marker = here.pop(MARKER, None)
-    if not here and marker is None:
-        return None
-    listed = _marked(marker)
-    for name, path in here.items():
-        if name not in listed["files"]:
-            raise InputError(
-                f"{out} holds {name!r}, which no rendering put there", hint="Name another folder with --out."
-            )
-        if path.is_symlink() or _sha256(path) != listed["files"][name]:
-            raise InputError(
-                f"{path} was changed since it was rendered",
-                hint="Name another folder with --out, or remove this one if nothing in it is needed.",
-            )
-    return str(listed["candidate"])
-
-
-def _marked(marker: Path | None) -> dict[str, Any]:
-    nothing: dict[str, Any] = {"candidate": "", "files": {}}
-    if marker is None or marker.is_symlink():
-        return nothing
-    try:
-        content = json.loads(marker.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return nothing
-    known = isinstance(content, dict) and isinstance(content.get("files"), dict)
-    return nothing | content if known else nothing
-
-
-def _write(
-    out: Path, *, folder: ModelFolder, source: Path, place: str, texts: Mapping[str, str], candidate: Candidate
-) -> list[str]:
-    """Writes all of it beside the folder, and then puts it in its place."""
-    out = out.resolve()
-    fresh, old = (out.with_name(f".{out.name}.{word}-{os.getpid()}") for word in ("new", "old"))
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        fresh.mkdir()
-        write_folder(folder, source, fresh / place)
-        for path, text in texts.items():
-            (fresh / path).parent.mkdir(exist_ok=True)
-            (fresh / path).write_text(text, encoding="utf-8")
-        written = sorted(path for path in fresh.rglob("*") if path.is_file())
-        digests = {str(path.relative_to(fresh)): _sha256(path) for path in written}
-        marker = {"candidate": candidate.name, "candidate_id": candidate.id, "files": digests}
-        (fresh / MARKER).write_text(json.dumps(marker, indent=2) + "\n", encoding="utf-8")
-        if out.exists():
-            out.rename(old)
-        fresh.rename(out)
-    except OSError as error:
-        raise StorageError(f"{out} cannot be written: {error.strerror or error}") from error
-    finally:
-        if old.exists() and not out.exists():  # ended between the two
-            old.rename(out)
-        shutil.rmtree(fresh, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
-    return sorted(digests)
-
-
-def _sha256(path: Path) -> str:
-    digest = sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def lines(told: Mapping[str, Any]) -> list[str]:

@@ -16,6 +16,7 @@ from profiles.serving.core2.hardware import ANY_NODE, Hardware
 from profiles.serving.core2.schema import AUTOSCALING, MLOPS, NEWEST, Core2Version, check_manifest
 from profiles.serving.core2.sizing import MEBIBYTE, as_quantity, counted_copies, quantity_bytes
 from profiles.serving.naming import check_core2_name
+from profiles.serving.roundtrip import check_uri
 from registry.errors import InputError
 from registry.records import Candidate, ServingProfile
 
@@ -60,6 +61,11 @@ def labels_of(candidate: Candidate, campaign_id: str) -> dict[str, str]:
     }
 
 
+def model_parameters(candidate: Candidate, extra: Mapping[str, str]) -> dict[str, str]:
+    """A Model's ``parameters``: the `KNOBS` among our runtime's; none for Triton, whose agent reads none."""
+    return {key: extra[key] for key in KNOBS if key in extra} if candidate.serving.server == "mlserver" else {}
+
+
 def render_model(
     name: str,
     candidate: Candidate,
@@ -100,7 +106,7 @@ def render_model(
     check_core2_name(name, "Model")
     check_storage_uri(storage_uri)
     serving = candidate.serving
-    knobs = [{"name": key, "value": (extra or {})[key]} for key in KNOBS if key in (extra or {})]
+    knobs = [{"name": key, "value": value} for key, value in model_parameters(candidate, extra or {}).items()]
     memory = None if memory_bytes is None else as_quantity(memory_bytes / counted_copies(serving))
     spec = {
         "storageUri": storage_uri,
@@ -110,8 +116,7 @@ def render_model(
         "replicas": replicas,
         "minReplicas": min_replicas,
         "maxReplicas": max_replicas,
-        # Triton's agent reads none.
-        "parameters": knobs if serving.server == "mlserver" else None,
+        "parameters": knobs or None,
         "secretName": secret_name,
         "dataflow": {"cleanTopicsOnDelete": True} if clean_topics else None,
     }
@@ -357,22 +362,11 @@ def check_storage_uri(uri: str) -> None:
     Raises:
         InputError: it cannot.
     """
-    scheme = uri.partition(":")[0] if ":" in uri else ""
-    if scheme in {"mlflow", "mlflow-artifacts", "models", "runs", "dbfs"}:
-        raise InputError(
-            f"Core 2 fetches models with rclone, which cannot read {uri!r}",
-            hint="Name the place in the object store itself, such as s3://bucket/path.",
-        )
-    if scheme in {"file", "http", "https"}:
-        raise InputError(
-            f"{scheme!r} is no rclone remote of Core 2, so {uri!r} cannot be fetched",
-            hint="Name a remote, such as s3://bucket/path, or a path inside of the rclone container.",
-        )
-    if not re.fullmatch(r"([A-Za-z0-9_][-A-Za-z0-9_+@.]*:|/)[^\s]+", uri):
-        raise InputError(
-            f"{uri!r} is no storage URI",
-            hint="It is a remote and a path, such as s3://bucket/path, or an absolute path.",
-        )
+    refused = [one for one in check_uri(uri) if one.severity == "error"]
+    if refused:
+        raise InputError(f"storageUri: {refused[0].message}", hint=refused[0].way)
+    if re.search(r"\s", uri):
+        raise InputError(f"storageUri: {uri!r} has a space in it", hint="Name a place without one.")
 
 
 # --- YAML ------------------------------------------------------------------------------------------------------

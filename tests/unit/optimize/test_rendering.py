@@ -8,6 +8,7 @@ import pytest
 
 from optimize import rendering
 from optimize.cli import main
+from optimize.rendered import MARKER
 from optimize.reporting import write_campaign
 from registry.errors import InputError
 from registry.records import Artifact, Campaign, ServingProfile
@@ -64,7 +65,7 @@ def test_the_winner_is_rendered_with_its_server(work: Path) -> None:
         "manifests/model.yaml", "manifests/server.yaml",
         f"models/{stem}/config.pbtxt", f"models/{stem}/1/model.onnx", f"models/{stem}/1/model.py",
     }  # fmt: skip
-    assert files_of(work.parent / "out") == {*told["files"], rendering.MARKER}
+    assert files_of(work.parent / "out") == {*told["files"], MARKER}
     assert told["storage_uri"] in (work.parent / "out/manifests/model.yaml").read_text()
 
 
@@ -120,7 +121,7 @@ def test_the_same_again_is_the_same(work: Path) -> None:
 def test_a_former_rendering_makes_room_whole(work: Path) -> None:
     render(work, image=IMAGE)
     told = render(work, campaigns.STATIC_MLSERVER.name)
-    assert files_of(work.parent / "out") == {*told["files"], rendering.MARKER}
+    assert files_of(work.parent / "out") == {*told["files"], MARKER}
     assert any(f"rendered from {WON.name}" in warning for warning in told["warnings"])
     assert [path.name for path in work.parent.iterdir() if path.name.startswith(".")] == []
 
@@ -138,7 +139,7 @@ def test_what_burnish_did_not_write_is_left_alone(work: Path, change: str) -> No
         manifest.rename(work.parent / "elsewhere.yaml")
         manifest.symlink_to(work.parent / "elsewhere.yaml")
     else:
-        (out / rendering.MARKER).write_text("[]")
+        (out / MARKER).write_text("[]")
     before = files_of(out)
     with pytest.raises(InputError, match=r"changed since|no rendering put there"):
         render(work)
@@ -207,7 +208,7 @@ def test_triton_is_asked_whether_it_takes_the_model(work: Path, monkeypatch: pyt
     ("asked", "said"),
     [
         ({"storage_uri": None}, "where Core 2 is to fetch"),
-        ({"storage_uri": "runs:/a"}, "rclone"),
+        ({"storage_uri": "runs:/a"}, "cannot fetch"),
         ({"target": "kserve"}, "no target 'kserve'"),
         ({"target": "files"}, "--storage-uri is for Core 2"),
         ({"core2_version": "1.18"}, "nothing is known of Core 2 '1.18'"),
@@ -242,6 +243,20 @@ def test_an_unknown_candidate_is_told_the_known_ones(work: Path, wanted: str, sa
     with pytest.raises(InputError) as caught:
         render(work, wanted)
     assert said in str(caught.value)
+
+
+def test_a_folder_that_core_2_would_serve_otherwise_is_not_written(work: Path) -> None:
+    folder = work.parent / "from"
+    (folder / "7").mkdir()
+    (folder / "7/vocabulary.txt").write_text("a")
+    made = FolderStore(work).add(
+        folder, format="onnx", entry="model.onnx", inputs=campaigns.INPUTS, outputs=campaigns.OUTPUTS
+    )
+    write_campaign(with_artifact(made), work)
+    with pytest.raises(InputError, match=r"would not serve .*: 1/7 is taken for the model's version"):
+        render(work)
+    assert not (work.parent / "out").exists()
+    assert any("a remote named 's3'" in warning for warning in render(work, campaigns.STATIC_MLSERVER.name)["warnings"])
 
 
 def test_no_winner_and_no_saturation(work: Path) -> None:
