@@ -33,17 +33,17 @@ class Deployment(Protocol):
 
     @property
     def load_time_s(self) -> float:
-        """From the start of the server to the model's readiness."""
+        """From the start of the server, or of the load on one that runs, to the model's readiness."""
 
     @property
     def rendered(self) -> dict[str, str]:
         """Path -> text of the files that were rendered for it."""
 
-    def usage(self) -> Usage:
-        """What it has used so far.
+    def usage(self) -> Usage | None:
+        """What it has used so far; None where that cannot be known from here.
 
         Raises:
-            ServerDiedError: a process of it has ended.
+            ServerDiedError: it is not served any more.
         """
 
     def undeploy(self) -> None:

@@ -47,6 +47,8 @@ SUBSCRIBER = "burnish"
 
 _FIRST_POLL_S = 0.02
 _LAST_POLL_S = 0.5
+# The last look of a wait has time for an answer, so that a wait ends with what was seen.
+_LEAST_CALL_S = 1.0
 
 
 class SchedulerClient:
@@ -127,7 +129,7 @@ class SchedulerClient:
         """
         model, seen = loading.model, None
         for left_s in _polls(timeout_s):
-            found = self.model(model.name, timeout_s=min(self._timeout_s, left_s))
+            found = self.model(model.name, timeout_s=self._limit(left_s))
             if found is None or _is_old(found, loading):
                 continue
             seen = found
@@ -162,12 +164,16 @@ class SchedulerClient:
         """
         found = None
         for left_s in _polls(timeout_s):
-            found = self.model(name, timeout_s=min(self._timeout_s, left_s))
+            found = self.model(name, timeout_s=self._limit(left_s))
             if found is None or found.state in GONE:
                 return
             if found.state == "ModelTerminateFailed":
                 raise UnreachableError(f"Core 2 could not unload {name}: {one_line(found.reason)}")
         raise _too_late(f"{name} is not unloaded from Core 2 after {timeout_s:g} s", found)
+
+    def _limit(self, left_s: float) -> float:
+        """How long a call may take in a wait of which so much is left."""
+        return min(self._timeout_s, max(left_s, _LEAST_CALL_S))
 
     def _check_failed(self, model: Core2Model, found: ModelVersion) -> None:
         reason = one_line(found.reason)
@@ -255,7 +261,7 @@ class SchedulerClient:
         """
         found = None
         for left_s in _polls(timeout_s):
-            found = self.experiment(experiment.name, timeout_s=min(self._timeout_s, left_s))
+            found = self.experiment(experiment.name, timeout_s=self._limit(left_s))
             mirrored = experiment.mirror is None or (found is not None and found.mirror_ready)
             if found is not None and found.active and found.candidates_ready and mirrored:
                 return found
@@ -317,7 +323,7 @@ class SchedulerClient:
         """
         name, before, seen = loading.name, loading.before, None
         for left_s in _polls(timeout_s):
-            found = self.pipeline(name, timeout_s=min(self._timeout_s, left_s))
+            found = self.pipeline(name, timeout_s=self._limit(left_s))
             if found is None or (before is not None and _is_old_pipeline(found, before)):
                 continue
             seen = found
@@ -345,7 +351,7 @@ class SchedulerClient:
             logger.debug("UnloadPipeline of %s: %s", name, error.message)
         found = None
         for left_s in _polls(timeout_s):
-            found = self.pipeline(name, timeout_s=min(self._timeout_s, left_s))
+            found = self.pipeline(name, timeout_s=self._limit(left_s))
             if found is None or found.state == "PipelineTerminated":
                 return
             if found.state == "PipelineFailedTerminating":

@@ -66,7 +66,7 @@ class LoadGenerator:
         *,
         raw_path: Path,
         raw_root: Path | None = None,
-        usage: Callable[[], Usage] | None = None,
+        usage: Callable[[], Usage | None] | None = None,
         expected: Expected | None = None,
     ) -> RunRecord:
         """Offers one window of load and returns what came of it; takes a bounded time.
@@ -77,7 +77,8 @@ class LoadGenerator:
             profile: what to offer.
             raw_path: where the arrays are written, whole or not at all.
             raw_root: the record names ``raw_path`` relative to it; None for its name alone.
-            usage: read at both ends of the window, for ``cpu_s_per_1k`` and ``rss_mb``.
+            usage: read at both ends of the window, for ``cpu_s_per_1k`` and ``rss_mb``; these are left out where it
+                gives None.
             expected: the reference's answers; replies sampled under load are compared with them after the window.
 
         Raises:
@@ -125,7 +126,7 @@ class LoadGenerator:
     # --- the process ---
 
     def _perform(
-        self, job: dict[str, Any], profile: LoadProfile, usage: Callable[[], Usage] | None
+        self, job: dict[str, Any], profile: LoadProfile, usage: Callable[[], Usage | None] | None
     ) -> tuple[dict[str, Any], tuple[float, float] | None]:
         """Sends the job and reads its events; returns the answer, and (CPU seconds, resident MB) of the server."""
         try:
@@ -136,11 +137,11 @@ class LoadGenerator:
             raise
 
     def _converse(
-        self, job: dict[str, Any], profile: LoadProfile, usage: Callable[[], Usage] | None
+        self, job: dict[str, Any], profile: LoadProfile, usage: Callable[[], Usage | None] | None
     ) -> tuple[dict[str, Any], tuple[float, float] | None]:
         self._send(job)
         deadline = time.monotonic() + profile.warmup_s + profile.duration_s + 2 * profile.timeout_s + BESIDE_WINDOW_S
-        marks: list[Usage] = []
+        marks: list[Usage | None] = []
         while True:
             event = self._next_event(deadline)
             if event["event"] in {"begin", "end"} and usage is not None:
@@ -151,8 +152,7 @@ class LoadGenerator:
                 kind = StorageError if event["kind"] == StorageError.kind else UnreachableError
                 raise kind(event["message"], hint=event["hint"])
             elif event["event"] == "done":
-                spent = (marks[1].cpu_s - marks[0].cpu_s, marks[1].rss_mb) if len(marks) == 2 else None
-                return event, spent
+                return event, _spent(marks)
 
     def _send(self, job: dict[str, Any]) -> None:
         if self._process is None or self._process.poll() is not None:
@@ -224,6 +224,12 @@ def _forward(stdout: Any, events: "queue.SimpleQueue[str | None]") -> None:
     except ValueError:
         pass  # closed while it was read
     events.put(None)
+
+
+def _spent(marks: list[Usage | None]) -> tuple[float, float] | None:
+    """(CPU seconds, resident MB) of the server in the window, from its usage at both ends; None where unknown."""
+    begin, end = marks if len(marks) == 2 else (None, None)
+    return None if begin is None or end is None else (end.cpu_s - begin.cpu_s, end.rss_mb)
 
 
 def _tuples(scalars: dict[str, Any]) -> dict[str, Any]:

@@ -223,19 +223,22 @@ class SchedulerDouble:
     def _taken(self, method: str, work: Callable[..., Any]) -> Callable[[Any, Any], Any]:
         def answer(request: Any, context: Any) -> Any:
             self._begin(method, request, context)
-            with self._lock:
-                done = work(request, context)
-            self._end(method)
-            return done
+            try:
+                with self._lock:
+                    return work(request, context)
+            finally:
+                self._end(method)
 
         return answer
 
     def _streamed(self, method: str, work: Callable[..., Any]) -> Callable[[Any, Any], Iterator[Any]]:
         def answer(request: Any, context: Any) -> Iterator[Any]:
             self._begin(method, request, context)
-            with self._lock:
-                answers = list(work(request, context))
-            self._end(method)
+            try:
+                with self._lock:
+                    answers = list(work(request, context))
+            finally:
+                self._end(method)
             yield from answers
 
         return answer
@@ -463,6 +466,8 @@ class _Line:
                 outside.close()
                 continue
             inside = socket.create_connection((LOOPBACK, self._inner))
+            for end in (outside, inside):
+                end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             with self._lock:
                 self._ends += [outside, inside]
             self._start(self._pump, outside, inside)

@@ -158,6 +158,13 @@ def test_usage_is_read_at_both_ends(generator: LoadGenerator, tmp_path: Path) ->
     assert record.metrics["cpu_s_per_1k"] == pytest.approx(500 / record.ok, rel=0.2)
 
 
+def test_usage_that_nobody_knows_is_left_out(generator: LoadGenerator, tmp_path: Path) -> None:
+    with FakeV2Server(Fixed(0.01)) as server:
+        record = run(generator, server, profile(OpenLoop(rate_rps=100)), tmp_path, usage=lambda: None)
+    assert record.ok > 0
+    assert not {"rss_mb", "cpu_s_per_1k"} & set(record.metrics)
+
+
 def test_a_window_lasts_to_its_end_when_answers_come_before(generator: LoadGenerator, tmp_path: Path) -> None:
     readings = iter([Usage(cpu_s=1.0, rss_mb=50.0), Usage(cpu_s=1.5, rss_mb=60.0)])
     sparse = profile(OpenLoop(rate_rps=5, arrivals="constant"), warmup_s=0.0)

@@ -24,7 +24,7 @@ from profiles.deploy.core2_messages import (
 from registry.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[3]
-WIRE = ROOT.parent / "shared" / "wire" / "scheduler.json"
+WIRE = ROOT / "../shared/wire/scheduler.json"
 PROTO = ROOT / "profiles" / "deploy" / "core2_scheduler.proto"
 
 needs_wire = pytest.mark.skipif(not WIRE.exists(), reason="the recorded messages are not here")

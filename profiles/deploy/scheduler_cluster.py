@@ -1,0 +1,330 @@
+"""Candidates served on Core 2, where its scheduler is spoken to and nobody else commands it."""
+
+import hashlib
+import http.client
+import logging
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Self
+
+from profiles.deploy.core2_messages import AVAILABLE, GOING, Core2Model, ModelVersion
+from profiles.deploy.scheduler import SchedulerClient
+from profiles.serving.core2.folder import ModelFolder, model_folder, write_folder
+from profiles.serving.core2.manifests import REQUIREMENTS
+from profiles.serving.core2.sizing import counted_copies
+from profiles.serving.naming import model_name_of
+from registry.errors import BurnishError, InputError, ServerDiedError, UnreachableError
+from registry.records import Artifact, ArtifactFile, Candidate, Target
+
+logger = logging.getLogger(__name__)
+
+Place = Callable[[Artifact, Path], str]
+"""Puts the files of a folder where Core 2 can fetch them, under their digest, and returns the rclone URI of that."""
+
+OWNER = "burnish_campaign"
+"""The parameter that says whose a model is. A model without it, or with another value, is left alone."""
+UNLOAD_S = 60.0
+"""Longest that a model may take to be gone: the agent waits 2 s for requests, and the server then frees its memory."""
+_POLL_S = 0.05
+_MESH_TIMEOUT_S = 5.0
+
+
+class Core2Deployment:
+    """One candidate served on Core 2; made by `Core2SchedulerCluster.deploy`.
+
+    Attributes:
+        candidate: what is served.
+        target: the mesh, with the header that leads to it.
+        load_time_s: from the request to load it until the mesh answers for it, its download to the server included.
+        rendered: path -> text of the files that were rendered for it.
+        uri: where Core 2 fetched it.
+        server: the server that it is on.
+        version: Core 2's number of it; replies carry it.
+    """
+
+    def __init__(
+        self,
+        cluster: "Core2SchedulerCluster",
+        candidate: Candidate,
+        *,
+        target: Target,
+        rendered: dict[str, str],
+        uri: str,
+        found: ModelVersion,
+        load_time_s: float,
+    ) -> None:
+        self.candidate = candidate
+        self.target = target
+        self.rendered = rendered
+        self.uri = uri
+        self.server = found.server
+        self.version = found.version
+        self.load_time_s = load_time_s
+        self._cluster = cluster
+
+    def usage(self) -> None:
+        """Returns where it is still served as it was; what it uses, the scheduler does not know.
+
+        A scheduler that does not answer is no reason to end a measurement: the mesh serves without it.
+
+        Raises:
+            ServerDiedError: it is not available any more, or somebody loaded another model under its name.
+        """
+        try:
+            self._cluster.check(self)
+        except ServerDiedError:
+            raise
+        except UnreachableError as error:
+            logger.warning("Whether %s is still served as it was is not known: %s", self.target.model, error.message)
+
+    def undeploy(self) -> None:
+        """Unloads it and returns when its memory is free; a second call does nothing.
+
+        Raises:
+            UnreachableError: it could not be unloaded; `Core2SchedulerCluster.close` tries again.
+        """
+        self._cluster.take_away(self.target.model)
+
+
+class Core2SchedulerCluster:
+    """Serves candidates on one Core 2, each as a model of its own. A context manager that unloads them all.
+
+    A model carries the name of its candidate and the mark of its campaign. One of the same name without that mark is
+    somebody else's, and is neither taken over nor unloaded. One with the mark is what a killed run left, and is used.
+    """
+
+    def __init__(
+        self,
+        client: SchedulerClient,
+        *,
+        mesh: str,
+        place: Place,
+        owner: str,
+        mesh_tls: bool = False,
+        servers: Mapping[str, str] | None = None,
+        requirements: Mapping[str, tuple[str, ...]] | None = None,
+        memory_bytes: Callable[[Candidate, Artifact], int] | None = None,
+        workers: int = 0,
+        unload_s: float = UNLOAD_S,
+    ) -> None:
+        """Connects to nothing yet.
+
+        Args:
+            client: of the scheduler; the caller closes it, after this.
+            mesh: ``host:port`` of the data plane, where REST and gRPC are both answered.
+            place: puts a candidate's folder where Core 2 fetches it.
+            owner: the campaign's name for itself, the same in each of its runs and no other campaign's.
+            mesh_tls: whether the mesh speaks TLS.
+            servers: ``mlserver`` or ``triton`` -> the one server to use; without one, the scheduler chooses.
+            requirements: backend -> capabilities; what is not named here is as in `REQUIREMENTS`.
+            memory_bytes: what all copies of a candidate take together; without it, the size of the artifact's files,
+                which is less than it will take.
+            workers: ``MLSERVER_PARALLEL_WORKERS`` of the MLServer servers, which no model can change.
+            unload_s: longest that a model may take to be gone.
+        """
+        self._client = client
+        self._mesh = mesh
+        self._mesh_tls = mesh_tls
+        self._place = place
+        self._owner = owner
+        self._servers = servers or {}
+        self._requirements = {**REQUIREMENTS, **(requirements or {})}
+        self._memory_bytes = memory_bytes or _size_of
+        self._workers = workers
+        self._unload_s = unload_s
+        self._ours: set[str] = set()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def deploy(self, candidate: Candidate, artifact: Artifact, files: Path, *, timeout_s: float) -> Core2Deployment:
+        """Serves the candidate and returns when the mesh answers for its model.
+
+        What it has loaded it unloads again where the model does not come about.
+
+        Args:
+            candidate: what to serve, and how.
+            artifact: its model.
+            files: folder with the artifact's files, which are copied.
+            timeout_s: longest wait from the request to load it; its upload is not in that.
+
+        Raises:
+            InputError: the candidate cannot be served as it asks to be, or a model of its name is somebody else's.
+            SchedulerRefusedError: the scheduler does not take it.
+            UnreachableError: it could not be scheduled or loaded (with Core 2's reason), was not ready in time, or the
+                scheduler or the mesh did not answer.
+        """
+        name = model_name_of(candidate)
+        self._check_workers(candidate)
+        folder = model_folder(candidate, artifact, model_name=name)
+        self._check_free(name)
+        uri = self._put(folder, artifact, files)
+        model = self._model(name, candidate, artifact, uri)
+        self._ours.add(name)
+        started = time.monotonic()
+        try:
+            found = self._client.wait_for_model(self._client.load_model(model), timeout_s=timeout_s)
+            target = self._target(candidate, name)
+            self._wait_for_mesh(target, started + timeout_s)
+        except BaseException:
+            # Ctrl-C too: nothing half-loaded is left.
+            self._clean_up(name)
+            raise
+        took_s = time.monotonic() - started
+        rendered = dict(folder.rendered)
+        return Core2Deployment(
+            self, candidate, target=target, rendered=rendered, uri=uri, found=found, load_time_s=took_s
+        )
+
+    def close(self) -> None:
+        """Unloads all that was deployed here and is still there; what cannot be unloaded is named in the log."""
+        for name in sorted(self._ours):
+            self._clean_up(name)
+
+    def check(self, deployment: Core2Deployment) -> None:
+        """Returns where a deployment is still served as it was.
+
+        Raises:
+            ServerDiedError: it is not available any more, or somebody loaded another model under its name.
+            UnreachableError: the scheduler did not answer.
+        """
+        name = deployment.target.model
+        found = self._client.model(name)
+        if found is None or found.state != AVAILABLE:
+            state = "gone" if found is None else f"{found.state} {found.reason}".rstrip()
+            raise ServerDiedError(f"{name} is not available on Core 2 any more: {state}")
+        if found.version != deployment.version or not self._is_ours(found):
+            raise ServerDiedError(
+                f"somebody has loaded another model as {name} on Core 2: it was version {deployment.version}, and is "
+                f"version {found.version}"
+            )
+
+    def take_away(self, name: str) -> None:
+        """Unloads a model that was deployed here and returns when it is gone; see `Core2Deployment.undeploy`."""
+        if name not in self._ours:
+            return
+        found = self._client.model(name)
+        if found is not None and found.live and not self._is_ours(found):
+            logger.warning("%s on Core 2 is somebody else's by now, and is left there", name)
+        elif found is not None and found.live:
+            self._client.unload_model(name)
+            self._client.wait_until_unloaded(name, timeout_s=self._unload_s)
+        self._ours.discard(name)
+
+    # --- parts of it ---
+
+    def _clean_up(self, name: str) -> None:
+        try:
+            self.take_away(name)
+        except BurnishError as error:
+            logger.warning("%s may still be loaded on Core 2: %s", name, error.message)
+
+    def _check_workers(self, candidate: Candidate) -> None:
+        serving = candidate.serving
+        if serving.server == "mlserver" and serving.parallel_workers != self._workers:
+            raise InputError(
+                f"{candidate.name!r} asks for {serving.parallel_workers} parallel workers, and the servers have "
+                f"{self._workers}",
+                hint="On Core 2 that is the server's setting: MLSERVER_PARALLEL_WORKERS in its environment.",
+            )
+
+    def _check_free(self, name: str) -> None:
+        """Returns when the name is free, or what has it was left by an earlier run of the same campaign.
+
+        Raises:
+            InputError: it is somebody else's.
+            UnreachableError: it is being unloaded, and does not end.
+        """
+        found = self._client.model(name)
+        if found is not None and found.state in GOING:
+            self._client.wait_until_unloaded(name, timeout_s=self._unload_s)
+            found = self._client.model(name)
+        if found is None or not found.live:
+            return
+        if found.parameters is None or found.parameters.get(OWNER) != self._owner:
+            whose = (found.parameters or {}).get(OWNER)
+            raise InputError(
+                f"Core 2 has a model {name} already, which {f'the campaign {whose}' if whose else 'somebody else'} "
+                "loaded",
+                hint="Unload it, or let the other campaign end.",
+            )
+
+    def _is_ours(self, found: ModelVersion) -> bool:
+        # A scheduler that does not say what a model was loaded with cannot tell us of another's.
+        return found.parameters is None or found.parameters.get(OWNER) == self._owner
+
+    def _put(self, folder: ModelFolder, artifact: Artifact, files: Path) -> str:
+        own = {file.path: file for file in artifact.files}
+        parts = [replace(own[source], path=path) for path, source in folder.files.items()]
+        with tempfile.TemporaryDirectory(prefix="burnish-core2-") as scratch:
+            place = Path(scratch) / folder.digest
+            write_folder(folder, files, place)
+            parts += [_file(place, path) for path in folder.rendered]
+            whole = replace(artifact, digest=folder.digest, files=tuple(sorted(parts, key=lambda part: part.path)))
+            return self._place(whole, place)
+
+    def _model(self, name: str, candidate: Candidate, artifact: Artifact, uri: str) -> Core2Model:
+        serving = candidate.serving
+        return Core2Model(
+            name=name,
+            uri=uri,
+            requirements=self._requirements[serving.backend],
+            # Core 2 multiplies it by the copies.
+            memory_bytes=self._memory_bytes(candidate, artifact) // counted_copies(serving),
+            server=self._servers.get(serving.server),
+            parameters={OWNER: self._owner},
+        )
+
+    def _target(self, candidate: Candidate, name: str) -> Target:
+        serving = candidate.serving
+        return Target(
+            url=self._mesh,
+            protocol=serving.protocol,
+            model=name,
+            headers={"seldon-model": name},
+            tls=self._mesh_tls,
+            binary=serving.server == "triton" and serving.protocol == "rest",
+        )
+
+    def _wait_for_mesh(self, target: Target, deadline: float) -> None:
+        """The mesh hears of a model a little later than the scheduler says that it is there."""
+        while True:
+            answer = _readiness(target)
+            if answer is None:
+                return
+            if time.monotonic() > deadline:
+                raise UnreachableError(
+                    f"Core 2 says that {target.model} is available, and the mesh at {target.url} does not: {answer}",
+                    hint="Check the address of the mesh, and that its envoy is connected to the scheduler.",
+                )
+            time.sleep(_POLL_S)
+
+
+def _readiness(target: Target) -> str | None:
+    """None where the mesh answers that the model is ready, else what it answers."""
+    kind = http.client.HTTPSConnection if target.tls else http.client.HTTPConnection
+    connection = kind(target.url, timeout=_MESH_TIMEOUT_S)
+    try:
+        connection.request("GET", f"/v2/models/{target.model}/ready", headers=dict(target.headers))
+        answer = connection.getresponse()
+        answer.read()
+    except (OSError, http.client.HTTPException) as error:
+        return str(error) or type(error).__name__
+    finally:
+        connection.close()
+    return None if answer.status == http.client.OK else f"status {answer.status}"
+
+
+def _file(folder: Path, path: str) -> ArtifactFile:
+    content = (folder / path).read_bytes()
+    return ArtifactFile(path=path, sha256=hashlib.sha256(content).hexdigest(), size_bytes=len(content))
+
+
+def _size_of(_: Candidate, artifact: Artifact) -> int:
+    return artifact.size_bytes
