@@ -139,7 +139,7 @@ def render_candidate(work: Path, wanted: str | None, out: Path, asked: Rendering
 
     def check(written: Path) -> None:
         if asked.target == "core2":
-            warnings.extend(_lost(written, candidate, name, folder, told["storage_uri"]))
+            warnings.extend(_lost(written, candidate, folder, told["storage_uri"], asked))
 
     told["files"] = put_rendering(
         out, folder=folder, source=source, place=place, texts=texts, candidate=candidate, check=check
@@ -366,7 +366,7 @@ def warnings_about(
     return found
 
 
-def _lost(written: Path, candidate: Candidate, name: str, folder: ModelFolder, uri: str) -> list[str]:
+def _lost(written: Path, candidate: Candidate, folder: ModelFolder, uri: str, asked: Rendering) -> list[str]:
     """What the agent may do to the folder as it stands.
 
     Raises:
@@ -375,8 +375,10 @@ def _lost(written: Path, candidate: Candidate, name: str, folder: ModelFolder, u
     found = check_roundtrip(
         written,
         candidate.serving.server,
-        name=name,
+        name=model_name_of(candidate),
         uri=uri,
+        # The secret holds the remote of that name; without one, nobody here knows what the cluster has.
+        remotes=None if asked.secret is None else (uri.partition(":")[0],),
         parameters=manifests.model_parameters(candidate, folder.extra),
         requirements=manifests.REQUIREMENTS[candidate.serving.backend],
     )

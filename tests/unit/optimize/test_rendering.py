@@ -103,6 +103,12 @@ def test_a_server_without_the_capability_is_said(work: Path, server: str) -> Non
     )
 
 
+def test_a_secret_brings_the_remote(work: Path) -> None:
+    assert any("a remote named 's3'" in warning for warning in render(work)["warnings"])
+    assert not any("a remote named" in warning for warning in render(work, secret="store")["warnings"])
+    assert "secretName: store" in (work.parent / "out/manifests/model.yaml").read_text()
+
+
 def test_a_rate_gives_replicas_from_the_pessimistic_end(work: Path) -> None:
     told = render(work, for_rate=2000.0, margin=0.2)
     low = campaigns.LAWS[WON.id][0] * 0.95
