@@ -355,6 +355,47 @@ def test_settings_of_kept_keys_only_are_the_same_but_for_name_and_version(tmp_pa
     assert not [found for found in rewritten.findings if found.severity == "error"]
 
 
+KNOWN = ["implementation", "platform", "versions", "parallel_workers", "inputs", "outputs", "parameters", "Name"]
+ANY_SETTINGS = st.dictionaries(
+    st.sampled_from([*KNOWN, "max_batch_size", "cache_enabled"]) | WORDS,
+    JSON
+    | TENSORS
+    | st.dictionaries(st.sampled_from(["uri", "extra", "format", "environment_path"]) | WORDS, JSON, max_size=4),
+    max_size=5,
+)
+
+
+@given(ANY_SETTINGS)
+def test_nothing_is_lost_without_a_word(tmp_path_factory, content):
+    at = folder(tmp_path_factory.mktemp("any"), {"model-settings.json": content})
+    rewritten = agent_rewrite(at, "mlserver", name="m")
+    if rewritten.refused:
+        assert rewritten.findings[-1].severity == "error"
+        return
+    after = json.loads(rewritten.files["m_1/1/model-settings.json"])
+    named = {found.key for found in rewritten.findings}
+    given_parameters = {key: value for key, value in content.items() if key.lower() == "parameters"}
+    for before, kept, at_key in [
+        (content, after, ""),
+        *((value or {}, after["parameters"], f"/{key.lower()}") for key, value in given_parameters.items()),
+    ]:
+        for key, value in before.items():
+            pointer = f"{at_key}/{key.replace('~', '~0').replace('/', '~1')}"
+            folded = key if key in kept else key.lower()
+            assert folded in kept or pointer in named or value in (None, "", [], {}), pointer
+
+
+@given(
+    st.text(max_size=40)
+    | st.sampled_from(["{", "name:", "a { b: 1 }", "input { dims: 9999999999999999999 }", "[x]: 1"])
+)
+def test_any_text_is_a_configuration_or_is_refused(tmp_path_factory, text):
+    at = tmp_path_factory.mktemp("any")
+    (at / "config.pbtxt").write_bytes(text.encode())
+    rewritten = agent_rewrite(at, "triton", name="m")
+    assert rewritten.refused == any(found.severity == "error" for found in rewritten.findings)
+
+
 # --- folders -----------------------------------------------------------------------------------------------------
 
 AT_TOP: dict[str, Any] = {"model-settings.json": OURS, "model.onnx": "top"}
