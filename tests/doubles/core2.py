@@ -1,10 +1,13 @@
 """A double of Core 2's scheduler: a real gRPC server on loopback that behaves as the published facts say.
 
 It is no Core 2. It schedules by capability and memory, counts versions, takes time, forgets to say so for a while, and
-fails with the reasons that Core 2 gives; what it is to do wrong is set on it. Models answer to nothing but readiness.
+fails with the reasons that Core 2 gives; what it is to do wrong is set on it. Models answer to nothing but readiness,
+unless their server has an agent (`core2_agent.AgentDouble`): then they are loaded by it, and the mesh leads to them.
 """
 
 import contextlib
+import http.client
+import math
 import re
 import socket
 import threading
@@ -14,7 +17,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import grpc
 
@@ -22,10 +25,29 @@ from profiles.deploy import core2_scheduler_pb2 as pb
 from profiles.deploy.scheduler_channel import SERVICE
 
 LOOPBACK = "127.0.0.1"
+V2 = "inference.GRPCInferenceService"
 NO_SERVER = "Failed to schedule model as no matching server had enough suitable replicas"
 NAME = re.compile(r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$")
 State = pb.ModelStatus
 Status = pb.PipelineVersionState
+
+
+class Agent(Protocol):
+    """What loads models on a server.
+
+    Attributes:
+        http: REST port of the server behind it.
+        grpc: gRPC port of that.
+    """
+
+    http: int
+    grpc: int
+
+    def load(self, model: pb.Model, version: int) -> str:
+        """Loads a version; returns why it could not, or nothing."""
+
+    def unload(self, model: pb.Model, version: int) -> None:
+        """Unloads a version."""
 
 
 @dataclass
@@ -36,11 +58,13 @@ class ServerDouble:
         capabilities: what it can run.
         memory_bytes: of its replica.
         connected: whether it is there.
+        agent: what really loads models on it; None where they are only said to be loaded.
     """
 
     capabilities: frozenset[str]
     memory_bytes: int = 8_000_000_000
     connected: bool = True
+    agent: Agent | None = None
 
 
 @dataclass
@@ -136,16 +160,15 @@ class SchedulerDouble:
         else:
             inner = self._server.add_secure_port(f"{LOOPBACK}:0", self._credentials)
         self._server.start()
-        self._line = _Line(inner)
-        self._mesh = _mesh(self)
+        self._line = _Line(lambda _: inner)
+        self._mesh = _Mesh(self)
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._mesh.close()
         self._line.close()
         self._server.stop(None).wait()
         self._pool.shutdown()
-        self._mesh.shutdown()
-        self._mesh.server_close()
 
     @property
     def port(self) -> int:
@@ -155,7 +178,7 @@ class SchedulerDouble:
     @property
     def mesh(self) -> str:
         """``host:port`` of the mesh."""
-        return f"{LOOPBACK}:{self._mesh.server_address[1]}"
+        return f"{LOOPBACK}:{self._mesh.port}"
 
     def hang_up(self) -> None:
         """Takes no connection any more, and ends those that are."""
@@ -172,6 +195,14 @@ class SchedulerDouble:
         with self._lock:
             versions = self._models.get(name)
             return bool(versions) and versions[-1].state().state.state == State.ModelAvailable
+
+    def route(self, name: str) -> tuple[Agent | None, str] | None:
+        """(agent, internal name) of an available model, or None."""
+        with self._lock:
+            if not self.available(name):
+                return None
+            version = self._models[name][-1]
+            return self.servers[version.server].agent, f"{name}_{version.number}"
 
     def methods(self) -> list[str]:
         """The methods that were called, in order."""
@@ -289,7 +320,21 @@ class SchedulerDouble:
                 version.server = name
                 version.ready_at = time.monotonic() + self.load_s
                 version.failure = self.failures.get(spec.uri, "")
+                if server.agent is not None:
+                    version.ready_at = math.inf
+                    self._pool.submit(self._load_by, server.agent, version)
                 return
+
+    def _load_by(self, agent: Agent, version: _Version) -> None:
+        failure = agent.load(version.model, version.number)
+        with self._lock:
+            version.failure = failure
+            version.ready_at = time.monotonic() + self.load_s
+
+    def _unload_by(self, agent: Agent, version: _Version) -> None:
+        agent.unload(version.model, version.number)
+        with self._lock:
+            version.gone_at = time.monotonic() + self.unload_s
 
     def _unload_model(self, request: pb.UnloadModelRequest, context: Any) -> pb.UnloadModelResponse:
         versions = self._models.get(request.model.name)
@@ -298,6 +343,10 @@ class SchedulerDouble:
         assert versions is not None
         if request.model.name not in self.unload_failures and versions[-1].gone_at is None:
             versions[-1].gone_at = time.monotonic() + self.unload_s
+            server = self.servers.get(versions[-1].server)
+            if server is not None and server.agent is not None:
+                versions[-1].gone_at = math.inf
+                self._pool.submit(self._unload_by, server.agent, versions[-1])
         return pb.UnloadModelResponse()
 
     def _free(self, server: str) -> int:
@@ -426,9 +475,9 @@ class SchedulerDouble:
 
 
 class _Line:
-    """The wire to the scheduler, which can be cut: connections on it end, in the middle of whatever they carry."""
+    """A wire to a port, which can be cut: connections on it end, in the middle of whatever they carry."""
 
-    def __init__(self, inner: int) -> None:
+    def __init__(self, inner: Callable[[socket.socket], int]) -> None:
         self.open = True
         self._inner = inner
         self._ends: list[socket.socket] = []
@@ -465,13 +514,22 @@ class _Line:
             if not self.open:
                 outside.close()
                 continue
-            inside = socket.create_connection((LOOPBACK, self._inner))
-            for end in (outside, inside):
-                end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             with self._lock:
-                self._ends += [outside, inside]
-            self._start(self._pump, outside, inside)
-            self._start(self._pump, inside, outside)
+                self._ends.append(outside)
+            self._start(self._lead, outside)
+
+    def _lead(self, outside: socket.socket) -> None:
+        try:
+            inside = socket.create_connection((LOOPBACK, self._inner(outside)))
+        except OSError:
+            return
+        with self._lock:
+            self._ends.append(inside)
+        for end in (outside, inside):
+            with contextlib.suppress(OSError):
+                end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._start(self._pump, inside, outside)
+        self._pump(outside, inside)
 
     def _start(self, work: Callable[..., None], *args: Any) -> None:
         thread = threading.Thread(target=work, args=args, daemon=True)
@@ -488,20 +546,93 @@ class _Line:
                 end.shutdown(socket.SHUT_RDWR)
 
 
-def _mesh(double: SchedulerDouble) -> ThreadingHTTPServer:
-    """The mesh, as far as it tells whether a model is ready: by the header of the route, not by the path."""
+class _Mesh:
+    """The data plane: REST and gRPC on one port, led to a model by the header that names it.
 
+    Without an agent it only tells whether a model is ready. Replies carry the route that they took.
+    """
+
+    def __init__(self, double: SchedulerDouble) -> None:
+        self._double = double
+        self._rest = ThreadingHTTPServer((LOOPBACK, 0), _handler(double))
+        threading.Thread(target=self._rest.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        self._pool = ThreadPoolExecutor(8, thread_name_prefix="mesh-double")
+        self._grpc = grpc.server(self._pool)
+        handler = grpc.unary_unary_rpc_method_handler(self._infer)
+        generic = grpc.method_handlers_generic_handler(V2, {"ModelInfer": handler})
+        self._grpc.add_generic_rpc_handlers((generic,))
+        self._grpc_port = self._grpc.add_insecure_port(f"{LOOPBACK}:0")
+        self._grpc.start()
+        self._line = _Line(self._choose)
+        self.port = self._line.port
+
+    def close(self) -> None:
+        """Ends it."""
+        self._line.close()
+        self._grpc.stop(None).wait()
+        self._pool.shutdown()
+        self._rest.shutdown()
+        self._rest.server_close()
+
+    def _choose(self, outside: socket.socket) -> int:
+        # What every connection of HTTP/2 begins with.
+        speaks_grpc = outside.recv(3, socket.MSG_PEEK) == b"PRI"
+        return self._grpc_port if speaks_grpc else self._rest.server_address[1]
+
+    def _infer(self, body: bytes, context: Any) -> bytes:
+        from tritonclient.grpc import service_pb2
+
+        headers = dict(context.invocation_metadata())
+        route = self._double.route(str(headers.get("seldon-model", "")))
+        if route is None or route[0] is None:
+            context.abort(grpc.StatusCode.UNIMPLEMENTED, "no route")
+        assert route is not None
+        agent, internal = route
+        assert agent is not None
+        request = service_pb2.ModelInferRequest.FromString(body)
+        request.model_name = internal
+        context.send_initial_metadata((("x-seldon-route", f":{internal}:"),))
+        options = [("grpc.enable_http_proxy", 0)]
+        with grpc.insecure_channel(f"{LOOPBACK}:{agent.grpc}", options=options) as channel:
+            try:
+                return bytes(channel.unary_unary(f"/{V2}/ModelInfer")(request.SerializeToString()))
+            except grpc.RpcError as error:
+                context.abort(error.code(), error.details())
+        raise AssertionError("unreachable: one of the two has returned or raised")
+
+
+def _handler(double: SchedulerDouble) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
         def do_GET(self) -> None:
             model = self.headers.get("seldon-model", "")
             ready = double.mesh_ready and double.available(model) and self.path == f"/v2/models/{model}/ready"
-            self.send_response(200 if ready else 404)
-            self.send_header("Content-Length", "0")
+            self.answer(200 if ready else 404, b"", {})
+
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            name = self.headers.get("seldon-model", "")
+            route = double.route(name)
+            if route is None or route[0] is None:
+                self.answer(404, b"no route", {})
+                return
+            agent, internal = route
+            connection = http.client.HTTPConnection(LOOPBACK, agent.http)
+            path = self.path.replace(f"/models/{name}/", f"/models/{internal}/")
+            connection.request("POST", path, body, {"Content-Type": "application/json"})
+            reply = connection.getresponse()
+            self.answer(reply.status, reply.read(), {"x-seldon-route": f":{internal}:"})
+            connection.close()
+
+        def answer(self, status: int, body: bytes, headers: dict[str, str]) -> None:
+            self.send_response(status)
+            for key, value in {**headers, "Content-Length": str(len(body))}.items():
+                self.send_header(key, value)
             self.end_headers()
+            self.wfile.write(body)
 
         def log_message(self, *_: object) -> None:
             pass
 
-    server = ThreadingHTTPServer((LOOPBACK, 0), Handler)
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-    return server
+    return Handler
