@@ -75,7 +75,7 @@ class Rewritten:
             try:
                 target.hardlink_to(source.resolve())
             except OSError:  # another device, or a file system without links
-                shutil.copy2(source, target)
+                shutil.copyfile(source, target)
         for path, content in self.files.items():
             _free(repository / path).write_bytes(content)
 

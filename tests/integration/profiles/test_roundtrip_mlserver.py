@@ -1,4 +1,4 @@
-"""What an agent leaves of a folder, loaded by a real MLServer in the environment that Core 2 gives it."""
+"""What an agent leaves of a folder, loaded by a real MLServer as Core 2 starts it, and by a real Triton."""
 
 import contextlib
 import json
@@ -20,8 +20,10 @@ import tritonclient.grpc
 from onnx import TensorProto, helper
 from tritonclient.utils import InferenceServerException
 
+from profiles.deploy import local
 from profiles.serving.mlserver import render_mlserver
 from profiles.serving.roundtrip import agent_rewrite
+from profiles.serving.triton import render_triton
 from registry.records import Artifact, TensorSpec
 from tests.doubles.candidates import candidate
 
@@ -120,17 +122,29 @@ def client(repository: Path) -> Iterator[tritonclient.grpc.InferenceServerClient
         "MLSERVER_DEBUG": "false",
     }
     command = [str(Path(sysconfig.get_path("scripts")) / "mlserver"), "start", str(repository)]
-    log = repository.parent / "server.log"
+    with started(command, environment, repository.parent, grpc) as client:
+        yield client
+
+
+@contextlib.contextmanager
+def started(
+    command: list[str], environment: dict[str, str], folder: Path, grpc: int
+) -> Iterator[tritonclient.grpc.InferenceServerClient]:
+    """A client of a server that was just started; it ends with the context."""
+    log = folder / "server.log"
     with log.open("wb") as stream:
         server = subprocess.Popen(
-            command, env=environment, stdout=stream, stderr=stream, cwd=repository.parent, start_new_session=True
+            command, env=environment, stdout=stream, stderr=stream, cwd=folder, start_new_session=True
         )
     try:
         with tritonclient.grpc.InferenceServerClient(f"127.0.0.1:{grpc}") as client:
             wait_until_live(client, server, log)
             yield client
     finally:
-        # Workers are in the same group; those that outlive the server would hold its files.
+        # Asked first, so that it removes its semaphores and shared memory; then what is left of its group is ended.
+        server.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            server.wait(timeout=20)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(server.pid, signal.SIGKILL)
         server.wait()
@@ -152,7 +166,7 @@ def wait_until_live(
             if client.is_server_live():
                 return
         time.sleep(0.05)
-    pytest.fail(f"MLServer did not start:\n{log.read_text()[-2000:]}")
+    pytest.fail(f"the server did not start:\n{log.read_text()[-2000:]}")
 
 
 def rows_together(client: tritonclient.grpc.InferenceServerClient, model: str) -> list[int]:
@@ -178,6 +192,28 @@ def test_batching_behind_an_agent(client: tritonclient.grpc.InferenceServerClien
     client.load_model(model)
     assert rows_together(client, model) == [rows] * REQUESTS
     client.unload_model(model)
+
+
+def test_batching_on_triton_behind_an_agent(tmp_path: Path) -> None:
+    if (reason := local.available_servers()["triton"].reason) is not None:
+        pytest.skip(reason)
+    served = candidate(server="triton", max_batch_size=BATCH, max_batch_delay_ms=5000.0)
+    for path, text in render_triton(served, ARTIFACT, model_name="artifact").items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(text)
+    onnx.save(counting_model(), tmp_path / "artifact/1/model.onnx")
+    repository = tmp_path / "server/repository"
+    rewritten = agent_rewrite(tmp_path / "artifact", "triton", name="ours", version=7)
+    rewritten.lay_out(repository)
+    ports = local.Ports(**dict(zip(("http", "grpc", "metrics"), free_ports(3), strict=True)))
+    command = [
+        *local._command("triton", repository, ports, f"roundtrip-{os.getpid()}-"),
+        "--model-control-mode=explicit",
+    ]
+    with started(command, local.server_environment("triton"), tmp_path, ports.grpc) as client:
+        client.load_model(rewritten.model)
+        assert rows_together(client, "ours_7") == [BATCH] * REQUESTS
+        client.unload_model("ours_7", unload_dependents=False)
 
 
 def test_a_parameter_that_is_no_number_is_named(client: tritonclient.grpc.InferenceServerClient) -> None:
