@@ -57,7 +57,11 @@ def test_light_modules_stay_light(modules: str, heavy: str):
 def sources() -> list[Path]:
     folders = (*PACKAGES, "tests", "benchmarks", "examples", "docs")
     found = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.is_file()]
-    kept = [path for path in found if path.suffix in {".py", ".md", ".yaml"} and "burnish-work" not in path.parts]
+    kept = [
+        path
+        for path in found
+        if path.suffix in {".py", ".md", ".yaml"} and not any(part.startswith("burnish-work") for part in path.parts)
+    ]
     return [*kept, ROOT / "README.md", ROOT / "Makefile", ROOT / "pyproject.toml"]
 
 
