@@ -1,15 +1,12 @@
 """What the scheduler of Core 2 is told and tells, as records, and as the messages that travel."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from profiles.deploy import core2_scheduler_pb2 as pb
+from profiles.serving.naming import check_core2_name
 from registry.errors import InputError
-
-NAME = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?")
-"""What Core 2 takes as the name of a model or pipeline."""
 
 AVAILABLE = "ModelAvailable"
 TERMINATED = "ModelTerminated"
@@ -173,26 +170,13 @@ class LoadingPipeline:
 # --- records <-> messages ------------------------------------------------------------------------------------------
 
 
-def check_name(what: str, name: str) -> None:
-    """Returns where Core 2 takes the name.
-
-    Raises:
-        InputError: it does not.
-    """
-    if not NAME.fullmatch(name):
-        raise InputError(
-            f"Core 2 takes no {what} of the name {name!r}",
-            hint="A name has small letters, digits and -, and begins and ends with one of the first two.",
-        )
-
-
 def check_model(model: Core2Model) -> None:
     """Returns where a model can be asked for.
 
     Raises:
         InputError: its name or its replicas cannot be, or its storage is told twice.
     """
-    check_name("model", model.name)
+    check_core2_name(model.name, "model")
     low, high = model.min_replicas or 0, model.max_replicas
     if model.replicas < max(1, low) or (high is not None and model.replicas > high):
         raise InputError(

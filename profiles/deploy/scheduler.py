@@ -8,7 +8,6 @@ Inside Kubernetes the operator owns the models and overwrites what this client d
 way.
 """
 
-import logging
 import time
 from collections.abc import Iterator
 from typing import Self
@@ -29,7 +28,6 @@ from profiles.deploy.core2_messages import (
     ServerState,
     check_experiment,
     check_model,
-    check_name,
     experiment_message,
     experiment_state,
     model_message,
@@ -38,9 +36,8 @@ from profiles.deploy.core2_messages import (
     server_state,
 )
 from profiles.deploy.scheduler_channel import PORT, SchedulerChannel, SchedulerRefusedError, TlsSettings, one_line
+from profiles.serving.naming import check_core2_name
 from registry.errors import BurnishError, UnreachableError
-
-logger = logging.getLogger(__name__)
 
 SUBSCRIBER = "burnish"
 """The name that the scheduler writes into its log."""
@@ -140,7 +137,10 @@ class SchedulerClient:
             if found.state == AVAILABLE and found.available_replicas >= model.replicas:
                 return found
             self._check_failed(model, found)
-        raise _too_late(f"{model.name} is not available on Core 2 after {timeout_s:g} s", seen)
+        late = f"{model.name} is not available on Core 2 after {timeout_s:g} s"
+        if seen is not None and seen.state == AVAILABLE:
+            raise UnreachableError(f"{late}: {seen.available_replicas} of its {model.replicas} replicas are")
+        raise _too_late(late, seen)
 
     def unload_model(self, name: str, *, version: int | None = None) -> None:
         """Tells the scheduler to unload a model; of one that it does not know, there is nothing to do.
@@ -295,7 +295,7 @@ class SchedulerClient:
             SchedulerRefusedError: the scheduler refused it.
             UnreachableError: the scheduler did not answer; it may have taken the pipeline nonetheless.
         """
-        check_name("pipeline", pipeline.name)
+        check_core2_name(pipeline.name, "pipeline")
         before = self.pipeline(pipeline.name)
         request = pb.LoadPipelineRequest(pipeline=pipeline)
         self._channel.ask("LoadPipeline", request, pb.LoadPipelineResponse, about=pipeline.name, again=False)
@@ -348,7 +348,9 @@ class SchedulerClient:
         try:
             self._channel.ask("UnloadPipeline", request, pb.UnloadPipelineResponse, about=name)
         except SchedulerRefusedError as error:
-            logger.debug("UnloadPipeline of %s: %s", name, error.message)
+            state = self.pipeline(name)
+            if state is not None and state.state not in {"PipelineTerminating", "PipelineTerminated"}:
+                raise UnreachableError(error.message, hint=error.hint) from error
         found = None
         for left_s in _polls(timeout_s):
             found = self.pipeline(name, timeout_s=self._limit(left_s))

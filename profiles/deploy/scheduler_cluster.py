@@ -162,6 +162,7 @@ class Core2SchedulerCluster:
         """
         name = model_name_of(candidate)
         self._check_workers(candidate)
+        self._check_mesh()
         folder = model_folder(candidate, artifact, model_name=name)
         self._check_free(name)
         uri = self._put(folder, artifact, files)
@@ -233,6 +234,27 @@ class Core2SchedulerCluster:
                 f"{self._workers}",
                 hint="On Core 2 that is the server's setting: MLSERVER_PARALLEL_WORKERS in its environment.",
             )
+
+    def _check_mesh(self) -> None:
+        """Returns when somebody listens where the mesh should be: it is only needed at the end of a long way.
+
+        Raises:
+            InputError: that is no address.
+            UnreachableError: nobody does.
+        """
+        try:
+            connection = http.client.HTTPConnection(self._mesh, timeout=_MESH_TIMEOUT_S)
+        except http.client.InvalidURL as error:
+            raise InputError(f"the mesh {self._mesh!r} is not host:port ({error})") from error
+        try:
+            connection.connect()
+        except OSError as error:
+            raise UnreachableError(
+                f"the mesh of Core 2 cannot be reached at {self._mesh}: {error.strerror or error}",
+                hint="In docker compose it is at port 9000, in Kubernetes at port 80 of the service seldon-mesh.",
+            ) from error
+        finally:
+            connection.close()
 
     def _check_free(self, name: str) -> None:
         """Returns when the name is free, or what has it was left by an earlier run of the same campaign.

@@ -128,6 +128,7 @@ class SchedulerDouble:
         refusals: method -> (code, words) for every call of it.
         lost: method -> how many calls of it lose their connection, after the work was done.
         late_s: method -> how long each call of it takes.
+        most_replicas: how many replicas of a model come up.
         mesh_ready: whether the mesh has heard of the models.
         asked: every call, in order: method and request.
     """
@@ -142,6 +143,7 @@ class SchedulerDouble:
         self.refusals: dict[str, tuple[grpc.StatusCode, str]] = {}
         self.lost: Counter[str] = Counter()
         self.late_s: dict[str, float] = {}
+        self.most_replicas = 100
         self.mesh_ready = True
         self.asked: list[tuple[str, Any]] = []
         self._credentials = credentials
@@ -367,6 +369,7 @@ class SchedulerDouble:
                 # As Core 2 does when servers join or models leave.
                 self._schedule(version)
         status = versions[-1].state()
+        status.state.availableReplicas = min(status.state.availableReplicas, self.most_replicas)
         if name in self.unload_failures and "UnloadModel" in self.methods():
             status.state.state, status.state.reason = State.ModelTerminateFailed, "the server does not answer"
         if self.definitions:

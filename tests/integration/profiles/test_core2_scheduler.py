@@ -128,6 +128,15 @@ def test_a_model_that_takes_too_long_is_told_with_its_state(double: SchedulerDou
         client.wait_for_model(client.load_model(MODEL), timeout_s=NEVER_S)
 
 
+def test_a_model_is_available_once_all_its_replicas_are(double: SchedulerDouble, client: SchedulerClient) -> None:
+    double.most_replicas = 1
+    loading = client.load_model(changed(replicas=2))
+    with pytest.raises(UnreachableError, match=r"after 0\.15 s: 1 of its 2 replicas are"):
+        client.wait_for_model(loading, timeout_s=NEVER_S)
+    double.most_replicas = 2
+    assert client.wait_for_model(loading, timeout_s=WAIT_S).available_replicas == 2
+
+
 def test_no_server_with_the_capability(double: SchedulerDouble, client: SchedulerClient) -> None:
     loading = client.load_model(changed(requirements=("onnx", "gpu")))
     with pytest.raises(UnreachableError, match="cannot schedule digits: Failed to schedule model") as caught:
@@ -203,7 +212,7 @@ def test_a_name_that_core_2_refuses(double: SchedulerDouble, client: SchedulerCl
     with pytest.raises(SchedulerRefusedError, match="does not have a valid name") as caught:
         client.load_model(MODEL)
     assert caught.value.exit_code == 2
-    with pytest.raises(InputError, match="takes no model of the name 'digits_int8'"):
+    with pytest.raises(InputError, match="takes no model named 'digits_int8'"):
         client.load_model(changed(name="digits_int8"))
     assert len(double.calls("LoadModel")) == 1
 
@@ -259,13 +268,17 @@ def test_a_pipeline_is_ready_once_its_models_are(double: SchedulerDouble, client
     client.unload_pipeline("chain", timeout_s=WAIT_S)
     assert client.pipeline("chain").state == "PipelineTerminated"
     client.unload_pipeline("nobody", timeout_s=WAIT_S)
+    double.refusals["UnloadPipeline"] = (grpc.StatusCode.FAILED_PRECONDITION, "not now")
+    client.load_pipeline(pipeline("a"))
+    with pytest.raises(UnreachableError, match="refused UnloadPipeline of chain: not now"):
+        client.unload_pipeline("chain", timeout_s=WAIT_S)
 
 
 def test_a_pipeline_that_fails_says_why(double: SchedulerDouble, client: SchedulerClient) -> None:
     double.failures["chain"] = "no topic"
     with pytest.raises(UnreachableError, match="could not make the pipeline chain: PipelineFailed no topic"):
         client.wait_for_pipeline(client.load_pipeline(pipeline("a")), timeout_s=WAIT_S)
-    with pytest.raises(InputError, match="takes no pipeline of the name"):
+    with pytest.raises(InputError, match="takes no pipeline named"):
         client.load_pipeline(pb.Pipeline(name="my_chain"))
 
 
@@ -709,6 +722,23 @@ def test_a_candidate_of_triton_has_its_model_in_a_version_folder(
         assert deployment.target.binary
         assert deployment.server == "triton"
     assert sorted(shelf.put[0][1]) == ["1/model.onnx", "1/model.py", "config.pbtxt"]
+
+
+def test_a_mesh_that_is_not_there_is_told_before_anything_is_done(
+    double: SchedulerDouble, client: SchedulerClient, shelf: Shelf, artifact: Artifacts
+) -> None:
+    with (
+        cluster_of(double, client, shelf, mesh=f"{LOOPBACK}:1") as cluster,
+        pytest.raises(UnreachableError, match=f"mesh of Core 2 cannot be reached at {LOOPBACK}:1: Connection refused"),
+    ):
+        cluster.deploy(candidate(), *artifact, timeout_s=WAIT_S)
+    with (
+        cluster_of(double, client, shelf, mesh="mesh:http") as cluster,
+        pytest.raises(InputError, match="not host:port"),
+    ):
+        cluster.deploy(candidate(), *artifact, timeout_s=WAIT_S)
+    assert shelf.put == []
+    assert double.methods() == []
 
 
 def test_threads_of_the_double_end() -> None:

@@ -176,7 +176,7 @@ def test_credentials_of_a_remote_are_never_shown() -> None:
 
 @pytest.mark.parametrize("name", ["Digits", "digits_int8", "digits.int8", "-digits", "digits-", "", "digits\n"])
 def test_names_that_core_2_refuses_are_refused_before(name: str) -> None:
-    with pytest.raises(InputError, match="takes no model of the name"):
+    with pytest.raises(InputError, match="takes no model named"):
         check_model(Core2Model(name=name, uri="/m", requirements=()))
 
 
