@@ -407,13 +407,12 @@ class SchedulerDouble:
     # --- experiments ---
 
     def _start_experiment(self, request: pb.StartExperimentRequest, context: Any) -> pb.StartExperimentResponse:
+        asked = request.experiment
         for other in self._experiments.values():
-            if request.experiment.default and (other.default, other.name) == (request.experiment.default, other.name):
-                if other.name == request.experiment.name:
-                    continue
+            if asked.default and other.default == asked.default and other.name != asked.name:
                 words = f"default {other.default} is already in use by experiment {other.name}"
                 context.abort(grpc.StatusCode.FAILED_PRECONDITION, words)
-        self._experiments[request.experiment.name] = request.experiment
+        self._experiments[asked.name] = asked
         return pb.StartExperimentResponse()
 
     def _stop_experiment(self, request: pb.StopExperimentRequest, context: Any) -> pb.StopExperimentResponse:
@@ -432,7 +431,7 @@ class SchedulerDouble:
         mirrored = not experiment.HasField("mirror") or self.available(experiment.mirror.name)
         yield pb.ExperimentStatusResponse(
             experimentName=experiment.name,
-            active=not missing and mirrored,
+            active=not missing,
             candidatesReady=not missing,
             mirrorReady=mirrored,
             statusDescription=f"candidates not ready: {', '.join(missing)}" if missing else "experiment active",
