@@ -7,14 +7,16 @@ drops ``max_batch_size`` and ``max_batch_time`` beside it.
 import asyncio
 import contextlib
 import math
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
+import prometheus_client
 from mlserver import MLModel, ModelSettings
 from mlserver.errors import InferenceError
+from mlserver.metrics import REGISTRY
 from mlserver.types import (
     InferenceRequest,
     InferenceResponse,
@@ -25,7 +27,8 @@ from mlserver.types import (
 )
 from mlserver.utils import get_model_uri
 
-from profiles.serving.session import Port, Session, SessionError, open_session
+from profiles.serving import raw_tensors
+from profiles.serving.session import Array, Arrays, Port, Session, SessionError, open_session, run_merged
 
 DATATYPES = {
     "bool": "BOOL", "float16": "FP16", "float32": "FP32", "float64": "FP64",
@@ -34,12 +37,19 @@ DATATYPES = {
 }  # fmt: skip
 """numpy's name of a type -> the V2 protocol's."""
 
+BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+MODEL_SECONDS = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
+"""Upper ends of the histograms' buckets: rows, and seconds."""
+
 
 class SessionRuntime(MLModel):  # type: ignore[misc]  # mlserver is not followed, so its class is Any here
     """Serves one ONNX or OpenVINO file with MLServer.
 
     Keys of ``parameters.extra``: ``engine``, ``precision``, ``graph_level``, ``threads``, ``providers`` (joined by
     commas), and ``max_batch_size`` (requests) with ``max_batch_time`` (seconds) for adaptive batching.
+
+    Of every run of the session two metrics are kept, as Prometheus histograms labelled with the model's name and
+    version: ``burnish_batch_size`` (rows) and ``burnish_model_seconds``.
     """
 
     def __init__(self, settings: ModelSettings) -> None:
@@ -55,7 +65,9 @@ class SessionRuntime(MLModel):  # type: ignore[misc]  # mlserver is not followed
         if "max_batch_time" in extra:
             settings.max_batch_time = _number(extra, "max_batch_time")
         super().__init__(settings)
-        self._session: Session | None = None
+        if raw_tensors.install():
+            setattr(self, raw_tensors.TAKES_ARRAYS, raw_tensors.CONTRACT)
+        self._session: _Metered | None = None
         # The model computes in one thread of its own: the event loop goes on reading requests, answering health
         # checks and filling the next batch meanwhile, and the session runs one batch at a time. It costs about 35 us of
         # CPU a call, of the millisecond that MLServer takes for a request.
@@ -70,10 +82,11 @@ class SessionRuntime(MLModel):  # type: ignore[misc]  # mlserver is not followed
         """
         entry = await get_model_uri(self.settings)
         loop = asyncio.get_running_loop()
-        self._session = await loop.run_in_executor(self._worker, _open, entry, _extra(self.settings))
-        self.inputs = [_metadata(port) for port in self._session.inputs]
-        self.outputs = [_metadata(port) for port in self._session.outputs]
-        await loop.run_in_executor(self._worker, _warm_up, self._session)
+        opened = await loop.run_in_executor(self._worker, _open, entry, _extra(self.settings))
+        self._session = _Metered(opened, self.settings.name, self.settings.version or "")
+        self.inputs = [_metadata(port) for port in opened.inputs]
+        self.outputs = [_metadata(port) for port in opened.outputs]
+        await loop.run_in_executor(self._worker, _warm_up, opened)
         return True
 
     async def predict(self, payload: InferenceRequest) -> InferenceResponse:
@@ -82,9 +95,23 @@ class SessionRuntime(MLModel):  # type: ignore[misc]  # mlserver is not followed
         Raises:
             InferenceError: an input or a requested output does not fit the model, or the engine failed.
         """
+        (answer,) = await self.predict_many([payload])
+        if isinstance(answer, InferenceError):
+            raise answer
+        return answer
+
+    async def predict_many(self, payloads: Sequence[InferenceRequest]) -> list[InferenceResponse | InferenceError]:
+        """The answer to each of several requests, or why there is none.
+
+        Those whose rows fit together run as one batch. Where that fails each runs alone, so that one bad request fails
+        nobody else's.
+
+        Raises:
+            InferenceError: the model is not loaded.
+        """
         if self._session is None:
             raise InferenceError(f"the model {self.name!r} is not loaded")
-        return await asyncio.get_running_loop().run_in_executor(self._worker, self._answer, self._session, payload)
+        return await asyncio.get_running_loop().run_in_executor(self._worker, self._answer_all, self._session, payloads)
 
     async def unload(self) -> bool:
         """Lets go of the session and its thread."""
@@ -92,20 +119,65 @@ class SessionRuntime(MLModel):  # type: ignore[misc]  # mlserver is not followed
         self._session = None
         return True
 
-    def _answer(self, session: Session, payload: InferenceRequest) -> InferenceResponse:
-        wanted = _wanted(session, payload)
-        ports = {port.name: port for port in session.inputs}
-        try:
-            arrays = session.run({tensor.name: _decode(ports, tensor) for tensor in payload.inputs})
-        except SessionError as error:
-            raise InferenceError(str(error)) from error
+    def _answer_all(
+        self, session: "_Metered", payloads: Sequence[InferenceRequest]
+    ) -> list[InferenceResponse | InferenceError]:
+        answers: list[InferenceResponse | InferenceError | None] = [None] * len(payloads)
+        arrays: dict[int, Arrays] = {}
+        for i, payload in enumerate(payloads):
+            try:
+                _wanted(session, payload)
+                arrays[i] = _decode_all(session, payload)
+            except InferenceError as error:
+                answers[i] = error
+        for group in _mergeable(arrays):
+            for i, outputs in zip(group, _run(session, [arrays[i] for i in group]), strict=True):
+                answers[i] = outputs if isinstance(outputs, InferenceError) else self._reply(payloads[i], outputs)
+        return [answer for answer in answers if answer is not None]
+
+    def _reply(self, payload: InferenceRequest, outputs: Arrays) -> InferenceResponse:
+        # Arrays where the request brought arrays; lists where it came as JSON or as typed contents.
+        as_arrays = any(isinstance(_content(tensor), np.ndarray) for tensor in payload.inputs)
+        names = [output.name for output in payload.outputs] if payload.outputs else [*outputs]
         return InferenceResponse.model_construct(
             model_name=self.name,
             model_version=self.version,
             id=payload.id,
             parameters=None,
-            outputs=[_encode(name, arrays[name]) for name in wanted],
+            outputs=[_encode(name, outputs[name], as_array=as_arrays) for name in names],
         )
+
+
+class _Metered:
+    """A session that keeps the metrics of its runs."""
+
+    def __init__(self, session: Session, model: str, version: str) -> None:
+        self.inputs = {port.name: port for port in session.inputs}
+        self.outputs = [port.name for port in session.outputs]
+        self._run = session.run
+        labels = {"model_name": model, "model_version": version}
+        sizes = _histogram("burnish_batch_size", "rows of each run of the model", BATCH_SIZES)
+        seconds = _histogram("burnish_model_seconds", "seconds of each run of the model", MODEL_SECONDS)
+        self._sizes, self._seconds = sizes.labels(**labels), seconds.labels(**labels)
+
+    def run(self, inputs: Mapping[str, Array], /) -> Arrays:
+        """See `Session.run`."""
+        began = time.perf_counter()
+        outputs = self._run(inputs)
+        self._seconds.observe(time.perf_counter() - began)
+        self._sizes.observe(max((len(array) for array in inputs.values() if array.ndim), default=1))
+        return outputs
+
+
+def _histogram(name: str, text: str, buckets: Sequence[float]) -> Any:
+    if name in REGISTRY:
+        return REGISTRY[name]
+    histogram = prometheus_client.Histogram(
+        name, text, ["model_name", "model_version"], buckets=buckets, registry=REGISTRY
+    )
+    # MLServer shows its own registry only where it has workers, and prometheus_client's where it has none.
+    prometheus_client.REGISTRY.register(histogram)
+    return histogram
 
 
 def _extra(settings: ModelSettings) -> Mapping[str, Any]:
@@ -149,25 +221,55 @@ def _warm_up(session: Session) -> None:
         session.run(zeros)
 
 
-def _wanted(session: Session, payload: InferenceRequest) -> list[str]:
-    names = [port.name for port in session.outputs]
-    if not payload.outputs:
-        return names
-    asked = [output.name for output in payload.outputs]
-    if unknown := sorted(set(asked) - set(names)):
-        raise InferenceError(f"the model has no output {unknown[0]!r}; it gives {', '.join(names)}")
-    return asked
+def _wanted(session: _Metered, payload: InferenceRequest) -> None:
+    """Returns where the model has every output that is asked for."""
+    asked = {output.name for output in payload.outputs or ()}
+    if unknown := sorted(asked - set(session.outputs)):
+        raise InferenceError(f"the model has no output {unknown[0]!r}; it gives {', '.join(session.outputs)}")
 
 
-def _decode(ports: Mapping[str, Port], tensor: RequestInput) -> npt.NDArray[Any]:
-    """The tensor as an array of its declared type and shape. MLServer holds it as a list, nested or flat."""
+def _mergeable(arrays: Mapping[int, Arrays]) -> list[list[int]]:
+    """The requests in groups whose rows can run as one batch: the same inputs, of the same sizes but for the rows."""
+    groups: dict[Any, list[int]] = {}
+    for i, inputs in arrays.items():
+        rows = {array.shape[0] if array.ndim else None for array in inputs.values()}
+        fits = len(rows) == 1 and None not in rows
+        sizes = frozenset((name, array.shape[1:]) for name, array in inputs.items())
+        groups.setdefault(sizes if fits else i, []).append(i)
+    return [*groups.values()]
+
+
+def _run(session: _Metered, requests: Sequence[Arrays]) -> list[Arrays | InferenceError]:
+    """The outputs of each request, in one run where that goes."""
+    if len(requests) > 1:
+        with contextlib.suppress(SessionError):
+            return [*run_merged(session, requests)]
+    return [_run_alone(session, request) for request in requests]
+
+
+def _run_alone(session: _Metered, request: Arrays) -> Arrays | InferenceError:
+    try:
+        return session.run(request)
+    except SessionError as error:
+        return InferenceError(str(error))
+
+
+def _decode_all(session: _Metered, payload: InferenceRequest) -> Arrays:
+    return {tensor.name: _decode(session.inputs, tensor) for tensor in payload.inputs}
+
+
+def _decode(ports: Mapping[str, Port], tensor: RequestInput) -> Array:
+    """The tensor as an array of its declared type and shape: it comes as one, or as a list, nested or flat."""
     port = ports.get(tensor.name)
     if port is None:
         raise InferenceError(f"the model has no input {tensor.name!r}; it takes {', '.join(ports)}")
     want = DATATYPES[port.dtype.name]
     if _datatype(tensor) != want:
         raise InferenceError(f"the input {tensor.name!r} is {want}, not {_datatype(tensor)}")
-    content = getattr(tensor.data, "root", tensor.data)
+    content = _content(tensor)
+    if isinstance(content, np.ndarray):
+        # A view into a message starts anywhere; engines compute on aligned memory.
+        return np.require(content, port.dtype, ("C", "A"))
     try:
         if want == "FP16" and len(content) == 1 and isinstance(content[0], bytes):
             # Typed gRPC contents have no field for FP16: it comes as the bytes of the whole tensor.
@@ -179,18 +281,22 @@ def _decode(ports: Mapping[str, Port], tensor: RequestInput) -> npt.NDArray[Any]
         ) from error
 
 
+def _content(tensor: RequestInput) -> Any:
+    return getattr(tensor.data, "root", tensor.data)
+
+
 def _datatype(tensor: RequestInput) -> str:
     return str(getattr(tensor.datatype, "value", tensor.datatype))
 
 
-def _encode(name: str, array: npt.NDArray[Any]) -> ResponseOutput:
+def _encode(name: str, array: Array, *, as_array: bool) -> ResponseOutput:
     # Unvalidated on purpose: what numpy lists is of the declared type, and validation walks over every element.
     return ResponseOutput.model_construct(
         name=name,
         datatype=DATATYPES[array.dtype.name],
         shape=list(array.shape),
         parameters=None,
-        data=TensorData.model_construct(root=array.ravel().tolist()),
+        data=TensorData.model_construct(root=array if as_array else array.ravel().tolist()),
     )
 
 

@@ -183,6 +183,34 @@ def open_session(
     return Session(engine, opened)
 
 
+class Runs(Protocol):
+    """What runs a batch: a `Session`, or something around one."""
+
+    def run(self, inputs: Mapping[str, Array], /) -> Arrays:
+        """See `Session.run`."""
+
+
+def run_merged(session: Runs, requests: Sequence[Mapping[str, Array]]) -> list[Arrays]:
+    """Each request's answer from one run of the session over all their rows.
+
+    Args:
+        session: whose every tensor has the batch as its first dimension.
+        requests: the inputs of each, by name; rows may differ in number between requests.
+
+    Raises:
+        SessionError: the merged batch does not fit the model, or the engine failed.
+        ValueError: the requests do not fit together.
+    """
+    names = list(requests[0])
+    answer = session.run({name: np.concatenate([request[name] for request in requests]) for name in names})
+    ends = np.cumsum([len(request[names[0]]) for request in requests])
+    wrong = {name: array.shape for name, array in answer.items() if array.shape[:1] != (ends[-1],)}
+    if wrong:
+        raise SessionError(f"{ends[-1]} rows went in, and outputs of other lengths came out: {wrong}")
+    parts = {name: np.split(array, ends[:-1]) for name, array in answer.items()}
+    return [{name: part[i] for name, part in parts.items()} for i in range(len(requests))]
+
+
 class _OnnxRuntime:
     """An ONNX Runtime session, one operator after the other."""
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from profiles.serving.session import Session, SessionError, open_session
+from profiles.serving.session import Session, SessionError, open_session, run_merged
 
 Array = npt.NDArray[Any]
 
@@ -89,27 +89,6 @@ def refuse_numpy_2(version: str) -> None:
             f"numpy {version} is installed; with it Triton's Python backend gives wrong numbers. "
             "Install 'numpy<2' beside the server."
         )
-
-
-def run_merged(session: Session, requests: Sequence[Mapping[str, Array]]) -> list[dict[str, Array]]:
-    """Each request's answer from one run of the session over all their rows.
-
-    Args:
-        session: whose every tensor has the batch as its first dimension.
-        requests: the inputs of each, by name; rows may differ in number between requests.
-
-    Raises:
-        SessionError: the merged batch does not fit the model, or the engine failed.
-        ValueError: the requests do not fit together.
-    """
-    names = list(requests[0])
-    answer = session.run({name: np.concatenate([request[name] for request in requests]) for name in names})
-    ends = np.cumsum([len(request[names[0]]) for request in requests])
-    wrong = {name: array.shape for name, array in answer.items() if array.shape[:1] != (ends[-1],)}
-    if wrong:
-        raise SessionError(f"{ends[-1]} rows went in, and outputs of other lengths came out: {wrong}")
-    parts = {name: np.split(array, ends[:-1]) for name, array in answer.items()}
-    return [{name: part[i] for name, part in parts.items()} for i in range(len(requests))]
 
 
 def _open(folder: Path, settings: Mapping[str, str]) -> Session:

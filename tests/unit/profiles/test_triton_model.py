@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from profiles.serving.session import SessionError, open_session
-from profiles.serving.triton_model import TritonPythonModel, refuse_numpy_2, run_merged
+from profiles.serving.session import SessionError, open_session, run_merged
+from profiles.serving.triton_model import TritonPythonModel, refuse_numpy_2
 from tests.doubles.models import mlp, mlp_answer, two_inputs, write_onnx
 
 
