@@ -22,7 +22,10 @@ from registry.records import Artifact, ArtifactFile, Candidate, Target
 logger = logging.getLogger(__name__)
 
 Place = Callable[[Artifact, Path], str]
-"""Puts the files of a folder where Core 2 can fetch them, under their digest, and returns the rclone URI of that."""
+"""Puts the files of a folder where Core 2 can fetch them, under their digest, and returns the rclone URI of that.
+
+The folder has the model's name; the artifact is the folder's, with the rendered files and the digest over all.
+"""
 
 OWNER = "burnish_campaign"
 """The parameter that says whose a model is. A model without it, or with another value, is left alone."""
@@ -165,7 +168,7 @@ class Core2SchedulerCluster:
         self._check_mesh()
         folder = model_folder(candidate, artifact, model_name=name)
         self._check_free(name)
-        uri = self._put(folder, artifact, files)
+        uri = self._put(name, folder, artifact, files)
         model = self._model(name, candidate, artifact, uri)
         self._ours.add(name)
         started = time.monotonic()
@@ -281,11 +284,11 @@ class Core2SchedulerCluster:
         # A scheduler that does not say what a model was loaded with cannot tell us of another's.
         return found.parameters is None or found.parameters.get(OWNER) == self._owner
 
-    def _put(self, folder: ModelFolder, artifact: Artifact, files: Path) -> str:
+    def _put(self, name: str, folder: ModelFolder, artifact: Artifact, files: Path) -> str:
         own = {file.path: file for file in artifact.files}
         parts = [replace(own[source], path=path) for path, source in folder.files.items()]
         with tempfile.TemporaryDirectory(prefix="burnish-core2-") as scratch:
-            place = Path(scratch) / folder.digest
+            place = Path(scratch) / name
             write_folder(folder, files, place)
             parts += [_file(place, path) for path in folder.rendered]
             whole = replace(artifact, digest=folder.digest, files=tuple(sorted(parts, key=lambda part: part.path)))

@@ -530,8 +530,10 @@ class Shelf:
 
     def __init__(self) -> None:
         self.put: list[tuple[Artifact, dict[str, bytes]]] = []
+        self.names: list[str] = []
 
     def __call__(self, artifact: Artifact, files: Path) -> str:
+        self.names.append(files.name)
         self.put.append((artifact, {file.path: (files / file.path).read_bytes() for file in artifact.files}))
         return f"s3://models/{artifact.digest}"
 
@@ -580,6 +582,7 @@ def test_core_2_is_told_of_the_folder_by_its_digest(
         cluster.deploy(candidate(), *artifact, timeout_s=WAIT_S)
         cluster.deploy(candidate(max_batch_size=8, max_batch_delay_ms=2.0), *artifact, timeout_s=WAIT_S)
     (plain, files), (batched, _) = shelf.put
+    assert shelf.names[0] == model_name_of(candidate())
     assert sorted(files) == ["model-settings.json", "model.onnx"]
     assert files["model.onnx"] == b"weights" * 1000
     assert plain.digest != batched.digest
