@@ -12,7 +12,7 @@ import ssl
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -31,6 +31,11 @@ from registry.errors import UnreachableError
 from registry.records import ClosedLoop, LoadProfile, Target
 
 T = TypeVar("T")
+
+INPUT = {"name": "x", "datatype": "FP32", "shape": [-1, 16]}
+"""The input of the fake server, as its metadata has it; in truth it sums rows of any shape."""
+BATCH_S = 0.004
+"""How long the fake server waits for company, where it answers in batches."""
 
 # --- latency laws ------------------------------------------------------------------------------------------------
 
@@ -172,6 +177,11 @@ class FakeV2Server:
         wrong_every: each so many-th inference is answered with a wrong sum; 0 for none.
         binary: whether REST takes binary tensors, as Triton's does.
         tls: PEM files of certificate and key, to speak TLS only; None for plain connections.
+        split: has requests that come together answered together: given the right answers of one batch, one array of
+            sums a request, in their order of arrival, it says what each request is answered with.
+        answerer: (model, version) that the so many-th reply says it is of, counted from 1; None for the model's name
+            and no version.
+        route: the header ``x-seldon-route`` of each reply, or empty for none.
     """
 
     def __init__(
@@ -183,6 +193,9 @@ class FakeV2Server:
         wrong_every: int = 0,
         binary: bool = True,
         tls: tuple[Path, Path] | None = None,
+        split: Callable[[list[NDArray[np.float32]]], list[NDArray[np.float32]]] | None = None,
+        answerer: Callable[[int], tuple[str, str]] | None = None,
+        route: str = "",
     ) -> None:
         self.law = law or Fixed(0.0)
         self.model = model
@@ -192,6 +205,10 @@ class FakeV2Server:
         self._wrong_every = wrong_every
         self._binary = binary
         self._tls = tls
+        self._split = split
+        self._answerer = answerer or (lambda count: (model, ""))
+        self._route = route
+        self._batch: list[tuple[NDArray[np.float32], asyncio.Future[NDArray[np.float32]]]] = []
         self._first_s = 0.0
         self._ports: dict[str, int] = {}
 
@@ -239,6 +256,7 @@ class FakeV2Server:
             for name, method in {
                 "ModelInfer": self._grpc_infer,
                 "ModelReady": self._grpc_ready,
+                "ModelMetadata": self._grpc_metadata,
                 "ServerReady": self._grpc_ready,
                 "ServerLive": self._grpc_ready,
             }.items()
@@ -278,7 +296,24 @@ class FakeV2Server:
         first = next(iter(arrays.values()))
         sums = first.reshape(len(first), -1).sum(axis=1, dtype=np.float32, keepdims=True)
         wrong = self._wrong_every and count % self._wrong_every == 0
-        return np.asarray(sums + 1000 if wrong else sums, dtype=np.float32)
+        answer = np.asarray(sums + 1000 if wrong else sums, dtype=np.float32)
+        return answer if self._split is None else await self._in_batch(answer)
+
+    async def _in_batch(self, answer: NDArray[np.float32]) -> NDArray[np.float32]:
+        """What the batch that this answer falls into is split to for it."""
+        loop = asyncio.get_running_loop()
+        mine: asyncio.Future[NDArray[np.float32]] = loop.create_future()
+        self._batch.append((answer, mine))
+        if len(self._batch) == 1:
+            loop.call_later(BATCH_S, self._answer_batch)
+        return await mine
+
+    def _answer_batch(self) -> None:
+        batch, self._batch = self._batch, []
+        split = self._split or list
+        for (_, waiting), answer in zip(batch, split([answer for answer, _ in batch]), strict=True):
+            if not waiting.done():  # its client may have gone
+                waiting.set_result(answer)
 
     async def _rest_get(self, request: Any) -> Any:
         from aiohttp import web
@@ -289,7 +324,8 @@ class FakeV2Server:
             about_model and path.split("/")[3] == self.model
         ):
             return web.json_response({"error": f"no such thing: {path}"}, status=404)
-        return web.json_response({"name": self.model if about_model else "fake", "extensions": ["binary_tensor_data"]})
+        described: dict[str, Any] = {"name": self.model, "inputs": [INPUT]} if about_model else {"name": "fake"}
+        return web.json_response({**described, "extensions": ["binary_tensor_data"]})
 
     async def _rest_infer(self, request: Any) -> Any:
         from aiohttp import web
@@ -305,13 +341,16 @@ class FakeV2Server:
             sums = await self._answer(_rest_arrays(body, len(body) if length is None else int(length)))
         except UnreachableError as error:
             return web.json_response({"error": str(error)}, status=500)
+        model, version = self._answerer(self.asked)
+        said = {"model_name": model, **({"model_version": version} if version else {})}
+        headers = {"x-seldon-route": self._route} if self._route else {}
         tensor: dict[str, Any] = {"name": "sum", "datatype": "FP32", "shape": list(sums.shape)}
         if length is None:
             tensor["data"] = sums.ravel().tolist()
-            return web.json_response({"model_name": self.model, "outputs": [tensor]})
+            return web.json_response({**said, "outputs": [tensor]}, headers=headers)
         tensor["parameters"] = {"binary_data_size": sums.nbytes}
-        head = json.dumps({"model_name": self.model, "outputs": [tensor]}).encode()
-        return web.Response(body=head + sums.tobytes(), headers={HEADER_LENGTH: str(len(head))})
+        head = json.dumps({**said, "outputs": [tensor]}).encode()
+        return web.Response(body=head + sums.tobytes(), headers={HEADER_LENGTH: str(len(head)), **headers})
 
     async def _grpc_infer(self, body: bytes, context: Any) -> bytes:
         import grpc
@@ -329,8 +368,20 @@ class FakeV2Server:
             sums = await self._answer(arrays)
         except UnreachableError as error:
             await context.abort(grpc.StatusCode.INTERNAL, str(error))
-        response = service_pb2.ModelInferResponse(model_name=self.model, raw_output_contents=[sums.tobytes()])
+        if self._route:
+            await context.send_initial_metadata((("x-seldon-route", self._route),))
+        model, version = self._answerer(self.asked)
+        response = service_pb2.ModelInferResponse(
+            model_name=model, model_version=version, raw_output_contents=[sums.tobytes()]
+        )
         response.outputs.add(name="sum", datatype="FP32", shape=sums.shape)
+        return bytes(response.SerializeToString())
+
+    async def _grpc_metadata(self, body: bytes, context: Any) -> bytes:
+        from tritonclient.grpc import service_pb2
+
+        response = service_pb2.ModelMetadataResponse(name=self.model)
+        response.inputs.add(**INPUT)
         return bytes(response.SerializeToString())
 
     async def _grpc_ready(self, body: bytes, context: Any) -> bytes:

@@ -658,6 +658,37 @@ class Deployed:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Equivalence:
+    """What came of asking a server many things at once: whether each request got its own answer.
+
+    Attributes:
+        requests: sent, in bursts.
+        rows: samples in them; a request may hold several.
+        failed: requests without an answer.
+        wrong: replies that are not the reference's answer within the tolerance.
+        swapped: (sample, the other sample in the same burst whose answer came instead), for each row where that is so.
+        told_apart: rows whose expected answer differs from those of all others in the burst; a swap of the rest would
+            not be seen.
+        worst: the largest deviation of a value, as a share of the largest value of its output.
+        reason: what is wrong, for the user; empty where nothing is.
+    """
+
+    requests: int
+    rows: int
+    failed: int
+    wrong: int
+    swapped: tuple[tuple[int, int], ...]
+    told_apart: int
+    worst: float
+    reason: str = ""
+
+    @property
+    def passed(self) -> bool:
+        """Whether every request got its own answer."""
+        return not self.reason
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Measurement:
     """What the valid runs of one candidate say together.
 

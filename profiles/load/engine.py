@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from profiles.deploy.cluster import Usage
+from profiles.load.answerer import answerer_of, find_stranger
 from profiles.load.payloads import Expected, Likeness, Payload, count_wrong, decode_outputs
 from profiles.load.recording import Recording, file_sha256, load_arrays
 from profiles.load.summary import summarize
@@ -71,6 +72,9 @@ class LoadGenerator:
     ) -> RunRecord:
         """Offers one window of load and returns what came of it; takes a bounded time.
 
+        A window in which another model answered than the one asked, or two versions of it, is invalid: the first reply
+        of each connection says who it was, and so do replies sampled under load.
+
         Args:
             target: any V2 endpoint.
             payloads: encoded for it.
@@ -95,7 +99,7 @@ class LoadGenerator:
             "payloads": self._hand_over(payloads),
             "raw": str(raw_path),
             "replies": str(replies),
-            "keep": REPLIES_KEPT if expected else 0,
+            "keep": REPLIES_KEPT,
         }
         try:
             answer, spent = self._perform(job, profile, usage)
@@ -106,10 +110,22 @@ class LoadGenerator:
         recording = Recording(**arrays, **_tuples(answer["recording"]))  # type: ignore[arg-type]
         if recording.first_error:
             logger.info("%s: a request failed: %s", profile.name, recording.first_error)
-        checked, wrong = _check(answer["replies"], replies, target, expected)
+        content = replies.read_bytes()
+        replies.unlink()
+        checked, wrong = _check(answer["replies"], content, target, expected)
+        stranger = _stranger([*answer["firsts"], *answer["replies"]], content, target)
         raw = raw_path.name if raw_root is None else raw_path.relative_to(raw_root).as_posix()
         sha256 = file_sha256(raw_path)
-        return summarize(recording, profile, raw=raw, raw_sha256=sha256, usage=spent, checked=checked, wrong=wrong)
+        return summarize(
+            recording,
+            profile,
+            raw=raw,
+            raw_sha256=sha256,
+            usage=spent,
+            checked=checked,
+            wrong=wrong,
+            stranger=stranger,
+        )
 
     def close(self) -> None:
         """Ends the process; the next `run` starts another."""
@@ -236,12 +252,16 @@ def _tuples(scalars: dict[str, Any]) -> dict[str, Any]:
     return {name: tuple(value) if isinstance(value, list) else value for name, value in scalars.items()}
 
 
-def _check(entries: list[list[Any]], replies: Path, target: Target, expected: Expected | None) -> tuple[int, int]:
+def _stranger(entries: list[list[Any]], content: bytes, target: Target) -> str | None:
+    """What is wrong where a reply was not made by the model that was asked."""
+    answerers = {answerer_of(content[start : start + size], headers, target) for _, start, size, headers in entries}
+    return find_stranger(answerers, target)
+
+
+def _check(entries: list[list[Any]], content: bytes, target: Target, expected: Expected | None) -> tuple[int, int]:
     """(replies compared, those that a broken server gave); one that cannot be decoded is wrong."""
     if expected is None:
         return 0, 0
-    content = replies.read_bytes()
-    replies.unlink()
     found: list[tuple[int, Likeness]] = []
     for payload, start, size, headers in entries:
         try:

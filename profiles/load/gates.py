@@ -66,6 +66,13 @@ def mismatches(wrong: int, checked: int) -> GateFinding | None:
     return GateFinding(gate="mismatch", observed=f"{wrong} of {checked} checked answers are wrong", limit="0")
 
 
+def answered_by(stranger: str | None) -> GateFinding | None:
+    """A finding where another model than the one asked answered, or two versions of it: it was not this one's load."""
+    if stranger is None:
+        return None
+    return GateFinding(gate="answered_by", observed=stranger, limit="one version of the model that was asked")
+
+
 def in_flight(sampled: Sequence[int], recorded: Sequence[int]) -> GateFinding | None:
     """A finding where what the transport held in flight is not what the recorded times say.
 

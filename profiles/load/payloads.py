@@ -123,16 +123,19 @@ def encode_payloads(
         InputError: no samples, unequal numbers of them, a type that V2 does not know, or (JSON) a value that is not
             finite.
     """
-    samples = _sample_count(inputs)
+    samples = sample_count(inputs)
     order = np.random.default_rng(seed).permutation(samples)
     distinct = max(1, min(count, samples // rows))
+    starts = range(0, distinct * rows, rows)
+    return tuple(encode_rows(inputs, order[np.arange(start, start + rows) % samples], target) for start in starts)
+
+
+def encode_rows(inputs: Arrays, rows: Sequence[int] | NDArray[np.int64], target: Target) -> Payload:
+    """One request with these samples, in this order; see `encode_payloads`."""
+    chosen = np.asarray(rows, dtype=np.int64)
     encode = _ENCODERS[target.protocol, target.binary and target.protocol == "rest"]
-    payloads = []
-    for start in range(0, distinct * rows, rows):
-        chosen = order[np.arange(start, start + rows) % samples]
-        body, headers = encode({name: _native(name, array[chosen]) for name, array in inputs.items()}, target.model)
-        payloads.append(Payload(body=body, headers=headers, rows=tuple(int(row) for row in chosen)))
-    return tuple(payloads)
+    body, headers = encode({name: _native(name, array[chosen]) for name, array in inputs.items()}, target.model)
+    return Payload(body=body, headers=headers, rows=tuple(int(row) for row in chosen))
 
 
 def decode_outputs(body: bytes, headers: Mapping[str, str], target: Target) -> dict[str, NDArray[Any]]:
@@ -170,7 +173,12 @@ def _as_text(array: NDArray[Any]) -> NDArray[Any]:
     return np.array([_json_scalar(value) for value in array.ravel().tolist()])
 
 
-def _sample_count(inputs: Arrays) -> int:
+def sample_count(inputs: Arrays) -> int:
+    """How many samples there are.
+
+    Raises:
+        InputError: none, or unequal numbers of them.
+    """
     counts = {name: len(array) for name, array in inputs.items()}
     if not counts or min(counts.values()) == 0:
         raise InputError(f"there are no samples to send: {counts}", hint="Give at least one sample for each input.")

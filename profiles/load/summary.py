@@ -17,6 +17,7 @@ def summarize(
     usage: tuple[float, float] | None = None,
     checked: int = 0,
     wrong: int = 0,
+    stranger: str | None = None,
 ) -> RunRecord:
     """The record of one window.
 
@@ -28,6 +29,7 @@ def summarize(
         usage: (CPU seconds of the server during the window, its resident memory in MB after), where known.
         checked: replies compared with the reference.
         wrong: those of them that differed.
+        stranger: what is wrong where another model answered than the one asked; see `find_stranger`.
     """
     errors = recording.errors
     if wrong:
@@ -44,7 +46,7 @@ def summarize(
         errors=errors,
         window_s=recording.window_s,
         metrics=metrics,
-        findings=_findings(recording, profile, metrics, checked=checked, wrong=wrong),
+        findings=_findings(recording, profile, metrics, checked=checked, wrong=wrong, stranger=stranger),
         raw=raw,
         raw_sha256=raw_sha256,
     )
@@ -82,13 +84,20 @@ def _metrics(recording: Recording, profile: LoadProfile) -> dict[str, float]:
 
 
 def _findings(
-    recording: Recording, profile: LoadProfile, metrics: dict[str, float], *, checked: int, wrong: int
+    recording: Recording,
+    profile: LoadProfile,
+    metrics: dict[str, float],
+    *,
+    checked: int,
+    wrong: int,
+    stranger: str | None,
 ) -> tuple[GateFinding, ...]:
     closed = isinstance(profile.load, ClosedLoop)
     latency = recording.latency_ms(profile.timeout_s)
     found = [
         gates.errors(recording.scheduled - recording.ok, recording.scheduled),
         gates.mismatches(wrong, checked),
+        gates.answered_by(stranger),
         gates.client_cpu(recording.client_cpu, closed=closed),
         gates.in_flight(recording.sampled, recording.recorded),
         gates.steal(recording.steal),

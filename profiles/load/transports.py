@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 GRPC_METHOD = "/inference.GRPCInferenceService/ModelInfer"
 # uvicorn, under MLServer, closes an idle connection after 5 s; one that we close before cannot be lost in between.
 KEEP_ALIVE_S = 4.0
+# Seldon Core 2 says with it which version of which model answered.
+ROUTE = "x-seldon-route"
+# gRPC hands over a reply's headers only when they are asked for, and that takes time: so each so many-th is looked at.
+LOOK_EVERY = 64
 NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 
 
@@ -38,12 +42,18 @@ class Status(IntEnum):
 
 
 class Reply(NamedTuple):
-    """What came back: bytes where it is OK, else the server's own message."""
+    """What came back: bytes where it is OK, else the server's own message.
+
+    Attributes:
+        headers: those that `decode_outputs` and `profiles.load.answerer` need, where they were looked at.
+        first: whether it is the first reply on its connection.
+    """
 
     status: Status
     body: bytes = b""
     headers: Mapping[str, str] = NO_HEADERS
     message: str = ""
+    first: bool = False
 
 
 class Transport(Protocol):
@@ -88,6 +98,7 @@ class GrpcTransport:
         self._connections = connections
         self._metadata = tuple((name.lower(), value) for name, value in target.headers.items())
         self._channels: list[Any] = []
+        self._sent = 0
 
     async def open(self, timeout_s: float) -> None:
         """Connects every channel; see `Transport`."""
@@ -146,9 +157,14 @@ class GrpcTransport:
     async def infer(self, payload: Payload, timeout_s: float) -> Reply:
         """Sends one request; see `Transport`."""
         self.in_flight += 1
+        # Connections are taken in turn.
+        first = self._sent < self._connections
+        look = first or self._sent % LOOK_EVERY == 0
+        self._sent += 1
         try:
-            body = await next(self._calls)(payload.body, timeout=timeout_s, metadata=self._metadata)
-            return Reply(Status.OK, body)
+            call = next(self._calls)(payload.body, timeout=timeout_s, metadata=self._metadata)
+            body = await call
+            return Reply(Status.OK, body, await _route(call) if look else NO_HEADERS, first=first)
         except self._error as error:
             code = error.code()
             return Reply(self._codes.get(code, Status.STATUS), message=f"{code.name}: {error.details()}")
@@ -165,6 +181,7 @@ class RestTransport:
 
     def __init__(self, target: Target) -> None:
         self.in_flight = 0
+        self._most_in_flight = 0
         scheme = "https" if target.tls else "http"
         self._target = target
         self._url = f"{scheme}://{target.url}/v2/models/{target.model}/infer"
@@ -191,6 +208,9 @@ class RestTransport:
         """Sends one request; see `Transport`."""
         assert self._session is not None, "open() comes first"
         self.in_flight += 1
+        # The pool connects where all its connections are busy.
+        first = self.in_flight > self._most_in_flight
+        self._most_in_flight = max(self.in_flight, self._most_in_flight)
         try:
             timeout = self._aiohttp.ClientTimeout(total=timeout_s)
             async with self._session.post(
@@ -198,7 +218,7 @@ class RestTransport:
             ) as response:
                 body = await response.read()
                 if response.status == 200:
-                    return Reply(Status.OK, body, _kept_headers(response.headers))
+                    return Reply(Status.OK, body, _kept_headers(response.headers), first=first)
                 return Reply(Status.STATUS, message=f"HTTP {response.status}: {_server_message(body)}")
         except TimeoutError:
             return Reply(Status.TIMEOUT, message=f"no answer within {timeout_s:.3g} s")
@@ -214,8 +234,13 @@ class RestTransport:
 
 
 def _kept_headers(headers: Mapping[str, str]) -> Mapping[str, str]:
-    length = headers.get(HEADER_LENGTH)
-    return NO_HEADERS if length is None else {HEADER_LENGTH: length}
+    kept = {name: value for name in (HEADER_LENGTH, ROUTE) if (value := headers.get(name)) is not None}
+    return kept or NO_HEADERS
+
+
+async def _route(call: Any) -> Mapping[str, str]:
+    """The header that says who answered a call of gRPC that has ended well."""
+    return {name: str(value) for name, value in await call.initial_metadata() if name == ROUTE} or NO_HEADERS
 
 
 def _server_message(body: bytes) -> str:

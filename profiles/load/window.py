@@ -30,6 +30,8 @@ HOPELESS_S = 1.0
 # A client that is behind its schedule must still read its answers.
 SENDS_WITHOUT_READING = 8
 SAMPLES_A_WINDOW = 400
+# Of replies that are kept, at most so much: large ones are kept fewer.
+MOST_KEPT_BYTES = 64_000_000
 UNANSWERED = -1
 
 
@@ -51,6 +53,7 @@ class Offered:
         end_ns: where it ends.
         samples: (time, in flight) at instants of chance.
         kept: replies spread over the window.
+        firsts: the first reply of each connection, those of the warm-up among them.
         first_error: what the server said to the first failed request, or empty.
     """
 
@@ -59,6 +62,7 @@ class Offered:
     end_ns: int
     samples: tuple[tuple[int, int], ...]
     kept: tuple[Kept, ...]
+    firsts: tuple[Kept, ...]
     first_error: str
 
 
@@ -99,7 +103,7 @@ class Window:
         transport: open, and known to answer.
         payloads: rotated in an order of chance.
         profile: what to offer.
-        keep: most replies to keep for checking.
+        keep: most replies to keep for checking, and most first ones of connections.
         on_begin: called when the window begins.
         on_end: called when it ends, before the last answers.
     """
@@ -127,6 +131,8 @@ class Window:
         self._in_flight = 0
         self._samples: list[tuple[int, int]] = []
         self._kept: list[Kept] = []
+        self._firsts: list[Kept] = []
+        self._kept_bytes = 0
         self._first_error = ""
         self._refused = 0
         self._refused_since_ns = 0
@@ -162,6 +168,7 @@ class Window:
             end_ns=self._end_ns,
             samples=tuple(self._samples),
             kept=tuple(self._kept),
+            firsts=tuple(self._firsts),
             first_error=self._first_error,
         )
 
@@ -236,6 +243,8 @@ class Window:
         self._log.status[index] = Status.TIMEOUT if late and reply.status == Status.OK else reply.status
         if reply.status == Status.OK:
             self._refused = 0
+            if reply.first and len(self._firsts) < self._keep:
+                self._hold(self._firsts, payload, reply)
             if done_ns >= self._next_kept_ns:
                 self._keep_reply(payload, reply, done_ns)
         else:
@@ -245,8 +254,13 @@ class Window:
     def _keep_reply(self, payload: int, reply: Reply, done_ns: int) -> None:
         if len(self._kept) >= self._keep or done_ns >= self._end_ns:
             return
-        self._kept.append(Kept(payload=payload, reply=reply))
+        self._hold(self._kept, payload, reply)
         self._next_kept_ns = done_ns + (self._end_ns - self._start_ns) // self._keep
+
+    def _hold(self, held: list[Kept], payload: int, reply: Reply) -> None:
+        self._kept_bytes += len(reply.body)
+        if self._kept_bytes <= MOST_KEPT_BYTES:
+            held.append(Kept(payload=payload, reply=reply))
 
     def _note_failure(self, reply: Reply, done_ns: int) -> None:
         self._first_error = self._first_error or reply.message

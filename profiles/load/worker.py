@@ -19,7 +19,7 @@ from typing import Any, TextIO
 from profiles.load.payloads import Payload
 from profiles.load.priority import go_first
 from profiles.load.recording import save_arrays
-from profiles.load.transports import Status, Transport, make_transport
+from profiles.load.transports import Reply, Status, Transport, make_transport
 from profiles.load.window import Kept, Offered, Window
 from registry.codec import from_jsonable
 from registry.errors import BurnishError, StorageError, UnreachableError
@@ -27,7 +27,6 @@ from registry.records import ClosedLoop, LoadProfile, OpenLoop, Target
 
 FIRST_ANSWER_S = 30.0
 CONNECT_S = 10.0
-MOST_KEPT_BYTES = 64_000_000
 
 
 def main() -> None:
@@ -76,7 +75,7 @@ async def _serve(job: dict[str, Any], events: TextIO) -> dict[str, Any]:
     witness = _Witness(events)
     try:
         await transport.open(CONNECT_S)
-        await _first_answer(transport, payloads, target, max(FIRST_ANSWER_S, profile.timeout_s))
+        first = await _first_answer(transport, payloads, target, max(FIRST_ANSWER_S, profile.timeout_s))
         window = Window(transport, payloads, profile, keep=job["keep"], on_begin=witness.begin, on_end=witness.end)
         gc.collect()
         gc.freeze()
@@ -88,7 +87,7 @@ async def _serve(job: dict[str, Any], events: TextIO) -> dict[str, Any]:
             gc.unfreeze()
     finally:
         await transport.close()
-    return _report(job, offered, witness)
+    return _report(job, offered, (Kept(payload=0, reply=first), *offered.firsts), witness)
 
 
 def _connections(load: ClosedLoop | OpenLoop) -> int:
@@ -96,8 +95,8 @@ def _connections(load: ClosedLoop | OpenLoop) -> int:
     return min(load.concurrency, 16) if isinstance(load, ClosedLoop) else 8
 
 
-async def _first_answer(transport: Transport, payloads: tuple[Payload, ...], target: Target, timeout_s: float) -> None:
-    """Returns after one good answer on the wire.
+async def _first_answer(transport: Transport, payloads: tuple[Payload, ...], target: Target, timeout_s: float) -> Reply:
+    """The first good answer on the wire.
 
     Raises:
         UnreachableError: with the server's own message.
@@ -108,6 +107,7 @@ async def _first_answer(transport: Transport, payloads: tuple[Payload, ...], tar
             f"{target.protocol} request for model {target.model!r} at {target.url} failed: {reply.message}",
             hint="Check the address, the model's name, and that inputs have the model's names, shapes and types.",
         )
+    return reply
 
 
 class _Witness:
@@ -149,7 +149,7 @@ def _read_payloads(job: dict[str, Any]) -> tuple[Payload, ...]:
     )
 
 
-def _report(job: dict[str, Any], offered: Offered, witness: _Witness) -> dict[str, Any]:
+def _report(job: dict[str, Any], offered: Offered, firsts: tuple[Kept, ...], witness: _Witness) -> dict[str, Any]:
     recording = offered.trace.window(
         offered.start_ns,
         offered.end_ns,
@@ -160,14 +160,15 @@ def _report(job: dict[str, Any], offered: Offered, witness: _Witness) -> dict[st
     )
     try:
         save_arrays(Path(job["raw"]), recording)
-        replies = _write_replies(Path(job["replies"]), offered.kept)
+        replies = _write_replies(Path(job["replies"]), (*offered.kept, *firsts))
     except OSError as error:
         raise StorageError(
             f"the times of a window could not be written to {job['raw']}: {error.strerror}",
             hint="Check free space and permissions of the folder.",
         ) from error
     return {
-        "replies": replies,
+        "replies": replies[: len(offered.kept)],
+        "firsts": replies[len(offered.kept) :],
         "recording": {
             name: getattr(recording, name)
             for name in (
@@ -192,8 +193,6 @@ def _write_replies(path: Path, kept: tuple[Kept, ...]) -> list[list[Any]]:
     start = 0
     with path.open("wb") as file:
         for one in kept:
-            if start + len(one.reply.body) > MOST_KEPT_BYTES:
-                break
             file.write(one.reply.body)
             entries.append([one.payload, start, len(one.reply.body), dict(one.reply.headers)])
             start += len(one.reply.body)
