@@ -2,7 +2,7 @@
 
 import sys
 
-_COMPARE = {"<=": float.__le__, ">=": float.__ge__}
+_COMPARE = {"<=": float.__le__, ">=": float.__ge__, ">": float.__gt__}
 
 
 def figure(name: str, value: float, goal: str) -> bool:

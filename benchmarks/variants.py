@@ -22,8 +22,15 @@ from registry.store import FolderStore
 ROUNDS, CANDIDATES, BUDGET_S = 5, 3, 3.0
 MOST_LOST = 0.01
 GOALS = {"resnet18": {1: 3.3, 32: 3.3}, "minilm": {1: 2.3, 32: 3.0}}
+PRUNED = {"name": "prune.structured", "sparsity": 0.25, "fine_tune": "resnet18:fine_tune"}
 VARIANTS = {
-    "resnet18": ["float32", "int8-static", "int8-static-percentile", "openvino-int8", "openvino-int8-performance"],
+    "resnet18": [
+        "float32",
+        "int8-static",
+        "openvino-int8",
+        {"name": "pruned-int8-static", "stages": [PRUNED, "quantize.static"]},
+        {"name": "pruned-openvino-int8", "stages": [PRUNED, "convert.openvino", "quantize.openvino"]},
+    ],
     "minilm": ["float32", "int8-dynamic", "fused-int8-dynamic", "int8-static", "openvino-int8"],
 }
 
