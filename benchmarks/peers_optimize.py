@@ -1,10 +1,11 @@
 """Our best variant beside Olive's best and nncf's by hand: same models, same samples, each in its own environment.
 
 Every model file is run by ``peers/run_model.py`` with the Python of whoever made it, in a process of its own on one
-CPU with one thread; all files take a turn in each round, in a new order, and ours takes two, so that the spread of the
-same thing twice is seen. A file counts where the upper end of the accuracy it loses is at most 0.01. What is compared is
-their time over ours, in pairs of one round, with the interval of the mean log-ratio at 95 %: against Olive the figure is
-its lower end (above 1, ours is certainly faster), against nncf its upper end (below 1, ours would certainly be slower).
+CPU with one thread; all files take a turn in each round, in a new order, and ours takes two, so that the spread of
+the same thing twice is seen. A file counts where the upper end of the accuracy it loses is at most 0.01. What is
+compared is their time over ours, in pairs of one round, with the interval of the mean log-ratio at 95 %: against Olive
+the figure is its lower end (above 1, ours is certainly faster), against nncf its upper end (below 1, ours would
+certainly be slower).
 
 Olive's passes are those for ONNX Runtime on a CPU. The environments are made once, in ``burnish-work-peers``.
 """
