@@ -8,15 +8,17 @@ from typing import Any
 from numpy.typing import NDArray
 
 from optimize.adaptation import adapt
-from optimize.judging import failure_of
+from optimize.in_process import answer_in_process
+from optimize.judging import failure_of, limits_of
 from optimize.plan import Workspace
 from profiles.deploy.cluster import Cluster, Deployment
 from profiles.load.engine import LoadGenerator
 from profiles.load.payloads import Expected, Payload, encode_payloads, expected_answers
 from profiles.measure.capacity import find_capacity
+from profiles.measure.equivalence import MOST_ROWS, Reference, check_equivalence
 from profiles.measure.rounds import AGAIN, Slot, measure_in_round, round_order
 from registry.codec import digest
-from registry.errors import BurnishError, GeneratorLostError, StorageError
+from registry.errors import BurnishError, CheckFailedError, GeneratorLostError, StorageError
 from registry.policy import DEFAULT_LOAD, loads_named
 from registry.records import (
     Adaptation,
@@ -24,12 +26,19 @@ from registry.records import (
     Candidate,
     Capacity,
     Deployed,
+    Equivalence,
     Failure,
     FailurePhase,
     LoadProfile,
     Round,
     RunRecord,
 )
+
+# How many requests show whether answers get mixed up, and how long that may take; the first holds for levels whose
+# verdict is provisional.
+_CHECKS = {True: (32, 1.5), False: (64, 10.0)}
+_LEAST_BURST, _LARGEST_BURST = 4, 32
+_ASKED_ALONE = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,7 +160,8 @@ class _Hall:
         except (StorageError, GeneratorLostError):
             raise  # no fault of the candidate; the next one would meet it too
         except BurnishError as error:
-            phase: FailurePhase = "measure" if serving.candidate.id in self._deployments else "deploy"
+            served = serving.candidate.id in self._deployments or isinstance(error, CheckFailedError)
+            phase: FailurePhase = "measure" if served else "deploy"
             failure = failure_of(name, phase, error)
             self._failures[serving.candidate.id] = failure
             self._undeploy(serving.candidate.id)
@@ -159,7 +169,8 @@ class _Hall:
         self._workspace.observer.done(name, outcome)
 
     def find_capacity(self, serving: Serving) -> str:
-        """Where the candidate saturates."""
+        """Where the candidate saturates, once it is known to give each request its own answer."""
+        self._check_answers(serving)
         candidate_id = serving.candidate.id
 
         def search() -> Capacity:
@@ -181,6 +192,54 @@ class _Hall:
         self._capacities[candidate_id] = capacity
         self._deployed[candidate_id] = self._remembered_deployment(serving)
         return f"saturates at {capacity.saturation_rps or 0:.0f} requests a second" + _reused(known)
+
+    def _check_answers(self, serving: Serving) -> None:
+        """Returns when the candidate gives each of many concurrent requests its own answer.
+
+        Raises:
+            CheckFailedError: it does not, so that its numbers would say nothing.
+        """
+        candidate = serving.candidate
+        requests, budget_s = _CHECKS[self._plan.level.provisional]
+
+        def check() -> Equivalence:
+            deployment = self._deployment(serving)
+            inputs = adapt(self._inputs, serving.adaptation)
+            if serving.answers is not None:
+                reference = Reference(outputs=serving.answers)
+            else:
+                inputs = {name: array[:_ASKED_ALONE] for name, array in inputs.items()}
+                reference = self._answers_alone(serving, inputs)
+            return check_equivalence(
+                deployment.target,
+                inputs,
+                reference=reference,
+                requests=requests,
+                concurrency=min(max(candidate.serving.max_batch_size, _LEAST_BURST), _LARGEST_BURST),
+                most_rows=min(candidate.serving.max_batch_size, MOST_ROWS),
+                seed=self._plan.config.seed,
+                budget_s=budget_s,
+            )
+
+        components = {"candidate": candidate.id, "requests": requests, **self._shared}
+        found, _ = self._workspace.remember("Equivalence", candidate.name, components, check)
+        if not found.passed:
+            raise CheckFailedError(
+                f"its answers cannot be trusted: {found.reason}", hint="Nothing was measured; burnish check shows more."
+            )
+
+    def _answers_alone(self, serving: Serving, inputs: Mapping[str, NDArray[Any]]) -> Reference:
+        """What a model whose answers depend on their neighbours answers without any."""
+        candidate = serving.candidate
+        return answer_in_process(
+            serving.files / serving.artifact.entry,
+            candidate.engine,
+            inputs,
+            batch_size=candidate.serving.max_batch_size,
+            threads=candidate.serving.threads,
+            seed=self._plan.config.seed,
+            limits=limits_of(self._workspace),
+        )
 
     def in_slot(self, slot: Slot, number: int, position: int) -> Callable[[Serving], str]:
         """The work of measuring the slot's candidate in it."""

@@ -182,7 +182,7 @@ def bench_endpoint(
         InputError: an option or the samples do not fit.
         UnreachableError: the endpoint does not answer, or refuses.
     """
-    target = _target(url, model, protocol, headers, tls)
+    target = endpoint(url, model, protocol, headers, tls)
     _check_amounts(concurrency=concurrency, rate=rate_rps, duration_s=duration_s, runs=runs)
     loads = []
     if concurrency is not None:
@@ -200,7 +200,13 @@ def bench_endpoint(
     return _plain(target, found)
 
 
-def _target(url: str, model: str, protocol: str, headers: Sequence[str], tls: bool) -> Target:
+def endpoint(url: str, model: str, protocol: str, headers: Sequence[str], tls: bool) -> Target:
+    """The endpoint that command-line options name; a REST endpoint is asked whether it takes binary tensors.
+
+    Raises:
+        InputError: an option's value does not fit.
+        UnreachableError: the REST endpoint does not answer.
+    """
     if protocol not in ("grpc", "rest"):
         raise InputError(f"--protocol {protocol!r} is not known", hint="There are grpc and rest.")
     pairs = [header.partition("=") for header in headers]

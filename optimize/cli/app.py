@@ -2,7 +2,7 @@
 
 import typer
 
-from optimize.cli import cache, campaigns, explain, hosts, lint, models, render, reports, serving
+from optimize.cli import cache, campaigns, check, explain, hosts, lint, models, render, reports, serving
 
 # Rich markup in help doubles the start-up time; plain help reads as well.
 app = typer.Typer(
@@ -21,6 +21,7 @@ app.command("run")(campaigns.run)
 app.command("render")(render.render)
 app.command("serve")(serving.serve)
 app.command("bench")(serving.bench)
+app.command("check")(check.check)
 app.command("report")(reports.report)
 app.command("explain")(explain.explain)
 app.add_typer(cache.app, name="cache")

@@ -252,7 +252,8 @@ class _Check:
             return
         got = {name: np.concatenate([answer[name] for answer in answers]) for name in reference.outputs}
         want = {name: array[rows] for name, array in reference.outputs.items()}
-        swaps, apart = find_swaps(*(_features(each, reference.outputs, _VALUES_TO_COMPARE) for each in (got, want)))
+        features = (_features(each, reference.outputs, _VALUES_TO_COMPARE) for each in (got, want))
+        swaps, apart = find_swaps(*features, rows)
         self._tally.told_apart += apart
         self._tally.swapped += [(rows[one], rows[other]) for one, other in swaps]
 
@@ -309,7 +310,7 @@ def far_apart(features: Features, count: int) -> list[int]:
     return chosen
 
 
-def find_swaps(answers: Features, expected: Features) -> tuple[list[tuple[int, int]], int]:
+def find_swaps(answers: Features, expected: Features, samples: Sequence[int]) -> tuple[list[tuple[int, int]], int]:
     """Rows that were answered with what another should have got.
 
     What rounding moves an answer by is taken from the answers themselves: how far each is from the nearest expected
@@ -318,9 +319,10 @@ def find_swaps(answers: Features, expected: Features) -> tuple[list[tuple[int, i
     Args:
         answers: one row a sample.
         expected: what each should be.
+        samples: which sample each row is of; one may be there more than once.
 
     Returns:
-        (row, the row whose answer it got) for each such, and how many rows could be told from all others.
+        (row, the row whose answer it got) for each such, and how many rows could be told from all other samples.
     """
     center = expected.mean(axis=0)
     answers, expected = answers - center, expected - center
@@ -333,7 +335,7 @@ def find_swaps(answers: Features, expected: Features) -> tuple[list[tuple[int, i
     others = np.where(apart, distance, np.inf)
     best = others.argmin(axis=1)
     swapped = own > _NEARER * others.min(axis=1)
-    same = np.eye(len(expected), dtype=bool)
+    same = np.equal.outer(samples, samples)
     told_apart = int((apart | same).all(axis=1).sum())
     return [(int(row), int(best[row])) for row in np.flatnonzero(swapped)], told_apart
 

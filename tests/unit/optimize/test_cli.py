@@ -7,7 +7,21 @@ import pytest
 from optimize.cli import main
 from tests.doubles.models import mlp, write_onnx
 
-COMMANDS = ("demo", "init", "inspect", "make", "run", "render", "serve", "bench", "report", "explain", "lint", "doctor")
+COMMANDS = (
+    "demo",
+    "init",
+    "inspect",
+    "make",
+    "run",
+    "render",
+    "serve",
+    "bench",
+    "check",
+    "report",
+    "explain",
+    "lint",
+    "doctor",
+)
 
 
 def burnish(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:

@@ -17,6 +17,7 @@ from optimize.plan import Plan, Workspace
 from profiles.deploy.cluster import Usage
 from profiles.load.recording import file_sha256, save_arrays
 from profiles.load.summary import summarize
+from profiles.measure.equivalence import Reference
 from profiles.measure.levels import find_level
 from profiles.measure.rounds import AGAIN, compare_rounds, reduce_rounds
 from profiles.testing import Queue, simulate
@@ -28,6 +29,7 @@ from registry.records import (
     Artifact,
     Candidate,
     EngineSpec,
+    Equivalence,
     Host,
     LoadProfile,
     RunRecord,
@@ -39,6 +41,7 @@ from registry.store import FolderStore
 X = {"x": np.arange(12, dtype="f4").reshape(6, 2)}
 QUICK = find_level("quick")
 STANDARD = replace(find_level("standard"), closed_s=1.0, open_s=1.0, warmup_s=0.1, ladder_s=0.3, stage_s=0.3)
+PASSED = Equivalence(requests=32, rows=32, failed=0, wrong=0, swapped=(), told_apart=32, worst=0.0)
 ARTIFACT = Artifact(digest="d", format="onnx", entry="model.onnx", files=(), inputs=(), outputs=())
 
 
@@ -187,6 +190,8 @@ class Session:
 def generator(monkeypatch: pytest.MonkeyPatch) -> SimulatedGenerator:
     generator = SimulatedGenerator()
     monkeypatch.setattr(measuring, "LoadGenerator", generator)
+    monkeypatch.setattr(measuring, "check_equivalence", lambda target, inputs, **how: PASSED)
+    monkeypatch.setattr(measuring, "answer_in_process", lambda *args, **how: Reference(outputs={}))
     return generator
 
 
@@ -283,7 +288,7 @@ def test_a_new_candidate_is_measured_in_rounds_of_its_own(tmp_path: Path, genera
 def test_a_killed_run_goes_on_where_it_stopped(tmp_path: Path, generator: SimulatedGenerator, kept: int) -> None:
     whole = Session(tmp_path, generator).measure(BASE, FAST)
     lines = (tmp_path / "ledger.jsonl").read_bytes().splitlines(keepends=True)
-    assert len(lines) == 4 + 3 * QUICK.rounds
+    assert len(lines) == 6 + 3 * QUICK.rounds
     (tmp_path / "ledger.jsonl").write_bytes(b"".join(lines[:kept]))
     session = Session(tmp_path, generator)
     again = session.measure(BASE, FAST)
@@ -295,6 +300,34 @@ def test_a_killed_run_goes_on_where_it_stopped(tmp_path: Path, generator: Simula
     assert again.deployed[0].load_time_s == 1.0
     assert len(session.cluster.deployments) <= 2
     assert (tmp_path / "ledger.jsonl").read_bytes().startswith(b"".join(lines[:kept]))
+
+
+def test_a_candidate_that_mixes_answers_up_is_not_measured(
+    tmp_path: Path, generator: SimulatedGenerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, Any]] = []
+
+    def check(target: Target, inputs: Any, *, reference: Reference, most_rows: int, **how: Any) -> Equivalence:
+        asked.append((target.model, sorted(reference.outputs)))
+        assert most_rows == 1
+        return replace(PASSED, swapped=((1, 2), (2, 1)), reason="mixed up") if target.model == "fast" else PASSED
+
+    monkeypatch.setattr(measuring, "check_equivalence", check)
+    known = replace(BASE, answers={"y": X["x"]})
+    session = Session(tmp_path, generator)
+    found = session.measure(known, FAST)
+    [failure] = found.failures
+    assert (failure.subject, failure.phase, failure.kind) == ("fast @ fake", "measure", "error")
+    assert failure.reason == "its answers cannot be trusted: mixed up"
+    # The answers foretold where there are, those of the model in process where neighbours count.
+    assert asked == [("base", ["y"]), ("fast", [])]
+    assert {model for model, _ in generator.windows} == {"base"}
+    assert {one.candidate.id: one.ended for one in session.cluster.deployments} == {"base": False, "fast": True}
+
+    again = Session(tmp_path, generator)
+    assert again.measure(known, FAST).failures == found.failures
+    assert again.cluster.deployments == []
+    assert len(asked) == 2
 
 
 def test_a_candidate_that_dies_is_left_out_and_changes_no_round(tmp_path: Path, generator: SimulatedGenerator) -> None:

@@ -167,14 +167,19 @@ def test_samples_are_chosen_far_apart() -> None:
 def test_rounding_is_no_swap() -> None:
     expected = CHANCE.normal(size=(32, 8))
     noisy = expected + CHANCE.normal(scale=0.02, size=expected.shape)
-    assert find_swaps(noisy, expected) == ([], 32)
-    swapped, _ = find_swaps(np.roll(noisy, 1, axis=0), expected)
+    assert find_swaps(noisy, expected, range(32)) == ([], 32)
+    swapped, _ = find_swaps(np.roll(noisy, 1, axis=0), expected, range(32))
     assert len(swapped) == 32
+
+
+def test_a_sample_that_is_there_twice_is_told_from_the_others() -> None:
+    expected = np.repeat(np.array([[1.0, 0], [0, 1], [-1, 0]]), 2, axis=0)
+    assert find_swaps(expected, expected, [7, 7, 8, 8, 9, 9]) == ([], 6)
 
 
 def test_near_twins_are_not_told_apart_in_noise() -> None:
     expected = np.repeat(CHANCE.normal(size=(8, 4)), 2, axis=0) + CHANCE.normal(scale=1e-3, size=(16, 4))
-    swapped, told_apart = find_swaps(expected + CHANCE.normal(scale=0.01, size=(16, 4)), expected)
+    swapped, told_apart = find_swaps(expected + CHANCE.normal(scale=0.01, size=(16, 4)), expected, range(16))
     assert swapped == []
     assert told_apart == 0
 
