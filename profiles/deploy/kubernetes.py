@@ -17,7 +17,7 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -348,30 +348,33 @@ class KubernetesClient:
         action = "create" if before is None else "change" if fields else "none"
         return Change(kind=str(manifest["kind"]), name=str(manifest["metadata"]["name"]), action=action, fields=fields)
 
-    def wait(self, applied: Applied, *, timeout_s: float) -> ResourceState:
+    def wait(self, applied: Applied, *, timeout_s: float, since: float | None = None) -> ResourceState:
         """Returns when what was applied is ready.
 
         Args:
             applied: what `apply` returned; a status from before it does not count.
             timeout_s: longest wait.
+            since: from when on that counts, by the monotonic clock; None for now.
 
         Raises:
             UnreachableError: it could not be scheduled or loaded (with Core 2's reason), somebody deleted or replaced
                 it, or time is up; or the API server did not answer, or refused.
         """
         seen, stale, what = None, True, f"{applied.kind} {applied.name}"
-        for resource in self._states(applied.kind, applied.name, timeout_s, applied.resource):
-            if resource is None or resource["metadata"].get("deletionTimestamp"):
-                raise UnreachableError(f"somebody deleted the {what} in {self.namespace} while it was waited for")
-            if resource["metadata"]["uid"] != applied.uid:
-                raise UnreachableError(f"somebody replaced the {what} in {self.namespace} while it was waited for")
-            # Times have whole seconds: a condition that was another for a while may look as it did before.
-            seen, stale = read_state(resource), stale and is_stale(resource, applied)
-            if stale:
-                continue
-            if seen.ready:
-                return seen
-            self._check_failed(seen, resource)
+        deadline = (time.monotonic() if since is None else since) + timeout_s
+        with closing(self._states(applied.kind, applied.name, deadline, applied.resource)) as states:
+            for resource in states:
+                if resource is None or resource["metadata"].get("deletionTimestamp"):
+                    raise UnreachableError(f"somebody deleted the {what} in {self.namespace} while it was waited for")
+                if resource["metadata"]["uid"] != applied.uid:
+                    raise UnreachableError(f"somebody replaced the {what} in {self.namespace} while it was waited for")
+                # Times have whole seconds: a condition that was another for a while may look as it did before.
+                seen, stale = read_state(resource), stale and is_stale(resource, applied)
+                if stale:
+                    continue
+                if seen.ready:
+                    return seen
+                self._check_failed(seen, resource)
         raise _too_late(f"the {what} is not ready after {timeout_s:g} s", seen, stale=stale)
 
     def delete(self, resource: Mapping[str, Any]) -> None:
@@ -396,10 +399,11 @@ class KubernetesClient:
             UnreachableError: time is up, or the API server did not answer, or refused.
         """
         seen = None
-        for resource in self._states(kind, name, timeout_s):
-            if resource is None or resource["metadata"]["uid"] != uid:
-                return
-            seen = read_state(resource)
+        with closing(self._states(kind, name, time.monotonic() + timeout_s)) as states:
+            for resource in states:
+                if resource is None or resource["metadata"]["uid"] != uid:
+                    return
+                seen = read_state(resource)
         late = _too_late(f"the {kind} {name} is not deleted after {timeout_s:g} s", seen)
         raise UnreachableError(
             late.message, hint="Its finalizer waits until the scheduler and the model gateway have let it go."
@@ -449,13 +453,13 @@ class KubernetesClient:
             return dict(send(force=True))
 
     def _states(
-        self, kind: str, name: str, timeout_s: float, known: Manifest | None = None
-    ) -> Iterator[Manifest | None]:
+        self, kind: str, name: str, deadline: float, known: Manifest | None = None
+    ) -> Generator[Manifest | None, None, None]:
         """A resource as it is and at each of its changes, None where it is not there; ends when time is up.
 
         Begins with what is ``known`` of it, so that no change since then is missed.
         """
-        deadline, pause_s = time.monotonic() + timeout_s, _POLL_S
+        pause_s = _POLL_S
         while (left_s := deadline - time.monotonic()) > 0:
             started = time.monotonic()
             if known is None:
@@ -496,8 +500,8 @@ class KubernetesClient:
                     if time.monotonic() >= deadline:
                         return
         except kubernetes.client.ApiException as error:
-            # Whoever may list and not watch, and a server that is busy, are met again by the list that comes next.
-            if error.status not in {http.client.GONE, http.client.TOO_MANY_REQUESTS}:
+            # A version that is forgotten is listed again, and a server that is busy or failing is met by that list.
+            if error.status < 500 and error.status not in {http.client.GONE, http.client.TOO_MANY_REQUESTS}:
                 raise self._refused(error, "watch", kind, name) from error
         except (urllib3.exceptions.HTTPError, OSError) as error:
             logger.debug("the watch of %s %s ended: %s", kind, name, error)
@@ -526,7 +530,7 @@ class KubernetesClient:
             try:
                 return call(**self._path(kind), **fields, _request_timeout=limit_s)
             except kubernetes.client.ApiException as error:
-                if _is_absent(error, about):
+                if verb in {"get", "delete"} and _is_absent(error, about):
                     return None
                 pause_s = _pause_s(error)
                 if pause_s is None or pause_s > deadline - time.monotonic():
@@ -666,7 +670,8 @@ def _said(error: Any) -> tuple[Mapping[str, Any], str]:
 def _is_absent(error: Any, name: str) -> bool:
     """Whether it is this resource that is not there, and not its kind or namespace."""
     details = _said(error)[0].get("details") or {}
-    return bool(name) and error.status == http.client.NOT_FOUND and details.get("name") == name
+    known = details.get("name") == name and details.get("kind") != "namespaces"
+    return error.status == http.client.NOT_FOUND and known
 
 
 def _pause_s(error: Any) -> float | None:
@@ -676,7 +681,7 @@ def _pause_s(error: Any) -> float | None:
         return None
     if asked is None or not str(asked).isdigit():
         return _RETRY_AFTER_S if error.status == http.client.TOO_MANY_REQUESTS else None
-    return float(asked)
+    return max(_POLL_S, float(asked))
 
 
 def _timed_out(error: Exception) -> bool:
@@ -917,7 +922,7 @@ class KubernetesCluster:
         started = time.monotonic()
         try:
             applied = self._apply(manifest, timeout_s)
-            found = self._client.wait(applied, timeout_s=started + timeout_s - time.monotonic())
+            found = self._client.wait(applied, timeout_s=timeout_s, since=started)
             target = self._target(candidate, name)
             self._wait_for_mesh(target, started + timeout_s)
         except BaseException:
@@ -939,7 +944,7 @@ class KubernetesCluster:
     def apply(self, manifest: Mapping[str, Any], *, timeout_s: float) -> ResourceState:
         """Applies a resource of any kind (a Server, an Experiment) with this run's labels, and waits until it is ready.
 
-        What it made it deletes again where that does not come about; what it changed stays changed.
+        What this run had not applied before is deleted again where it does not come about.
 
         Args:
             manifest: as `profiles.serving.core2.manifests` renders it.
@@ -949,11 +954,11 @@ class KubernetesCluster:
             InputError: it is no manifest for this release, is refused, or is somebody else's.
             UnreachableError: it is not ready in time (with Core 2's reason), or the API server did not answer.
         """
-        deadline, marked = time.monotonic() + timeout_s, self._marked(manifest)
+        marked, started = self._marked(manifest), time.monotonic()
         known = (str(marked["kind"]), str(marked["metadata"]["name"])) in self._ours
         try:
             applied = self._apply(marked, timeout_s)
-            return self._client.wait(applied, timeout_s=deadline - time.monotonic())
+            return self._client.wait(applied, timeout_s=timeout_s, since=started)
         except BaseException:
             if not known:
                 self._clean_up(str(marked["kind"]), str(marked["metadata"]["name"]))

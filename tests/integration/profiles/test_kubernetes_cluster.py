@@ -13,8 +13,16 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from profiles.deploy.kubernetes import CAMPAIGN, MANAGER, RUN, FieldChange, KubernetesClient, KubernetesCluster
-from profiles.serving.core2.manifests import render_experiment, render_server
+from profiles.deploy.kubernetes import (
+    CAMPAIGN,
+    MANAGER,
+    RUN,
+    FieldChange,
+    KubernetesClient,
+    KubernetesCluster,
+    read_state,
+)
+from profiles.serving.core2.manifests import render_autoscaler, render_experiment, render_server
 from profiles.serving.naming import model_name_of
 from registry.errors import BurnishError, InputError, ServerDiedError, UnreachableError
 from registry.records import Artifact, ServingProfile, TensorSpec
@@ -27,7 +35,7 @@ pytestmark = pytest.mark.slow
 TOKEN = "hush-hush"
 WAIT_S = 5.0
 """Longest wait for what comes about."""
-NEVER_S = 0.15
+NEVER_S = 0.2
 """Longest wait for what does not."""
 MARKS = {CAMPAIGN: "camp", RUN: "one"}
 SPEC = {"storageUri": "s3://models/digits", "requirements": ["mlserver"], "replicas": 1}
@@ -82,11 +90,11 @@ def test_a_stale_ready_of_a_changed_model_is_no_success(double: KubernetesDouble
     double.stale_s = double.load_s = 0.1
     applied = client.apply(model(storageUri="s3://models/other"))
     assert applied.generation == 2
-    assert client.read("Model", "digits")["status"]["conditions"][0]["message"] == "ModelAvailable"
     client.wait(applied, timeout_s=WAIT_S)
-    assert double.get("digits")["metadata"]["generation"] == 2
-    states = [event[3].get("status", {}).get("conditions", [{}])[0].get("message") for event in double._events]
-    assert states[-2:] == ["ModelProgressing", "ModelAvailable"]
+    changed = [event[3] for event in double._events if event[3]["metadata"]["generation"] == 2]
+    states = [resource["status"]["conditions"][0]["message"] for resource in changed]
+    assert states == ["ModelAvailable", "ModelProgressing", "ModelAvailable"]
+    assert read_state(changed[0]).ready
 
 
 def test_a_status_that_never_changes_after_a_change_is_no_success(
@@ -94,7 +102,7 @@ def test_a_status_that_never_changes_after_a_change_is_no_success(
 ) -> None:
     serve(client, model())
     double.rolling = True
-    with pytest.raises(UnreachableError, match=r"not ready after 0\.15 s: its status is of before the change"):
+    with pytest.raises(UnreachableError, match=r"not ready after 0\.2 s: its status is of before the change"):
         serve(client, model(storageUri="s3://models/other"), NEVER_S)
 
 
@@ -194,7 +202,7 @@ def test_a_model_that_is_not_gone_in_time(double: KubernetesDouble, client: Kube
     applied = client.apply(model())
     double.unload_s = 60
     client.delete(applied.resource)
-    with pytest.raises(UnreachableError, match=r"Model digits is not deleted after 0\.15 s") as caught:
+    with pytest.raises(UnreachableError, match=r"Model digits is not deleted after 0\.2 s") as caught:
         client.wait_until_deleted("Model", "digits", applied.uid, timeout_s=NEVER_S)
     assert "finalizer" in (caught.value.hint or "")
 
@@ -219,6 +227,12 @@ def test_a_watch_that_ends_early_is_begun_again(double: KubernetesDouble, client
     double.load_s, double.watch_s = 0.2, 0.01
     assert serve(client, model()).ready
     assert 2 <= double.verbs().count("watch") <= 8
+
+
+def test_a_watch_that_fails_is_begun_again(double: KubernetesDouble, client: KubernetesClient) -> None:
+    double.load_s = 0.1
+    double.refuse("watch", RefusalError(500, "InternalError", "etcd"))
+    assert serve(client, model()).ready
 
 
 def test_a_watch_that_is_refused_is_told(double: KubernetesDouble, client: KubernetesClient) -> None:
@@ -292,13 +306,14 @@ def test_core_2_is_not_installed(double: KubernetesDouble, client: KubernetesCli
     assert "Install Core 2" in (caught.value.hint or "")
 
 
-def test_a_namespace_that_is_not_there(double: KubernetesDouble, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["digits", "nowhere"])
+def test_a_namespace_that_is_not_there(double: KubernetesDouble, tmp_path: Path, name: str) -> None:
     path = double.kubeconfig(tmp_path, token=TOKEN)
     with (
         KubernetesClient(kubeconfig=path, context="elsewhere") as client,
         pytest.raises(InputError, match="there is no namespace nowhere"),
     ):
-        client.apply(model())
+        client.apply(model(name))
 
 
 def test_core_2s_own_checks_of_a_manifest(double: KubernetesDouble, client: KubernetesClient) -> None:
@@ -534,7 +549,7 @@ def test_a_candidate_that_does_not_come_about_leaves_nothing(
             first.undeploy()
             double.failures[first.uri] = "broken graph"
         elif failure == "time":
-            words, double.load_s = "is not ready after", 60
+            words, double.load_s = r"is not ready after 0\.2 s", 60
         elif failure == "mesh":
             words, double.mesh_ready = "the mesh at .* does not: status 404", False
         elif failure == "lost":
@@ -640,3 +655,14 @@ def test_servers_and_experiments_are_applied_waited_for_and_deleted(
     deleted = [(plural, name) for verb, plural, name, _ in double.asked if verb == "delete"]
     assert deleted[1:] == [("experiments", "split"), ("models", name), ("servers", "burnish-mlserver")]
     assert double.names() == ["second"]
+
+
+def test_an_autoscaler_is_of_kubernetes_own_group(double: KubernetesDouble, client: KubernetesClient) -> None:
+    scaler = render_autoscaler("digits", rate_rps=100, min_replicas=1, max_replicas=3, labels={})
+    with cluster_of(double, client) as cluster:
+        assert cluster.apply(scaler, timeout_s=WAIT_S).ready
+        assert double.get("digits", "horizontalpodautoscalers")["apiVersion"] == "autoscaling/v2"
+        double.refuse("get", RefusalError(403, "Forbidden", "no"))
+        with pytest.raises(UnreachableError, match=r"may not get horizontalpodautoscalers\.autoscaling in"):
+            client.read("HorizontalPodAutoscaler", "digits")
+    assert double.names("horizontalpodautoscalers") == []

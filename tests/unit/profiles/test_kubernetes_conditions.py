@@ -1,5 +1,6 @@
 """What is read from a resource's status: swapped words, stale conditions, changed fields. No server is asked."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from profiles.deploy.kubernetes import (
     is_stale,
     read_state,
 )
-from registry.errors import InputError
+from registry.errors import InputError, MissingExtraError
 
 MADE = "2026-03-01T12:00:00Z"
 LATER = "2026-03-01T12:00:05Z"
@@ -176,6 +177,8 @@ def test_the_account_of_a_pod(nowhere: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("KUBERNETES_SERVICE_PORT", "443")
     with pytest.raises(InputError, match="there is no kubeconfig at /none"):
         KubernetesClient(kubeconfig=Path("/none"))
+    with KubernetesClient() as client:
+        assert (client.host, client.namespace) == ("https://10.0.0.1:443", "models")
     (nowhere / "ca.crt").write_text("")
     with pytest.raises(InputError, match=r"cannot be used \(of the pod\): Cert file exists but empty"):
         KubernetesClient()
@@ -207,3 +210,9 @@ def test_a_token_is_not_sent_without_tls(nowhere: Path) -> None:
         KubernetesClient(kubeconfig=written(nowhere, server="http://cluster.example", user=user))
     assert "hush" not in str(caught.value)
     KubernetesClient(kubeconfig=written(nowhere, server="http://127.0.0.1:8001", user=user)).close()
+
+
+def test_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "kubernetes", None)
+    with pytest.raises(MissingExtraError, match="Deploying to Kubernetes needs the extra 'kubernetes'"):
+        KubernetesClient()
