@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from optimize.rendered import former_rendering, put_rendering
 from optimize.reporting import read_campaign
+from profiles.deploy.placement import model_path
 from profiles.serving.core2 import manifests, sizing
 from profiles.serving.core2.folder import ModelFolder, model_folder
 from profiles.serving.core2.hardware import ANY_NODE, Hardware
@@ -82,7 +83,7 @@ def rendering(**fields: Any) -> Rendering:
     if asked.storage_uri is None:
         raise InputError(
             "nothing says where Core 2 is to fetch the model from",
-            hint="Give --storage-uri, the place you will upload to: s3://bucket/path, say.",
+            hint="Give --storage-uri, the place you will upload to: s3://bucket/path, say. Or add --upload.",
         )
     if asked.server is not None and asked.image is not None:
         raise InputError(
@@ -130,8 +131,9 @@ def render_candidate(work: Path, wanted: str | None, out: Path, asked: Rendering
         place, texts = name, dict(folder.settings)
     else:
         # Core 2 does not look again under a URI that it has, so other bytes need another.
-        place = f"models/{name}-{folder.digest[:16]}"
-        texts, about = _core2(campaign, candidate, folder, Path(place).name, asked)
+        stem = model_path(name, folder.digest)
+        place = f"models/{stem}"
+        texts, about = _core2(campaign, candidate, folder, stem, asked)
         told |= about
     warnings = warnings_about(campaign, candidate, variant, source, asked)
     if former not in (None, candidate.name):
@@ -412,6 +414,9 @@ def lines(told: Mapping[str, Any]) -> list[str]:
         memory = told["memory_bytes"]
         asked = f"{memory / 1e6:.0f} MB" if memory else "unknown memory"
         shown.append(f"{told['replicas']} replicas, {asked} each, on a server with {', '.join(told['requirements'])}")
-        shown.append(f"Upload it: rclone copy {told['folder']} {told['storage_uri']}")
+        if "uploaded" in told:
+            shown.append(f"{'Uploaded' if told['uploaded'] else 'Was there already'}: {told['placed_uri']}")
+        else:
+            shown.append(f"Upload it: rclone copy {told['folder']} {told['storage_uri']}")
         shown.append(f"Then:      kubectl apply -f {told['out']}/{MANIFESTS}")
     return shown

@@ -22,7 +22,7 @@ from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import numpy as np
 
@@ -140,6 +140,47 @@ class MlflowTracker:
                 self._record(campaign, experiment_id, content, files)
                 earlier = self._runs(experiment_id, campaign.id)
             return self._published(campaign, experiment_id, earlier, content)
+
+    def artifact_location(self, uri: str) -> str:
+        """Where MLflow keeps an artifact; see `registry.tracking.artifact_location`.
+
+        Raises:
+            InputError: the URI names no run or model, or one that is not there.
+            UnreachableError: the tracking store does not answer.
+        """
+        scheme, _, rest = uri.partition(":")
+        first, _, path = rest.strip("/").partition("/")
+        if scheme not in {"runs", "models"} or not first:
+            raise InputError(
+                f"{uri!r} is no artifact of MLflow's", hint="It is runs:/<run id>/<path> or models:/<name>/<version>."
+            )
+        self.check()
+        with self._named_failures():
+            try:
+                location = self._run_location(first, path) if scheme == "runs" else self._model_location(first, path)
+            except MlflowException as error:
+                if error.error_code not in {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"}:
+                    raise
+                raise InputError(f"{uri}: {error.message}", hint="Look it up in MLflow's pages.") from None
+        return unquote(urlsplit(location).path) if location.startswith("file:") else location
+
+    def _run_location(self, run_id: str, path: str) -> str:
+        run = self._client.get_run(run_id)
+        # What a run logged as a model since MLflow 3 is not among its files, and is found by its name.
+        for output in run.outputs.model_outputs if run.outputs and path else ():
+            model = self._client.get_logged_model(output.model_id)
+            if path in {model.name, model.model_id}:
+                return str(model.artifact_location)
+        return "/".join(part for part in (str(run.info.artifact_uri).rstrip("/"), path) if part)
+
+    def _model_location(self, name: str, version: str) -> str:
+        name, at, alias = name.partition("@")
+        if at:
+            version = str(self._client.get_model_version_by_alias(name, alias).version)
+        if not version:
+            return str(self._client.get_logged_model(name).artifact_location)
+        source = str(self._client.get_model_version_download_uri(name, version))
+        return self.artifact_location(source) if source.startswith(("runs:", "models:")) else source
 
     @property
     def _embedded(self) -> bool:

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
+from registry.errors import InputError
 from registry.ports import Tracker
 
 _SECRET_IN_QUERY = re.compile(r"([?&][^=&]*(?:password|passwd|pwd|secret|token|key)[^=&]*=)[^&#]*", re.IGNORECASE)
@@ -20,6 +21,28 @@ def open_tracker(uri: str | None, work: Path) -> Tracker:
     from registry.mlflow_tracking import MlflowTracker
 
     return MlflowTracker(uri or os.environ.get("MLFLOW_TRACKING_URI") or embedded_uri(work), work)
+
+
+def artifact_location(uri: str, tracking_uri: str | None = None) -> str:
+    """Where MLflow keeps an artifact: ``s3://``, ``gs://``, a local path, or what only its server can read.
+
+    Args:
+        uri: ``runs:/<run id>/<path>``, ``models:/<name>/<version>``, ``models:/<name>@<alias>``, ``models:/<id>``, or
+            ``mlflow-artifacts:``, which stays as it is.
+        tracking_uri: of the store; None for ``MLFLOW_TRACKING_URI``.
+
+    Raises:
+        InputError: the URI is none of these or names nothing that is there, or no tracking store is named.
+        UnreachableError: the tracking store does not answer.
+    """
+    if uri.startswith("mlflow-artifacts:"):
+        return uri
+    named = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
+    if not named:
+        raise InputError(f"{uri} is MLflow's, and no tracking store is named", hint="Set MLFLOW_TRACKING_URI.")
+    from registry.mlflow_tracking import MlflowTracker
+
+    return MlflowTracker(named, Path()).artifact_location(uri)
 
 
 def embedded_uri(work: Path) -> str:

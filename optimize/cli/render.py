@@ -15,7 +15,8 @@ def render(
     target: Annotated[str, typer.Option(help="core2, or files: a repository of MLServer or Triton.")] = "core2",
     out: Annotated[Path, typer.Option(help="A folder for it: new, or rendered before.")] = Path("rendered"),
     core2_version: Annotated[str, typer.Option(help="2.6 or 2.10.")] = "2.10",
-    storage_uri: Annotated[str | None, typer.Option(help="Where you upload to: s3://bucket/path, say.")] = None,
+    storage_uri: Annotated[str | None, typer.Option(help="Where Core 2 fetches from: NAME://bucket/path, say.")] = None,
+    upload: Annotated[str | None, typer.Option(help="Upload it: to a folder, s3://bucket/path, gs://...")] = None,
     server: Annotated[str | None, typer.Option(help="An existing Server to schedule the model to.")] = None,
     with_server: Annotated[str | None, typer.Option(help="Render a Server of its own, with this image.")] = None,
     hardware: Annotated[Path | None, typer.Option(help="YAML: CPUs, GPUs and nodes of that Server.")] = None,
@@ -32,7 +33,10 @@ def render(
     Example: burnish render --storage-uri s3://models/digits --with-server registry/burnish-serve:1 --out deploy
     """
     from optimize.rendering import lines, render_candidate, rendering
+    from optimize.uploading import upload_rendering, where_fetched
 
+    if upload is not None:
+        storage_uri = where_fetched(upload, storage_uri, target=target)
     asked = rendering(
         target=target, core2_version=core2_version, storage_uri=storage_uri, server=server, image=with_server,
         hardware=hardware, server_config=server_config, replicas=replicas, for_rate=for_rate,
@@ -40,6 +44,8 @@ def render(
     )  # fmt: skip
     with terminable():
         told = render_candidate(work, candidate, out, asked)
+        if upload is not None:
+            told |= upload_rendering(told, upload, storage_uri)
     for warning in told["warnings"]:
         say(f"warning: {warning}")
     if json_output:

