@@ -24,6 +24,7 @@ import psutil
 from profiles.deploy import supervise
 from profiles.deploy.cluster import Usage
 from profiles.deploy.reaper import RECORDS, end_server, reap
+from profiles.serving import mlserver
 from profiles.serving.mlserver import render_mlserver
 from profiles.serving.naming import model_name_of
 from profiles.serving.triton import render_triton
@@ -38,7 +39,7 @@ LOOPBACK = "127.0.0.1"
 ENVIRONMENT = (
     "HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "PATH", "PYTHONPATH", "TMPDIR", "TZ",
     "OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "OPENBLAS_CORETYPE", "ONEDNN_MAX_CPU_ISA",
-    "MALLOC_ARENA_MAX", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_",
+    "MALLOC_ARENA_MAX", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_", "MALLOC_TRIM_THRESHOLD_",
     "CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "NVIDIA_DRIVER_CAPABILITIES",
 )  # fmt: skip
 """What a server inherits of our environment: what it needs to run, and nothing that may be a secret."""
@@ -330,7 +331,8 @@ class _ServerProcess:
 
 def server_environment(server: Server) -> dict[str, str]:
     """The environment a server is started with: the allowed part of ours, and what its libraries need."""
-    environment = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
+    own = mlserver.ENVIRONMENT if server == "mlserver" else {}
+    environment = {**own, **{name: os.environ[name] for name in ENVIRONMENT if name in os.environ}}
     # OpenVINO reports its use over the network at import, except where this is set.
     environment["CI"] = "true"
     # This interpreter first: Triton's stub takes its environment from the first python3 on PATH.

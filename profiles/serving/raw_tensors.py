@@ -20,16 +20,17 @@ from typing import Any, NamedTuple
 import mlserver
 import numpy as np
 import numpy.typing as npt
-from mlserver.errors import InferenceError, MLServerError
-from mlserver.types import InferenceRequest, InferenceResponse, TensorData
+from mlserver.errors import InferenceError, MLServerError, ModelNotReady
+from mlserver.types import InferenceRequest, InferenceResponse
 
 logger = logging.getLogger(__name__)
 
 Array = npt.NDArray[Any]
 
 KNOWN_VERSION = "1.7.1"
-TAKES_ARRAYS = "burnish_takes_arrays"
-"""A runtime whose attribute of this name is `CONTRACT` takes arrays for data, and has ``predict_many``."""
+TAKES_RAW = "burnish_takes_raw"
+"""A runtime whose attribute of this name is `CONTRACT` has a coroutine method ``predict_many``: requests, each a
+`RawRequest` or an ``InferenceRequest``, to as many replies of the same kind, or errors."""
 CONTRACT = 1
 """A number, so that two copies of this module in one server agree or keep apart."""
 
@@ -44,6 +45,55 @@ _INSTALLED = "_burnish_raw_tensors"
 # Field numbers of ModelInferRequest.raw_input_contents and ModelInferResponse.raw_output_contents.
 _RAW_INPUT, _RAW_OUTPUT = 7, 6
 _VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5
+
+
+class RawTensor(NamedTuple):
+    """A tensor as it is on the wire: its elements in row-major order, little-endian."""
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+    content: Any  # bytes, or a view of some
+
+    def to_array(self) -> Array:
+        """The tensor as an array of its type and shape, aligned in memory.
+
+        Raises:
+            InferenceError: it has more or fewer bytes than its shape and type take.
+        """
+        dtype = np.dtype(DTYPES[self.datatype])
+        wanted = math.prod(self.shape) * dtype.itemsize
+        if min(self.shape, default=0) < 0 or len(self.content) != wanted:
+            raise InferenceError(
+                f"the input {self.name!r} is {self.datatype} of shape {[*self.shape]}, which takes {wanted} bytes; "
+                f"it has {len(self.content)}"
+            )
+        if dtype.kind == "b":
+            # Any byte but 0 is true, but a numpy bool that is neither 0 nor 1 would be no valid one.
+            array: Array = np.frombuffer(self.content, np.uint8) != 0
+        else:
+            # A view into a message starts anywhere; engines compute on aligned memory.
+            array = np.require(np.frombuffer(self.content, dtype), None, "A")
+        return array.reshape(self.shape)
+
+    @classmethod
+    def of(cls, name: str, datatype: str, array: Array) -> "RawTensor":
+        """An array as a tensor."""
+        return cls(name, datatype, array.shape, np.asarray(array, array.dtype.newbyteorder("<")).tobytes())
+
+
+class RawRequest(NamedTuple):
+    """An inference request, and the names of the outputs that it asks for; none of them means all."""
+
+    inputs: tuple[RawTensor, ...]
+    outputs: tuple[str, ...]
+
+    def portable(self) -> "RawRequest":
+        """The request with bytes in place of views, which cannot go to another process."""
+        return self._replace(inputs=tuple(tensor._replace(content=bytes(tensor.content)) for tensor in self.inputs))
+
+
+RawReply = tuple[RawTensor, ...]
 
 
 def install() -> bool:
@@ -73,17 +123,18 @@ def _change_mlserver() -> None:
     # of them will do; which there are depends on the settings.
     tracing = type(aio_server_interceptor())  # type: ignore[no-untyped-call]
     for interceptor in (LoggingInterceptor, PromServerInterceptor, tracing):
-        interceptor.intercept_service = _intercepting(interceptor.intercept_service)
+        steady = interceptor is PromServerInterceptor
+        interceptor.intercept_service = _intercepting(interceptor.intercept_service, steady=steady)
 
     def make_batcher(model: Any) -> Any:
-        return RequestBatcher(model) if takes_arrays(model) else AdaptiveBatcher(model)
+        return RequestBatcher(model) if takes_raw(model) else AdaptiveBatcher(model)
 
     hooks.AdaptiveBatcher = make_batcher
 
 
-def takes_arrays(model: Any) -> bool:
+def takes_raw(model: Any) -> bool:
     """Whether this model, here or in a worker, has a runtime that takes arrays."""
-    return getattr(getattr(model, "_model", model), TAKES_ARRAYS, None) == CONTRACT
+    return getattr(getattr(model, "_model", model), TAKES_RAW, None) == CONTRACT
 
 
 # --- gRPC ---
@@ -140,35 +191,30 @@ def _varint(message: bytes, at: int) -> tuple[int, int]:
         shift += 7
 
 
-def to_array(name: str, datatype: str, shape: Sequence[int], raw: memoryview) -> Array:
-    """A raw tensor as an array of its type and shape; it may lie unaligned in the message it came in.
+def _intercepting(stock: Callable[..., Awaitable[Any]], *, steady: bool) -> Callable[..., Awaitable[Any]]:
+    """An interceptor's method with our handler at the end.
 
-    Raises:
-        InferenceError: there are more or fewer bytes than the shape and the type take.
+    Args:
+        stock: the method.
+        steady: whether it wraps a handler the same way at every call, so that once is enough.
     """
-    dtype = np.dtype(DTYPES[datatype])
-    wanted = math.prod(shape) * dtype.itemsize
-    if any(dim < 0 for dim in shape) or len(raw) != wanted:
-        raise InferenceError(
-            f"the input {name!r} is {datatype} of shape {[*shape]}, which takes {wanted} bytes; it has {len(raw)}"
-        )
-    if datatype == "BOOL":
-        # Any byte but 0 is true; a numpy bool that is neither 0 nor 1 would be no valid one.
-        raw = memoryview(np.frombuffer(raw, np.uint8) != 0)
-    array: Array = np.frombuffer(raw, dtype)
-    return array.reshape(shape)
 
-
-def _intercepting(stock: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
     @functools.wraps(stock)
     async def intercept_service(self: Any, continuation: Callable[[Any], Awaitable[Any]], details: Any) -> Any:
         if details.method != _METHOD:
             return await stock(self, continuation, details)
+        bound = await continuation(details)
+        handler, wrapped = self.__dict__.get(_INSTALLED, (None, None))
+        if handler is bound and wrapped is not None:
+            return wrapped
 
-        async def with_arrays(details: Any) -> Any:
-            return _handler(await continuation(details))
+        async def ours(_: Any) -> Any:
+            return _handler(bound)
 
-        return await stock(self, with_arrays, details)
+        wrapped = await stock(self, ours, details)
+        if steady:
+            self.__dict__[_INSTALLED] = (bound, wrapped)
+        return wrapped
 
     return intercept_service
 
@@ -180,65 +226,121 @@ def _handler(stock: Any) -> Any:
     servicer = getattr(getattr(stock, "unary_unary", None), "__self__", None)
     if not isinstance(servicer, InferenceServicer):
         return stock
-    infer = functools.partial(_infer, servicer, stock)
+    infer = _RawInfer(servicer, stock)
     return stock._replace(unary_unary=infer, request_deserializer=None, response_serializer=None)
 
 
-async def _infer(servicer: Any, stock: Any, message: bytes, context: Any) -> bytes:
-    """The reply to a request, both as they are on the wire."""
-    from mlserver.grpc import dataplane_pb2 as pb
-    from mlserver.grpc.utils import handle_mlserver_error
+class _RawInfer:
+    """``ModelInfer`` of one server, from bytes to bytes."""
 
-    head, raw = split_raw(message)
-    request = pb.ModelInferRequest.FromString(head)
-    if raw and await _goes_by_arrays(servicer._data_plane, request):
-        reply: bytes = await handle_mlserver_error(_infer_arrays)(servicer, (request, raw), context)
-        return reply
-    whole = stock.request_deserializer(message) if raw else request
-    response = await stock.unary_unary(whole, context)
-    return bytes(stock.response_serializer(response))
+    def __init__(self, servicer: Any, stock: Any) -> None:
+        from mlserver.grpc.utils import handle_mlserver_error
+
+        self._plane = servicer._data_plane
+        self._stock = stock
+        # It turns errors into statuses as for any other model.
+        self._answer_raw = functools.partial(handle_mlserver_error(_RawInfer._answer), self)
+        self._metrics = functools.cache(self._metrics_of)
+        self._headers: dict[str, tuple[tuple[str, str], ...]] = {}
+
+    async def __call__(self, message: bytes, context: Any) -> bytes:
+        """The reply to a request, both as they are on the wire."""
+        from mlserver.grpc import dataplane_pb2 as pb
+
+        head, raw = split_raw(message)
+        request = pb.ModelInferRequest.FromString(head)
+        if raw and (model := await self._model_of(request)):
+            reply: bytes = await self._answer_raw((model, request, raw), context)
+            return reply
+        whole = self._stock.request_deserializer(message) if raw else request
+        response = await self._stock.unary_unary(whole, context)
+        return bytes(self._stock.response_serializer(response))
+
+    async def _model_of(self, request: Any) -> Any:
+        """The model, where it takes the request raw; else None."""
+        # The cache's key is the request as JSON. Where only some contents are raw, MLServer knows which are which.
+        if self._plane._get_response_cache() is not None:
+            return None
+        for tensor in request.inputs:
+            if tensor.HasField("contents"):
+                return None
+        with contextlib.suppress(MLServerError):  # there is no such model, which the stock handler says
+            model = await self._plane._model_registry.get_model(request.model_name, request.model_version)
+            return model if takes_raw(model) else None
+        return None
+
+    async def _answer(self, message: tuple[Any, Any, Sequence[memoryview]], context: Any) -> bytes:
+        """What MLServer's servicer and data plane do for a request, but for the tensors."""
+        from mlserver.context import model_context
+
+        model, request, raw = message
+        success, failure, duration = self._metrics(request.model_name, request.model_version)
+        with duration.time(), failure.count_exceptions():
+            if not model.ready:
+                raise ModelNotReady(request.model_name, request.model_version)
+            with model_context(model.settings):
+                reply = await _predict(model, _from_message(request, raw))
+            success.inc()
+        context.set_trailing_metadata(self._trailers(model, request.id))
+        return _to_wire(model, request.id, reply)
+
+    def _metrics_of(self, name: str, version: str) -> tuple[Any, Any, Any]:
+        plane = self._plane
+        kept = (plane._ModelInferRequestSuccess, plane._ModelInferRequestFailure, plane._ModelInferRequestDuration)
+        success, failure, duration = (metric.labels(model=name, version=version) for metric in kept)
+        return success, failure, duration
+
+    def _trailers(self, model: Any, request_id: str) -> tuple[tuple[str, str], ...]:
+        """The headers that MLServer's middlewares give a response."""
+        from mlserver.grpc.utils import to_metadata
+        from mlserver.utils import extract_headers
+
+        if not request_id and model.name in self._headers:
+            return self._headers[model.name]
+        response = InferenceResponse(model_name=model.name, id=request_id, outputs=[])
+        self._plane._inference_middleware.response_middleware(response, model.settings)
+        trailers: tuple[tuple[str, str], ...] = to_metadata(extract_headers(response) or {})
+        if not request_id:
+            self._headers[model.name] = trailers
+        return trailers
 
 
-async def _goes_by_arrays(plane: Any, request: Any) -> bool:
-    # The cache's key is the request as JSON; and where only some contents are raw, MLServer knows which are which.
-    if plane._get_response_cache() is not None or any(tensor.HasField("contents") for tensor in request.inputs):
-        return False
-    with contextlib.suppress(MLServerError):  # there is no such model, which the stock handler says
-        return takes_arrays(await plane._model_registry.get_model(request.model_name, request.model_version))
-    return False
-
-
-async def _infer_arrays(servicer: Any, message: tuple[Any, Sequence[memoryview]], context: Any) -> bytes:
-    """What `InferenceServicer.ModelInfer` does, but for the tensors."""
-    from mlserver.grpc.converters import ModelInferRequestConverter
-    from mlserver.grpc.utils import to_headers
-    from mlserver.utils import insert_headers
-
-    request, raw = message
+def _from_message(request: Any, raw: Sequence[memoryview]) -> RawRequest:
     if len(raw) != len(request.inputs):
         raise InferenceError(f"the request has {len(request.inputs)} inputs and {len(raw)} raw contents")
-    payload = ModelInferRequestConverter.to_types(request)
-    for tensor, content in zip(payload.inputs, raw, strict=True):
-        if tensor.datatype in DTYPES:  # the runtime refuses the others by name
-            array = to_array(tensor.name, tensor.datatype, tensor.shape, content)
-            tensor.data = TensorData.model_construct(root=array)
-    insert_headers(payload, to_headers(context))
-    result = await servicer._data_plane.infer(payload=payload, name=request.model_name, version=request.model_version)
-    servicer._SetTrailingMetadata(result, context)
-    return _to_wire(result)
+    inputs = tuple(
+        RawTensor(tensor.name, tensor.datatype, tuple(tensor.shape), content)
+        for tensor, content in zip(request.inputs, raw, strict=True)
+    )
+    return RawRequest(inputs, tuple(output.name for output in request.outputs))
 
 
-def _to_wire(result: InferenceResponse) -> bytes:
-    """A ``ModelInferResponse`` whose outputs, arrays all, are raw contents."""
-    from mlserver.grpc.converters import ModelInferResponseConverter
+async def _predict(model: Any, request: RawRequest) -> RawReply:
+    from mlserver.batching.hooks import _AdaptiveBatchingAttr
+    from mlserver.parallel.model import ParallelModel
 
-    arrays = [output.data.root for output in result.outputs]
-    for output in result.outputs:
-        output.data = TensorData.model_construct(root=[])
-    parts: list[Any] = [ModelInferResponseConverter.from_types(result).SerializeToString()]
-    for array in arrays:
-        content = np.ascontiguousarray(array, array.dtype.newbyteorder("<")).reshape(-1).view(np.uint8)
-        parts += [bytes([_RAW_OUTPUT << 3 | _LENGTH]), _to_varint(content.size), content.data]
+    answer: Any
+    if batcher := getattr(model, _AdaptiveBatchingAttr, None):
+        return await batcher.predict(request)  # type: ignore[no-any-return]
+    if isinstance(model, ParallelModel):
+        (answer,) = await model._send("predict_many", [request.portable()])
+    else:
+        (answer,) = await model.predict_many([request])
+    if isinstance(answer, Exception):
+        raise answer
+    return answer  # type: ignore[no-any-return]
+
+
+def _to_wire(model: Any, request_id: str, reply: RawReply) -> bytes:
+    """A ``ModelInferResponse`` with raw contents."""
+    from mlserver.grpc import dataplane_pb2 as pb
+
+    response = pb.ModelInferResponse(model_name=model.name, model_version=model.version or "", id=request_id)
+    parts: list[Any] = [b""]
+    for tensor in reply:
+        response.outputs.add(name=tensor.name, datatype=tensor.datatype, shape=tensor.shape)
+        parts += [bytes([_RAW_OUTPUT << 3 | _LENGTH]), _to_varint(len(tensor.content)), tensor.content]
+    parts[0] = response.SerializeToString()
     return b"".join(parts)
 
 
@@ -257,9 +359,9 @@ def _to_varint(value: int) -> bytes:
 class _Waiting(NamedTuple):
     """A request, when it came (seconds of the event loop), and where its answer goes."""
 
-    request: InferenceRequest
+    request: RawRequest | InferenceRequest
     since: float
-    answer: "asyncio.Future[InferenceResponse]"
+    answer: "asyncio.Future[Any]"
 
 
 class RequestBatcher:
@@ -288,8 +390,8 @@ class RequestBatcher:
         self._forming: asyncio.Task[None] | None = None
         mlserver.register("batch_request_queue", "counter of request queue batch size")
 
-    async def predict(self, request: InferenceRequest) -> InferenceResponse:
-        """The answer to this request, from whatever batch it ran in.
+    async def predict(self, request: RawRequest | InferenceRequest) -> Any:
+        """The answer to this request, of its own kind, from whatever batch it ran in.
 
         Raises:
             InferenceError: this request, and no other of its batch, does not fit the model.
@@ -297,7 +399,7 @@ class RequestBatcher:
         loop = asyncio.get_running_loop()
         # MLServer's own metric of its own batcher.
         mlserver.log(batch_request_queue=len(self._waiting))
-        answer: asyncio.Future[InferenceResponse] = loop.create_future()
+        answer: asyncio.Future[Any] = loop.create_future()
         self._waiting.append(_Waiting(request, loop.time(), answer))
         self._arrived.set()
         if self._forming is None or self._forming.done():
@@ -324,10 +426,11 @@ class RequestBatcher:
 
     async def _answer(self, batch: Sequence[_Waiting]) -> None:
         requests = [item.request for item in batch]
-        answers: Sequence[InferenceResponse | Exception]
+        answers: Sequence[Any]
         try:
             if self._remote:
-                answers = await self._model._send("predict_many", requests)
+                sent = [item.portable() if isinstance(item, RawRequest) else item for item in requests]
+                answers = await self._model._send("predict_many", sent)
             else:
                 answers = await self._model.predict_many(requests)
         except Exception as error:  # whatever it was, all who wait must hear of it

@@ -28,16 +28,20 @@ from mlserver.types import (
 from mlserver.utils import get_model_uri
 
 from profiles.serving import raw_tensors
+from profiles.serving.raw_tensors import RawReply, RawRequest, RawTensor
 from profiles.serving.session import Array, Arrays, Port, Session, SessionError, open_session, run_merged
 
-DATATYPES = {
+_NAMES = {
     "bool": "BOOL", "float16": "FP16", "float32": "FP32", "float64": "FP64",
     "int8": "INT8", "int16": "INT16", "int32": "INT32", "int64": "INT64",
     "uint8": "UINT8", "uint16": "UINT16", "uint32": "UINT32", "uint64": "UINT64",
 }  # fmt: skip
-"""numpy's name of a type -> the V2 protocol's."""
+DATATYPES = {np.dtype(name): datatype for name, datatype in _NAMES.items()}
+"""numpy's type -> the V2 protocol's name of it."""
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+QUICK_S = 0.0003
+"""A run as short as this may hold up the event loop: handing it to a thread takes about as long."""
 MODEL_SECONDS = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
 """Upper ends of the histograms' buckets: rows, and seconds."""
 
@@ -66,11 +70,12 @@ class SessionRuntime(MLModel):  # type: ignore[misc]  # mlserver is not followed
             settings.max_batch_time = _number(extra, "max_batch_time")
         super().__init__(settings)
         if raw_tensors.install():
-            setattr(self, raw_tensors.TAKES_ARRAYS, raw_tensors.CONTRACT)
+            setattr(self, raw_tensors.TAKES_RAW, raw_tensors.CONTRACT)
         self._session: _Metered | None = None
         # The model computes in one thread of its own: the event loop goes on reading requests, answering health
-        # checks and filling the next batch meanwhile, and the session runs one batch at a time. It costs about 35 us of
-        # CPU a call, of the millisecond that MLServer takes for a request.
+        # checks and filling the next batch meanwhile, and the session runs one batch at a time. A model that takes less
+        # than the two changes of threads do is run at once.
+        self._running = 0
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="burnish-session")
 
     async def load(self) -> bool:
@@ -100,18 +105,25 @@ class SessionRuntime(MLModel):  # type: ignore[misc]  # mlserver is not followed
             raise answer
         return answer
 
-    async def predict_many(self, payloads: Sequence[InferenceRequest]) -> list[InferenceResponse | InferenceError]:
-        """The answer to each of several requests, or why there is none.
+    async def predict_many(self, requests: Sequence[RawRequest | InferenceRequest]) -> list[Any]:
+        """The reply to each of several requests, of the request's kind, or the `InferenceError` that says why not.
 
-        Those whose rows fit together run as one batch. Where that fails each runs alone, so that one bad request fails
-        nobody else's.
+        Requests whose rows fit together run as one batch. Where that fails each runs alone, so that one bad request
+        fails nobody else's.
 
         Raises:
             InferenceError: the model is not loaded.
         """
-        if self._session is None:
+        session = self._session
+        if session is None:
             raise InferenceError(f"the model {self.name!r} is not loaded")
-        return await asyncio.get_running_loop().run_in_executor(self._worker, self._answer_all, self._session, payloads)
+        if session.is_quick and not self._running:
+            return self._answer_all(session, requests)
+        self._running += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._worker, self._answer_all, session, requests)
+        finally:
+            self._running -= 1
 
     async def unload(self) -> bool:
         """Lets go of the session and its thread."""
@@ -119,32 +131,30 @@ class SessionRuntime(MLModel):  # type: ignore[misc]  # mlserver is not followed
         self._session = None
         return True
 
-    def _answer_all(
-        self, session: "_Metered", payloads: Sequence[InferenceRequest]
-    ) -> list[InferenceResponse | InferenceError]:
-        answers: list[InferenceResponse | InferenceError | None] = [None] * len(payloads)
+    def _answer_all(self, session: "_Metered", requests: Sequence[RawRequest | InferenceRequest]) -> list[Any]:
+        answers: dict[int, Any] = {}
         arrays: dict[int, Arrays] = {}
-        for i, payload in enumerate(payloads):
+        for i, request in enumerate(requests):
             try:
-                _wanted(session, payload)
-                arrays[i] = _decode_all(session, payload)
+                _check_outputs(session, request)
+                arrays[i] = {tensor.name: _decode(session.inputs, tensor) for tensor in request.inputs}
             except InferenceError as error:
                 answers[i] = error
         for group in _mergeable(arrays):
             for i, outputs in zip(group, _run(session, [arrays[i] for i in group]), strict=True):
-                answers[i] = outputs if isinstance(outputs, InferenceError) else self._reply(payloads[i], outputs)
-        return [answer for answer in answers if answer is not None]
+                answers[i] = outputs if isinstance(outputs, InferenceError) else self._reply(requests[i], outputs)
+        return [answers[i] for i in range(len(requests))]
 
-    def _reply(self, payload: InferenceRequest, outputs: Arrays) -> InferenceResponse:
-        # Arrays where the request brought arrays; lists where it came as JSON or as typed contents.
-        as_arrays = any(isinstance(_content(tensor), np.ndarray) for tensor in payload.inputs)
-        names = [output.name for output in payload.outputs] if payload.outputs else [*outputs]
+    def _reply(self, request: RawRequest | InferenceRequest, outputs: Arrays) -> RawReply | InferenceResponse:
+        names = _asked(request) or [*outputs]
+        if isinstance(request, RawRequest):
+            return tuple(RawTensor.of(name, DATATYPES[outputs[name].dtype], outputs[name]) for name in names)
         return InferenceResponse.model_construct(
             model_name=self.name,
             model_version=self.version,
-            id=payload.id,
+            id=request.id,
             parameters=None,
-            outputs=[_encode(name, outputs[name], as_array=as_arrays) for name in names],
+            outputs=[_encode(name, outputs[name]) for name in names],
         )
 
 
@@ -159,12 +169,21 @@ class _Metered:
         sizes = _histogram("burnish_batch_size", "rows of each run of the model", BATCH_SIZES)
         seconds = _histogram("burnish_model_seconds", "seconds of each run of the model", MODEL_SECONDS)
         self._sizes, self._seconds = sizes.labels(**labels), seconds.labels(**labels)
+        self._slowest_s = math.inf
+
+    @property
+    def is_quick(self) -> bool:
+        """Whether the runs of late took so little time that they need no thread of their own."""
+        return self._slowest_s < QUICK_S
 
     def run(self, inputs: Mapping[str, Array], /) -> Arrays:
         """See `Session.run`."""
         began = time.perf_counter()
         outputs = self._run(inputs)
-        self._seconds.observe(time.perf_counter() - began)
+        took = time.perf_counter() - began
+        # What was slow once is forgotten by and by, so that one hiccup does not count for ever.
+        self._slowest_s = took if self._slowest_s == math.inf else max(took, 0.9 * self._slowest_s)
+        self._seconds.observe(took)
         self._sizes.observe(max((len(array) for array in inputs.values() if array.ndim), default=1))
         return outputs
 
@@ -221,10 +240,15 @@ def _warm_up(session: Session) -> None:
         session.run(zeros)
 
 
-def _wanted(session: _Metered, payload: InferenceRequest) -> None:
+def _asked(request: RawRequest | InferenceRequest) -> list[str]:
+    if isinstance(request, RawRequest):
+        return [*request.outputs]
+    return [output.name for output in request.outputs or ()]
+
+
+def _check_outputs(session: _Metered, request: RawRequest | InferenceRequest) -> None:
     """Returns where the model has every output that is asked for."""
-    asked = {output.name for output in payload.outputs or ()}
-    if unknown := sorted(asked - set(session.outputs)):
+    if unknown := sorted(set(_asked(request)) - set(session.outputs)):
         raise InferenceError(f"the model has no output {unknown[0]!r}; it gives {', '.join(session.outputs)}")
 
 
@@ -254,22 +278,17 @@ def _run_alone(session: _Metered, request: Arrays) -> Arrays | InferenceError:
         return InferenceError(str(error))
 
 
-def _decode_all(session: _Metered, payload: InferenceRequest) -> Arrays:
-    return {tensor.name: _decode(session.inputs, tensor) for tensor in payload.inputs}
-
-
-def _decode(ports: Mapping[str, Port], tensor: RequestInput) -> Array:
-    """The tensor as an array of its declared type and shape: it comes as one, or as a list, nested or flat."""
+def _decode(ports: Mapping[str, Port], tensor: RawTensor | RequestInput) -> Array:
+    """The tensor as an array of its declared type and shape: it comes raw, or as a list, nested or flat."""
     port = ports.get(tensor.name)
     if port is None:
         raise InferenceError(f"the model has no input {tensor.name!r}; it takes {', '.join(ports)}")
-    want = DATATYPES[port.dtype.name]
+    want = DATATYPES[port.dtype]
     if _datatype(tensor) != want:
         raise InferenceError(f"the input {tensor.name!r} is {want}, not {_datatype(tensor)}")
-    content = _content(tensor)
-    if isinstance(content, np.ndarray):
-        # A view into a message starts anywhere; engines compute on aligned memory.
-        return np.require(content, port.dtype, ("C", "A"))
+    if isinstance(tensor, RawTensor):
+        return tensor.to_array()
+    content = getattr(tensor.data, "root", tensor.data)
     try:
         if want == "FP16" and len(content) == 1 and isinstance(content[0], bytes):
             # Typed gRPC contents have no field for FP16: it comes as the bytes of the whole tensor.
@@ -281,25 +300,21 @@ def _decode(ports: Mapping[str, Port], tensor: RequestInput) -> Array:
         ) from error
 
 
-def _content(tensor: RequestInput) -> Any:
-    return getattr(tensor.data, "root", tensor.data)
-
-
-def _datatype(tensor: RequestInput) -> str:
+def _datatype(tensor: RawTensor | RequestInput) -> str:
     return str(getattr(tensor.datatype, "value", tensor.datatype))
 
 
-def _encode(name: str, array: Array, *, as_array: bool) -> ResponseOutput:
+def _encode(name: str, array: Array) -> ResponseOutput:
     # Unvalidated on purpose: what numpy lists is of the declared type, and validation walks over every element.
     return ResponseOutput.model_construct(
         name=name,
-        datatype=DATATYPES[array.dtype.name],
+        datatype=DATATYPES[array.dtype],
         shape=list(array.shape),
         parameters=None,
-        data=TensorData.model_construct(root=array if as_array else array.ravel().tolist()),
+        data=TensorData.model_construct(root=array.ravel().tolist()),
     )
 
 
 def _metadata(port: Port) -> MetadataTensor:
     shape = [-1 if dim is None else dim for dim in port.shape]
-    return MetadataTensor(name=port.name, datatype=DATATYPES[port.dtype.name], shape=shape)
+    return MetadataTensor(name=port.name, datatype=DATATYPES[port.dtype], shape=shape)

@@ -1,0 +1,171 @@
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+# In a process of its own: MLServer and tritonclient.grpc both register the V2 protocol's messages.
+CHECKS = '''
+import asyncio, json, logging, sys
+import mlserver, numpy as np
+from mlserver.batching import hooks
+from mlserver.grpc import dataplane_pb2 as pb
+from mlserver.grpc.interceptors import PromServerInterceptor
+from mlserver.settings import ModelSettings
+from mlserver.context import model_context
+from profiles.serving import raw_tensors as raw
+
+found = {}
+
+
+def message(count=2):
+    request = pb.ModelInferRequest(model_name="m", id="7", raw_input_contents=[bytes([n]) * 200 for n in range(count)])
+    request.parameters["p"].int64_param = 3
+    for n in range(count):
+        request.inputs.add(name=f"x{n}", datatype="UINT8", shape=[200])
+    return request
+
+
+def error(call, *arguments):
+    try:
+        call(*arguments)
+    except Exception as problem:
+        return f"{type(problem).__name__}: {problem}"
+
+
+request = message()
+head, contents = raw.split_raw(request.SerializeToString())
+whole = pb.ModelInferRequest.FromString(head)
+whole.raw_input_contents.extend(bytes(content) for content in contents)
+found["split"] = whole == request
+none = message(0).SerializeToString()
+found["no raw contents"] = raw.split_raw(none) == (none, [])
+# Fields may come in any order, and unknown ones of any type between them.
+odd = b"\\x3a\\x01A" + b"\\xf8\\x01\\xac\\x02" + b"\\xfd\\x01abcd" + b"\\x0a\\x01m" + b"\\x3a\\x00"
+head, contents = raw.split_raw(odd)
+name = pb.ModelInferRequest.FromString(head).model_name
+found["any order"] = [name, [bytes(content).decode() for content in contents]]
+found["cut off"] = error(raw.split_raw, request.SerializeToString()[:-1])
+found["endless"] = error(raw.split_raw, b"\\xff" * 20)
+found["group"] = error(raw.split_raw, b"\\x0b")
+
+bad = []
+for datatype, dtype in raw.DTYPES.items():
+    for shape in ((2, 3), (0, 4), ()):
+        array = np.ones(shape, dtype)
+        tensor = raw.RawTensor.of("x", datatype, array)
+        shifted = tensor._replace(content=memoryview(b"-" + tensor.content)[1:])
+        again = shifted.to_array()
+        if not (np.array_equal(again, array) and again.dtype == array.dtype and again.flags.aligned):
+            bad.append([datatype, shape])
+found["wrong dtypes"] = bad
+found["true"] = raw.RawTensor("x", "BOOL", (3,), bytes([0, 1, 2])).to_array().astype(int).tolist()
+found["length"] = error(raw.RawTensor("x", "FP32", (2, 3), bytes(23)).to_array)
+found["negative"] = error(raw.RawTensor("x", "FP32", (-1, -6), bytes(24)).to_array)
+
+model = mlserver.MLModel(ModelSettings(name="m", implementation=mlserver.MLModel))
+big = raw.RawTensor("y", "UINT8", (70000,), bytes(70000))
+reply = pb.ModelInferResponse.FromString(raw._to_wire(model, "7", (big, big._replace(shape=(0,), content=b""))))
+found["reply"] = [reply.model_name, reply.id, [len(content) for content in reply.raw_output_contents]]
+
+mlserver.__version__, version = "9.9", mlserver.__version__
+stock = PromServerInterceptor.intercept_service
+logging.basicConfig(stream=sys.stderr)
+found["other version"] = [raw.install(), raw.install(), PromServerInterceptor.intercept_service is stock]
+mlserver.__version__ = version
+delattr(mlserver, raw._INSTALLED)
+found["installed"] = raw.install()
+changed = PromServerInterceptor.intercept_service
+found["installed twice"] = [raw.install(), changed is not stock, PromServerInterceptor.intercept_service is changed]
+
+
+class Counting(mlserver.MLModel):
+    """Answers each request with the number of those it came with; fails "bad"."""
+
+    async def predict_many(self, requests):
+        await asyncio.sleep(0.01)
+        if "worst" in requests:
+            raise ValueError("all of it")
+        return [ValueError("one of it") if request == "bad" else len(requests) for request in requests]
+
+
+async def batches():
+    settings = ModelSettings(name="m", implementation=Counting, max_batch_size=4, max_batch_time=0.05)
+    stock, ours = mlserver.MLModel(settings), Counting(settings)
+    setattr(ours, raw.TAKES_RAW, raw.CONTRACT)
+    found["batchers"] = [type(hooks.AdaptiveBatcher(model)).__name__ for model in (stock, ours)]
+    with model_context(settings):
+        batcher = hooks.AdaptiveBatcher(ours)
+
+        async def ask(*requests):
+            answers = await asyncio.gather(*map(batcher.predict, requests), return_exceptions=True)
+            return [answer if isinstance(answer, int) else str(answer) for answer in answers]
+
+        found["alone"] = await ask("a")
+        found["full"] = await ask(*"abcdefgh")
+        found["one bad"] = await ask("a", "bad", "c")
+        found["all bad"] = await ask("a", "worst")
+        gone = asyncio.create_task(batcher.predict("gone"))
+        await asyncio.sleep(0)
+        gone.cancel()
+        found["one gone"] = await ask("a", "b")
+
+
+asyncio.run(batches())
+print(json.dumps(found))
+'''
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, Any]:
+    """What the checks saw, and under ``log`` what was logged."""
+    done = subprocess.run([sys.executable, "-c", CHECKS], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    seen: dict[str, Any] = json.loads(done.stdout)
+    return {**seen, "log": done.stderr}
+
+
+def test_a_request_is_split_into_its_head_and_its_raw_contents(found: dict[str, Any]) -> None:
+    assert found["split"] is True
+    assert found["no raw contents"] is True
+    assert found["any order"] == ["m", ["A", ""]]
+
+
+def test_a_broken_message_is_refused(found: dict[str, Any]) -> None:
+    assert found["cut off"] == "ValueError: the request ends within a field"
+    assert found["endless"] == "ValueError: the request ends within a field"
+    assert found["group"] == "ValueError: the request has a field of the unknown wire type 3"
+
+
+def test_tensors_of_every_type_survive(found: dict[str, Any]) -> None:
+    assert found["wrong dtypes"] == []
+    assert found["true"] == [0, 1, 1]
+    assert found["reply"] == ["m", "7", [70000, 0]]
+
+
+def test_a_wrong_number_of_bytes_is_named(found: dict[str, Any]) -> None:
+    assert found["length"].endswith("the input 'x' is FP32 of shape [2, 3], which takes 24 bytes; it has 23")
+    assert "shape [-1, -6]" in found["negative"]
+
+
+def test_another_mlserver_is_left_as_it_is(found: dict[str, Any]) -> None:
+    assert found["other version"] == [False, False, True]
+    assert found["log"].count("This is MLServer 9.9, not 1.7.1") == 1
+
+
+def test_it_is_installed_once(found: dict[str, Any]) -> None:
+    assert found["installed"] is True
+    assert found["installed twice"] == [True, True, True]
+
+
+def test_requests_are_handed_over_together(found: dict[str, Any]) -> None:
+    assert found["batchers"] == ["AdaptiveBatcher", "RequestBatcher"]
+    assert found["alone"] == [1]
+    assert found["full"] == [4] * 8
+
+
+def test_an_error_reaches_those_it_concerns(found: dict[str, Any]) -> None:
+    assert found["one bad"] == [3, "one of it", 3]
+    assert found["all bad"] == ["all of it"] * 2
+    assert found["one gone"] == [2, 2]
