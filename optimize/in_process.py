@@ -97,7 +97,8 @@ def answer_here(
         for rows in _batches(count, batch_size, seed) if batch_size > 1 else ():
             batched = run(rows)
             for name in moved:
-                apart = np.abs(batched[name].astype(np.float64) - alone[name][rows])
+                with np.errstate(invalid="ignore"):  # of two infinities
+                    apart = np.abs(batched[name].astype(np.float64) - alone[name][rows])
                 moved[name] = max(moved[name], float(np.nan_to_num(apart, posinf=0.0).max(initial=0)))
     except ValueError as error:  # a session's own, and numpy's on answers without a row for each sample
         raise StageError(f"{Path(entry).name} cannot be run on the samples here: {error}") from error

@@ -25,7 +25,6 @@ from profiles.load.payloads import (
     count_wrong,
     decode_outputs,
     encode_rows,
-    expected_answers,
     sample_count,
 )
 from profiles.load.transports import Reply, Status, Transport, make_transport
@@ -141,6 +140,7 @@ class _Check:
         self._tolerance = tolerance
         self._timeout_s = timeout_s
         self._tally = _Tally()
+        self._scale: dict[str, float] = {}
 
     async def run(
         self,
@@ -164,8 +164,10 @@ class _Check:
             else:
                 await self._answer(transport, encode_rows(self._inputs, pool[:1], self._target))
             sizes = await self._sizes(transport, pool, most_rows)
+            self._scale = {name: _largest(reference.outputs[name]) for name in _float_outputs(reference.outputs)}
             known = {name: array[pool] for name, array in reference.outputs.items()}
-            chosen = [int(pool[row]) for row in far_apart(_features(known, known, _VALUES_TO_CHOOSE_BY), requests)]
+            features = _features(known, self._scale, _VALUES_TO_CHOOSE_BY)
+            chosen = [int(pool[row]) for row in far_apart(features, requests)]
             for number, burst in enumerate(_bursts(chosen, requests, concurrency, sizes, chance)):
                 if deadline is not None and number >= _FEWEST_BURSTS and time.monotonic() > deadline:
                     break
@@ -222,9 +224,15 @@ class _Check:
 
     def _judge(self, payloads: Sequence[Payload], replies: Sequence[Reply], reference: Reference) -> None:
         tally = self._tally
-        expected = expected_answers(payloads, reference.outputs, share=self._tolerance)
-        allowed = {name: most + reference.allowance.get(name, 0.0) for name, most in expected.absolute.items()}
-        expected = Expected(outputs=expected.outputs, absolute=allowed)
+        expected = Expected(
+            outputs=tuple(
+                {name: array[list(payload.rows)] for name, array in reference.outputs.items()} for payload in payloads
+            ),
+            absolute={
+                name: self._tolerance * largest + reference.allowance.get(name, 0.0)
+                for name, largest in self._scale.items()
+            },
+        )
         rows: list[int] = []
         answers: list[Arrays] = []
         for index, (payload, reply) in enumerate(zip(payloads, replies, strict=True)):
@@ -242,7 +250,7 @@ class _Check:
                 continue
             tally.likenesses.append((tally.requests, expected.compare(index, answer)))
             if _fits(answer, expected.outputs[index]):
-                tally.worst = max(tally.worst, _deviation(answer, expected.outputs[index], reference.outputs))
+                tally.worst = max(tally.worst, _deviation(answer, expected.outputs[index], self._scale))
                 rows += payload.rows
                 answers.append(answer)
         self._look_for_swaps(rows, answers, reference)
@@ -252,8 +260,8 @@ class _Check:
             return
         got = {name: np.concatenate([answer[name] for answer in answers]) for name in reference.outputs}
         want = {name: array[rows] for name, array in reference.outputs.items()}
-        features = (_features(each, reference.outputs, _VALUES_TO_COMPARE) for each in (got, want))
-        swaps, apart = find_swaps(*features, rows)
+        came, due = (_features(each, self._scale, _VALUES_TO_COMPARE) for each in (got, want))
+        swaps, apart = find_swaps(came, due, rows)
         self._tally.told_apart += apart
         self._tally.swapped += [(rows[one], rows[other]) for one, other in swaps]
 
@@ -374,22 +382,22 @@ def _float_outputs(outputs: Arrays) -> list[str]:
     return [name for name, array in outputs.items() if array.dtype.kind == "f" and array.size]
 
 
-def _features(outputs: Arrays, scale: Arrays, values: int) -> Features:
-    """One row a sample: the outputs of floats, each as a share of the largest value that ``scale`` has of it.
+def _features(outputs: Arrays, scale: Mapping[str, float], values: int) -> Features:
+    """One row a sample: the outputs of floats, each as a share of its ``scale``.
 
     Of more than about ``values`` values, every so many-th. Where no output is of floats, rows are empty.
     """
     rows = len(next(iter(outputs.values())))
     parts = [np.zeros((rows, 0))]
-    names = _float_outputs(outputs)
-    for name in names:
+    for name, largest in scale.items():
         flat = outputs[name].reshape(rows, -1)
-        flat = flat[:, :: max(1, flat.shape[1] * len(names) // values)].astype(np.float64)
-        parts.append(np.nan_to_num(flat, posinf=0.0, neginf=0.0) / _largest(scale[name]))
+        flat = flat[:, :: max(1, flat.shape[1] * len(scale) // values)].astype(np.float64)
+        parts.append(np.nan_to_num(flat, posinf=0.0, neginf=0.0) / largest)
     return np.concatenate(parts, axis=1)
 
 
 def _largest(array: NDArray[Any]) -> float:
+    """The largest absolute value; 1 where there is none but 0."""
     return float(np.abs(array[np.isfinite(array)]).max(initial=0)) or 1.0
 
 
@@ -400,10 +408,11 @@ def _fits(answer: Arrays, expected: Arrays) -> bool:
     )
 
 
-def _deviation(answer: Arrays, expected: Arrays, outputs: Arrays) -> float:
+def _deviation(answer: Arrays, expected: Arrays, scale: Mapping[str, float]) -> float:
     """The largest difference of a value, as a share of its output's largest."""
     shares = [0.0]
-    for name in _float_outputs(expected):
-        apart = np.abs(answer[name].astype(np.float64) - expected[name])
-        shares.append(float(np.nan_to_num(apart, posinf=0.0).max(initial=0)) / _largest(outputs[name]))
+    for name, largest in scale.items():
+        with np.errstate(invalid="ignore"):  # of two infinities
+            apart = np.abs(answer[name].astype(np.float64) - expected[name])
+        shares.append(float(np.nan_to_num(apart, posinf=0.0).max(initial=0)) / largest)
     return max(shares)
