@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from profiles.deploy.placement import fetched_as, place, rclone_uri
+from profiles.deploy.placement import place
+from profiles.deploy.storage_uris import fetched_as, rclone_uri
 from registry.errors import InputError
 
 

@@ -3,7 +3,7 @@
 import pytest
 from mlflow import MlflowClient
 
-from profiles.deploy.placement import resolve
+from profiles.deploy.storage_uris import resolve
 from registry.errors import InputError
 from registry.tracking import artifact_location, embedded_uri
 

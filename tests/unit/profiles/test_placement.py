@@ -10,8 +10,9 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from profiles.deploy import placement
-from profiles.deploy.placement import Placed, fetched_as, place, rclone_uri, resolve
+from profiles.deploy import storage, storage_uris
+from profiles.deploy.placement import Placed, place
+from profiles.deploy.storage_uris import fetched_as, rclone_uri, resolve
 from registry.errors import InputError, MissingExtraError, UnreachableError
 
 NAME = "digits-63f1b5fb"
@@ -149,7 +150,7 @@ def test_a_write_that_went_wrong_is_found_and_leaves_no_manifest(
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(source.read_bytes().replace(b"d", b"D"))
 
-    monkeypatch.setattr(placement, "_put_local", damage)
+    monkeypatch.setattr(storage, "_put_local", damage)
     with pytest.raises(UnreachableError, match="reads back with other bytes"):
         placed_in(folder, tmp_path)
     assert not list((tmp_path / "volume").rglob("*.json"))
@@ -310,7 +311,7 @@ def test_a_missing_library_is_named(folder: Path, monkeypatch: pytest.MonkeyPatc
     [("s3://mlflow/1/artifacts/model", "mine://mlflow/1/artifacts/model"), ("/srv/mlruns/1", "/mnt/mlruns/1")],
 )
 def test_an_artifact_of_mlflow_is_resolved(monkeypatch: pytest.MonkeyPatch, location: str, expected: str) -> None:
-    monkeypatch.setattr(placement, "artifact_location", lambda uri, tracking_uri: location)
+    monkeypatch.setattr(storage_uris, "artifact_location", lambda uri, tracking_uri: location)
     assert resolve("models:/digits/1", remotes={"s3": "mine"}, mounts={"/srv": "/mnt"}) == expected
 
 
