@@ -43,7 +43,7 @@ from registry.records import (
 )
 
 ROUNDS = 7
-WINDOW_S = 4.0
+WINDOW_S = 3.0
 CLIENTS = 8
 PIXELS = (3, 224, 224)
 START_S = 60.0

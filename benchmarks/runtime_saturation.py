@@ -1,0 +1,106 @@
+"""How near a saturated server with batching comes to the session alone: MiniLM, 64 tokens a text, one thread.
+
+The best batch size is found in process. MLServer with our runtime and Triton with its Python backend then serve the
+model with batches up to that size, one after the other on the same CPU, to twice as many clients from the other CPU.
+Each round measures all three, in an order of chance.
+"""
+
+import os
+import random
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+from figures import figure, finish, say
+from numpy.typing import NDArray
+from runtime_overhead import START_S, artifact_of, candidate_of, on_cpus
+from stage_overhead import INPUTS, source
+
+from profiles.deploy.local import LocalCluster
+from profiles.load.engine import LoadGenerator
+from profiles.load.payloads import encode_payloads
+from profiles.serving.session import Session, open_session
+from registry.records import ClosedLoop, LoadProfile, ServingProfile, TensorSpec
+
+ROUNDS = 5
+WINDOW_S = 6.0
+ALONE_S = 4.0
+BATCH_SIZES = (2, 4, 8, 16)
+DELAY_MS = 5.0
+
+
+def rows_per_s(session: Session, samples: Mapping[str, NDArray[Any]], batch: int, *, seconds: float) -> float:
+    """Rows a second of the session alone, in batches of this size."""
+    inputs = {name: array[:batch] for name, array in samples.items()}
+    session.run(inputs)
+    rows, begin = 0, time.perf_counter()
+    while (spent := time.perf_counter() - begin) < seconds:
+        session.run(inputs)
+        rows += batch
+    return rows / spent
+
+
+def main() -> None:
+    server_cpu, client_cpu = sorted(os.sched_getaffinity(0))[:2]
+    model, calibration = source()
+    with np.load(calibration, allow_pickle=False) as archive:
+        samples = {name: archive[name] for name in INPUTS}
+    say(f"load average at the start: {os.getloadavg()[0]:.2f}")
+    with on_cpus((server_cpu,)):
+        # Opened here: the engine's threads inherit the CPU.
+        session = open_session(model, engine="onnxruntime")
+        alone = {batch: rows_per_s(session, samples, batch, seconds=ALONE_S / 2) for batch in BATCH_SIZES}
+    best = max(alone, key=lambda batch: alone[batch])
+    say("in process: " + ", ".join(f"{rate:.1f}/s at {batch}" for batch, rate in alone.items()))
+    shape = ("batch", "tokens")
+    artifact = artifact_of(
+        model,
+        inputs=tuple(TensorSpec(name=name, dtype="int64", shape=shape) for name in INPUTS),
+        outputs=tuple(TensorSpec(name=p.name, dtype=p.dtype.name, shape=("batch", 384)) for p in session.outputs),
+    )
+    batching = {"max_batch_size": best, "max_batch_delay_ms": DELAY_MS}
+    served = {
+        "mlserver": ServingProfile(server="mlserver", backend="burnish", **batching),
+        "triton": ServingProfile(server="triton", backend="python", **batching),
+    }
+    load = LoadProfile(name="closed", load=ClosedLoop(concurrency=2 * best), warmup_s=1.5, duration_s=WINDOW_S)
+    ratios: dict[str, list[float]] = defaultdict(list)
+    order = random.Random(0)
+    with tempfile.TemporaryDirectory(dir=Path(__file__).parent, prefix="burnish-work-") as folder:
+        work = Path(folder)
+        with LocalCluster(work, server_cpus=(server_cpu,)) as cluster, LoadGenerator((client_cpu,), work) as generator:
+            deployed = {
+                name: cluster.deploy(candidate_of(name, profile), artifact, model.parent, timeout_s=START_S)
+                for name, profile in served.items()
+            }
+            payloads = {name: encode_payloads(samples, target=one.target) for name, one in deployed.items()}
+            for number in range(ROUNDS):
+                sides, rates = ["session", *deployed], {}
+                order.shuffle(sides)
+                for side in sides:
+                    if side == "session":
+                        with on_cpus((server_cpu,)):
+                            rates[side] = rows_per_s(session, samples, best, seconds=ALONE_S)
+                        continue
+                    record = generator.run(deployed[side].target, payloads[side], load, raw_path=work / "window.npz")
+                    rates[side] = record.metrics["throughput_rps"]
+                    if record.errors:
+                        say(f"{side}: errors {dict(record.errors)}")
+                ratios["session"].append(rates["mlserver"] / rates["session"])
+                ratios["triton"].append(rates["mlserver"] / rates["triton"])
+                found = ", ".join(f"{side} {rate:.1f}/s" for side, rate in sorted(rates.items()))
+                say(f"round {number + 1}, batches of {best}: {found}; load average {os.getloadavg()[0]:.2f}")
+    finish(
+        figure("runtime_saturation_of_session", median(ratios["session"]), ">= 0.85"),
+        figure("runtime_saturation_of_triton", median(ratios["triton"]), ">= 1.0"),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
