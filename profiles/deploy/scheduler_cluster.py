@@ -1,38 +1,27 @@
 """Candidates served on Core 2, where its scheduler is spoken to and nobody else commands it."""
 
-import hashlib
-import http.client
 import logging
-import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Self
 
+from profiles.deploy.core2_candidates import Mesh, Place, check_workers, place_folder, size_of
 from profiles.deploy.core2_messages import AVAILABLE, GOING, Core2Model, ModelVersion
 from profiles.deploy.scheduler import SchedulerClient
-from profiles.serving.core2.folder import ModelFolder, model_folder, write_folder
+from profiles.serving.core2.folder import model_folder
 from profiles.serving.core2.manifests import REQUIREMENTS
 from profiles.serving.core2.sizing import counted_copies
 from profiles.serving.naming import model_name_of
 from registry.errors import BurnishError, InputError, ServerDiedError, UnreachableError
-from registry.records import Artifact, ArtifactFile, Candidate, Target
+from registry.records import Artifact, Candidate, Target
 
 logger = logging.getLogger(__name__)
-
-Place = Callable[[Artifact, Path], str]
-"""Puts the files of a folder where Core 2 can fetch them, under their digest, and returns the rclone URI of that.
-
-The folder has the model's name; the artifact is the folder's, with the rendered files and the digest over all.
-"""
 
 OWNER = "burnish_campaign"
 """The parameter that says whose a model is. A model without it, or with another value, is left alone."""
 UNLOAD_S = 60.0
 """Longest that a model may take to be gone: the agent waits 2 s for requests, and the server then frees its memory."""
-_POLL_S = 0.05
-_MESH_TIMEOUT_S = 5.0
 
 
 class Core2Deployment:
@@ -129,13 +118,16 @@ class Core2SchedulerCluster:
             unload_s: longest that a model may take to be gone.
         """
         self._client = client
-        self._mesh = mesh
-        self._mesh_tls = mesh_tls
+        self._mesh = Mesh(
+            mesh,
+            tls=mesh_tls,
+            hint="In docker compose it is at port 9000, in Kubernetes at port 80 of the service seldon-mesh.",
+        )
         self._place = place
         self._owner = owner
         self._servers = servers or {}
         self._requirements = {**REQUIREMENTS, **(requirements or {})}
-        self._memory_bytes = memory_bytes or _size_of
+        self._memory_bytes = memory_bytes or size_of
         self._workers = workers
         self._unload_s = unload_s
         self._ours: set[str] = set()
@@ -164,18 +156,18 @@ class Core2SchedulerCluster:
                 scheduler or the mesh did not answer.
         """
         name = model_name_of(candidate)
-        self._check_workers(candidate)
-        self._check_mesh()
+        check_workers(candidate, self._workers)
+        self._mesh.check()
         folder = model_folder(candidate, artifact, model_name=name)
         self._check_free(name)
-        uri = self._put(name, folder, artifact, files)
+        uri = place_folder(name, folder, artifact, files, self._place)
         model = self._model(name, candidate, artifact, uri)
         self._ours.add(name)
         started = time.monotonic()
         try:
             found = self._client.wait_for_model(self._client.load_model(model), timeout_s=timeout_s)
-            target = self._target(candidate, name)
-            self._wait_for_mesh(target, started + timeout_s)
+            target = self._mesh.target(candidate, name)
+            self._mesh.wait_for(target, started + timeout_s)
         except BaseException:
             # Ctrl-C too: nothing half-loaded is left.
             self._clean_up(name)
@@ -229,36 +221,6 @@ class Core2SchedulerCluster:
         except BurnishError as error:
             logger.warning("%s may still be loaded on Core 2: %s", name, error.message)
 
-    def _check_workers(self, candidate: Candidate) -> None:
-        serving = candidate.serving
-        if serving.server == "mlserver" and serving.parallel_workers != self._workers:
-            raise InputError(
-                f"{candidate.name!r} asks for {serving.parallel_workers} parallel workers, and the servers have "
-                f"{self._workers}",
-                hint="On Core 2 that is the server's setting: MLSERVER_PARALLEL_WORKERS in its environment.",
-            )
-
-    def _check_mesh(self) -> None:
-        """Returns when somebody listens where the mesh should be: it is only needed at the end of a long way.
-
-        Raises:
-            InputError: that is no address.
-            UnreachableError: nobody does.
-        """
-        try:
-            connection = http.client.HTTPConnection(self._mesh, timeout=_MESH_TIMEOUT_S)
-        except http.client.InvalidURL as error:
-            raise InputError(f"the mesh {self._mesh!r} is not host:port ({error})") from error
-        try:
-            connection.connect()
-        except OSError as error:
-            raise UnreachableError(
-                f"the mesh of Core 2 cannot be reached at {self._mesh}: {error.strerror or error}",
-                hint="In docker compose it is at port 9000, in Kubernetes at port 80 of the service seldon-mesh.",
-            ) from error
-        finally:
-            connection.close()
-
     def _check_free(self, name: str) -> None:
         """Returns when the name is free, or what has it was left by an earlier run of the same campaign.
 
@@ -284,16 +246,6 @@ class Core2SchedulerCluster:
         # A scheduler that does not say what a model was loaded with cannot tell us of another's.
         return found.parameters is None or found.parameters.get(OWNER) == self._owner
 
-    def _put(self, name: str, folder: ModelFolder, artifact: Artifact, files: Path) -> str:
-        own = {file.path: file for file in artifact.files}
-        parts = [replace(own[source], path=path) for path, source in folder.files.items()]
-        with tempfile.TemporaryDirectory(prefix="burnish-core2-") as scratch:
-            place = Path(scratch) / name
-            write_folder(folder, files, place)
-            parts += [_file(place, path) for path in folder.rendered]
-            whole = replace(artifact, digest=folder.digest, files=tuple(sorted(parts, key=lambda part: part.path)))
-            return self._place(whole, place)
-
     def _model(self, name: str, candidate: Candidate, artifact: Artifact, uri: str) -> Core2Model:
         serving = candidate.serving
         return Core2Model(
@@ -305,51 +257,3 @@ class Core2SchedulerCluster:
             server=self._servers.get(serving.server),
             parameters={OWNER: self._owner},
         )
-
-    def _target(self, candidate: Candidate, name: str) -> Target:
-        serving = candidate.serving
-        return Target(
-            url=self._mesh,
-            protocol=serving.protocol,
-            model=name,
-            headers={"seldon-model": name},
-            tls=self._mesh_tls,
-            binary=serving.server == "triton" and serving.protocol == "rest",
-        )
-
-    def _wait_for_mesh(self, target: Target, deadline: float) -> None:
-        """The mesh hears of a model a little later than the scheduler says that it is there."""
-        while True:
-            answer = _readiness(target)
-            if answer is None:
-                return
-            if time.monotonic() > deadline:
-                raise UnreachableError(
-                    f"Core 2 says that {target.model} is available, and the mesh at {target.url} does not: {answer}",
-                    hint="Check the address of the mesh, and that its envoy is connected to the scheduler.",
-                )
-            time.sleep(_POLL_S)
-
-
-def _readiness(target: Target) -> str | None:
-    """None where the mesh answers that the model is ready, else what it answers."""
-    kind = http.client.HTTPSConnection if target.tls else http.client.HTTPConnection
-    connection = kind(target.url, timeout=_MESH_TIMEOUT_S)
-    try:
-        connection.request("GET", f"/v2/models/{target.model}/ready", headers=dict(target.headers))
-        answer = connection.getresponse()
-        answer.read()
-    except (OSError, http.client.HTTPException) as error:
-        return str(error) or type(error).__name__
-    finally:
-        connection.close()
-    return None if answer.status == http.client.OK else f"status {answer.status}"
-
-
-def _file(folder: Path, path: str) -> ArtifactFile:
-    content = (folder / path).read_bytes()
-    return ArtifactFile(path=path, sha256=hashlib.sha256(content).hexdigest(), size_bytes=len(content))
-
-
-def _size_of(_: Candidate, artifact: Artifact) -> int:
-    return artifact.size_bytes

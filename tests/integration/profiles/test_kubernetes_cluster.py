@@ -13,15 +13,9 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from profiles.deploy.kubernetes import (
-    CAMPAIGN,
-    MANAGER,
-    RUN,
-    FieldChange,
-    KubernetesClient,
-    KubernetesCluster,
-    read_state,
-)
+from profiles.deploy.kubernetes import KubernetesCluster
+from profiles.deploy.kubernetes_client import MANAGER, KubernetesClient
+from profiles.deploy.kubernetes_resources import CAMPAIGN, RUN, FieldChange, read_state
 from profiles.serving.core2.manifests import render_autoscaler, render_experiment, render_server
 from profiles.serving.naming import model_name_of
 from registry.errors import BurnishError, InputError, ServerDiedError, UnreachableError

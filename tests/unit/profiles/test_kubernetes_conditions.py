@@ -6,14 +6,8 @@ from typing import Any
 
 import pytest
 
-from profiles.deploy.kubernetes import (
-    Applied,
-    FieldChange,
-    KubernetesClient,
-    changes_between,
-    is_stale,
-    read_state,
-)
+from profiles.deploy.kubernetes_client import KubernetesClient
+from profiles.deploy.kubernetes_resources import Applied, FieldChange, changes_between, is_stale, read_state
 from registry.errors import InputError, MissingExtraError
 
 MADE = "2026-03-01T12:00:00Z"

@@ -1,0 +1,147 @@
+"""Candidates on Core 2, whoever commands it: their folder is placed, and the mesh is asked for their models."""
+
+import hashlib
+import http.client
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from profiles.serving.core2.folder import ModelFolder, write_folder
+from registry.errors import InputError, UnreachableError
+from registry.records import Artifact, ArtifactFile, Candidate, Target
+
+Place = Callable[[Artifact, Path], str]
+"""Puts the files of a folder where Core 2 can fetch them, under their digest, and returns the rclone URI of that.
+
+The folder has the model's name; the artifact is the folder's, with the rendered files and the digest over all.
+"""
+
+_POLL_S = 0.05
+_MESH_TIMEOUT_S = 5.0
+
+
+def check_workers(candidate: Candidate, workers: int) -> None:
+    """Returns where MLServer's ``workers`` (the servers' ``MLSERVER_PARALLEL_WORKERS``) are what a candidate asks for.
+
+    Raises:
+        InputError: they are not, which no model can change.
+    """
+    serving = candidate.serving
+    if serving.server == "mlserver" and serving.parallel_workers != workers:
+        raise InputError(
+            f"{candidate.name!r} asks for {serving.parallel_workers} parallel workers, and the servers have {workers}",
+            hint="On Core 2 that is the server's setting: MLSERVER_PARALLEL_WORKERS in its environment.",
+        )
+
+
+def place_folder(name: str, folder: ModelFolder, artifact: Artifact, files: Path, place: Place) -> str:
+    """Writes a model's folder, has it placed, and returns the URI where Core 2 fetches it.
+
+    Args:
+        name: of the model, and of the folder.
+        folder: what is in it.
+        artifact: the candidate's.
+        files: folder with the artifact's files, which are copied.
+        place: where it goes.
+    """
+    own = {file.path: file for file in artifact.files}
+    parts = [replace(own[source], path=path) for path, source in folder.files.items()]
+    with tempfile.TemporaryDirectory(prefix="burnish-core2-") as scratch:
+        written = Path(scratch) / name
+        write_folder(folder, files, written)
+        parts += [_file(written, path) for path in folder.rendered]
+        whole = replace(artifact, digest=folder.digest, files=tuple(sorted(parts, key=lambda part: part.path)))
+        return place(whole, written)
+
+
+def size_of(_: Candidate, artifact: Artifact) -> int:
+    """Bytes of the artifact's files: the memory of a candidate of which nothing else is known."""
+    return artifact.size_bytes
+
+
+class Mesh:
+    """The data plane of a Core 2, where REST and gRPC are both answered."""
+
+    def __init__(self, address: str, *, tls: bool, hint: str) -> None:
+        """Connects to nothing yet.
+
+        Args:
+            address: ``host:port``.
+            tls: whether it speaks TLS.
+            hint: where it usually is, for whoever gave an address at which nobody listens.
+        """
+        self._address = address
+        self._tls = tls
+        self._hint = hint
+
+    def check(self) -> None:
+        """Returns when somebody listens where the mesh should be: it is only needed at the end of a long way.
+
+        Raises:
+            InputError: that is no address.
+            UnreachableError: nobody does.
+        """
+        try:
+            connection = http.client.HTTPConnection(self._address, timeout=_MESH_TIMEOUT_S)
+        except http.client.InvalidURL as error:
+            raise InputError(f"the mesh {self._address!r} is not host:port ({error})") from error
+        try:
+            connection.connect()
+        except OSError as error:
+            raise UnreachableError(
+                f"the mesh of Core 2 cannot be reached at {self._address}: {error.strerror or error}", hint=self._hint
+            ) from error
+        finally:
+            connection.close()
+
+    def target(self, candidate: Candidate, name: str) -> Target:
+        """Where a candidate's model is asked, with the header that leads to it."""
+        serving = candidate.serving
+        return Target(
+            url=self._address,
+            protocol=serving.protocol,
+            model=name,
+            headers={"seldon-model": name},
+            tls=self._tls,
+            binary=serving.server == "triton" and serving.protocol == "rest",
+        )
+
+    def wait_for(self, target: Target, deadline: float) -> None:
+        """Returns when the mesh answers for a model, of which it hears a moment after Core 2 says that it is there.
+
+        Args:
+            target: the model, see `target`.
+            deadline: by the monotonic clock.
+
+        Raises:
+            UnreachableError: it does not answer for it in time.
+        """
+        while (answer := _readiness(target)) is not None:
+            if time.monotonic() > deadline:
+                raise UnreachableError(
+                    f"Core 2 says that {target.model} is available, and the mesh at {target.url} does not: {answer}",
+                    hint="Check the address of the mesh, and that its envoy is connected to the scheduler.",
+                )
+            time.sleep(_POLL_S)
+
+
+def _readiness(target: Target) -> str | None:
+    """None where the mesh answers that the model is ready, else what it answers."""
+    kind = http.client.HTTPSConnection if target.tls else http.client.HTTPConnection
+    connection = kind(target.url, timeout=_MESH_TIMEOUT_S)
+    try:
+        connection.request("GET", f"/v2/models/{target.model}/ready", headers=dict(target.headers))
+        answer = connection.getresponse()
+        answer.read()
+    except (OSError, http.client.HTTPException) as error:
+        return str(error) or type(error).__name__
+    finally:
+        connection.close()
+    return None if answer.status == http.client.OK else f"status {answer.status}"
+
+
+def _file(folder: Path, path: str) -> ArtifactFile:
+    content = (folder / path).read_bytes()
+    return ArtifactFile(path=path, sha256=hashlib.sha256(content).hexdigest(), size_bytes=len(content))
