@@ -52,7 +52,7 @@ def test_from_a_model_to_a_verdict_and_again(tiny: Path):
     assert told["provisional"]
     assert Path(told["report"]).read_text().startswith("<!")
     entries = ledger(work)
-    assert {"Source", "Variant", "Fidelity", "Screening", "Capacity", "Round", "Deployed"} == {
+    assert {"Source", "Variant", "Fidelity", "Screening", "Equivalence", "Capacity", "Round", "Deployed"} == {
         entry["kind"] for entry in entries
     }
     assert not wait_for_no_servers(work)
