@@ -385,10 +385,12 @@ class RequestBatcher:
         self._remote = isinstance(model, ParallelModel)
         self._free = asyncio.Semaphore(max(1, len(model._dispatcher._workers)) if self._remote else 1)
         self._waiting: deque[_Waiting] = deque()
-        self._arrived = asyncio.Event()
+        self._is_full = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._forming: asyncio.Task[None] | None = None
-        mlserver.register("batch_request_queue", "counter of request queue batch size")
+        # MLServer's own metric of its own batcher.
+        queued = mlserver.register("batch_request_queue", "counter of request queue batch size")
+        self._queued = queued.labels(model_name=model.settings.name, model_version=model.settings.version or "")
 
     async def predict(self, request: RawRequest | InferenceRequest) -> Any:
         """The answer to this request, of its own kind, from whatever batch it ran in.
@@ -397,11 +399,11 @@ class RequestBatcher:
             InferenceError: this request, and no other of its batch, does not fit the model.
         """
         loop = asyncio.get_running_loop()
-        # MLServer's own metric of its own batcher.
-        mlserver.log(batch_request_queue=len(self._waiting))
+        self._queued.observe(len(self._waiting))
         answer: asyncio.Future[Any] = loop.create_future()
         self._waiting.append(_Waiting(request, loop.time(), answer))
-        self._arrived.set()
+        if len(self._waiting) >= self._size:
+            self._is_full.set()
         if self._forming is None or self._forming.done():
             self._forming = loop.create_task(self._form())
         return await answer
@@ -418,11 +420,11 @@ class RequestBatcher:
 
     async def _fill(self) -> None:
         """Returns when the batch is full, or its first request has waited long enough."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout_at(self._waiting[0].since + self._wait_s):
-                while len(self._waiting) < self._size:
-                    self._arrived.clear()
-                    await self._arrived.wait()
+        if len(self._waiting) < self._size:
+            self._is_full.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout_at(self._waiting[0].since + self._wait_s):
+                    await self._is_full.wait()
 
     async def _answer(self, batch: Sequence[_Waiting]) -> None:
         requests = [item.request for item in batch]
