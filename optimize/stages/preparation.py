@@ -8,6 +8,7 @@ import contextlib
 import difflib
 import logging
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -61,13 +62,9 @@ def prepare(source: StageInput, scratch: Path, *, stage: str = "quantization") -
         "all_tensors_to_one_file": True,
         "external_data_location": f"{PREPARED}.data",
     }
-    try:
-        # Where it gives up, symbolic inference leaves a copy of the model in the working directory.
-        with contextlib.chdir(scratch):
-            quant_pre_process(given, auto_merge=True, **common)
-    except Exception as error:  # symbolic inference gives up with a bare Exception, and works without it, too
-        logger.debug("symbolic shape inference gave up: %s", error)
-        notes.append("shapes were inferred without symbolic inference, which gave up on this graph")
+    if not large:
+        notes += _prepare_symbolically(quant_pre_process, given, common, scratch)
+    if not target.exists():
         quant_pre_process(given, skip_symbolic_shape=True, **common)
     for path in scratch.glob("given.onnx*"):
         path.unlink()
@@ -75,6 +72,24 @@ def prepare(source: StageInput, scratch: Path, *, stage: str = "quantization") -
     if _name_nodes(model) | _own_transposed(model):
         write(model, target, large=large)
     return model, notes
+
+
+def _prepare_symbolically(
+    quant_pre_process: Callable[..., None], given: Path, common: dict[str, Any], scratch: Path
+) -> list[str]:
+    """Prepares with symbolic shape inference; where that gives up, no file is written and a note says so.
+
+    It copies the model several times over and takes minutes above 2 GB, so that it is not for large ones.
+    """
+    try:
+        # Where it gives up, symbolic inference leaves a copy of the model in the working directory.
+        with contextlib.chdir(scratch):
+            quant_pre_process(given, auto_merge=True, **common)
+    except Exception as error:  # symbolic inference gives up with a bare Exception, and works without it, too
+        logger.debug("symbolic shape inference gave up: %s", error)
+        common["output_model_path"].unlink(missing_ok=True)
+        return ["shapes were inferred without symbolic inference, which gave up on this graph"]
+    return []
 
 
 def load(path: Path) -> Any:
