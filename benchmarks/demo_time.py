@@ -22,6 +22,7 @@ def make_demo() -> float:
 
 
 def main() -> None:
+    subprocess.run(["make", "setup"], cwd=ROOT, check=True)
     installed = STAMP.stat().st_mtime_ns
     with tempfile.TemporaryDirectory(dir=ROOT, prefix="burnish-work-") as aside:
         kept = Path(aside) / "demo"

@@ -194,7 +194,7 @@ def _signal_to_noise(a: Rows, b: Rows) -> Estimate:
 
 def _decibels(powers: Rows) -> Rows:
     """(..., signal and noise) -> (...): their ratio in dB, held to +-`MOST_DB`; no noise at all is the most."""
-    with np.errstate(divide="ignore", invalid="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         ratios = 10 * np.log10(powers[..., 0] / powers[..., 1])
     held: Rows = np.clip(np.nan_to_num(ratios, nan=MOST_DB, posinf=MOST_DB, neginf=-MOST_DB), -MOST_DB, MOST_DB)
     return held

@@ -1,5 +1,6 @@
 """What holds for every test."""
 
+import logging
 import os
 import signal
 from collections.abc import Iterator
@@ -30,6 +31,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if any(item.path.is_relative_to(HERE / folder) for folder in WITH_SERVERS):
             item.add_marker(pytest.mark.xdist_group("servers"))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call() -> None:
+    """The root logger's level is the usual one, whatever libraries that other tests import have made of it."""
+    logging.root.setLevel(logging.WARNING)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -144,7 +144,8 @@ def test_a_tracking_store_that_is_down_costs_no_work(tiny: Path):
 def test_samples_that_do_not_fit_are_refused_before_the_work(tiny: Path):
     import numpy as np
 
-    np.savez(tiny / "evaluation.npz", wrong=np.zeros((900, 8), np.float32))
+    labels = np.zeros(900, np.int64)
+    np.savez(tiny / "evaluation.npz", wrong=np.zeros((900, 8), np.float32), labels=labels)
     done = burnish("run", "campaign.yaml", cwd=tiny)
     assert done.returncode == 2
     assert "'wrong'" in done.stderr

@@ -126,3 +126,8 @@ def test_cosine_of_zero_rows_and_of_extremes():
 @given(arrays(np.float64, (5, 3), elements=st.floats(-1e300, 1e300)))
 def test_cosine_with_itself_is_one(rows):
     assert row_cosines(rows, rows) == pytest.approx(np.ones(5))
+
+
+def test_a_noise_next_to_nothing_is_the_most_that_is_told():
+    reference = np.tile([1.0, 0.0], (21, 1))
+    assert metrics(reference, reference + np.array([0.0, 1e-160]))["snr_db"].value == MOST_DB
