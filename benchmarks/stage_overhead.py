@@ -130,17 +130,19 @@ def child(side: str, name: str, model: Path, calibration: Path, out: Path) -> No
     sys.stdout.write(f"\n{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}\n")
 
 
-def measured(side: str, name: str, model: Path, calibration: Path) -> tuple[float, int]:
-    """Seconds and peak bytes of one side in a process of its own."""
+def measured(side: str, name: str, model: Path, calibration: Path) -> tuple[float, float, int]:
+    """Seconds on the clock, CPU seconds and peak bytes of one side in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"
         out.mkdir()
-        begin = time.perf_counter()
+        begin, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
         done = subprocess.run(
             [sys.executable, __file__, "--child", side, name, str(model), str(calibration), str(out)],
             check=True, capture_output=True, text=True, env={"PATH": "/usr/bin:/bin", "CI": "true"},
         )  # fmt: skip
-        return time.perf_counter() - begin, int(done.stdout.split()[-1])
+        seconds, after = time.perf_counter() - begin, resource.getrusage(resource.RUSAGE_CHILDREN)
+        cpu_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        return seconds, cpu_s, int(done.stdout.split()[-1])
 
 
 def source() -> tuple[Path, Path]:
@@ -163,15 +165,18 @@ def main() -> None:
     met, order = [], random.Random(0)
     for name in STAGES:
         times: list[float] = []
+        cpu: list[float] = []
         peaks: list[float] = []
         for _ in range(ROUNDS):
             sides = ["stage", "hand"]
             order.shuffle(sides)
             found = {side: measured(side, name, model, calibration) for side in sides}
             times.append(found["stage"][0] / found["hand"][0])
-            peaks.append(found["stage"][1] / found["hand"][1])
-        say(f"{name}: by hand {found['hand'][0]:.1f} s and {found['hand'][1] / 1e6:.0f} MB; "
-            f"time ratios {json.dumps([round(ratio, 3) for ratio in times])}")  # fmt: skip
+            cpu.append(found["stage"][1] / found["hand"][1])
+            peaks.append(found["stage"][2] / found["hand"][2])
+        hand = found["hand"]
+        say(f"{name}: by hand {hand[0]:.1f} s, {hand[1]:.1f} s of CPU, {hand[2] / 1e6:.0f} MB; "
+            f"time ratios {json.dumps([round(ratio, 2) for ratio in times])}, CPU time {median(cpu):.3f}")  # fmt: skip
         met.append(figure(f"stage_time_ratio_{name}", median(times), "<= 1.10"))
         met.append(figure(f"stage_memory_ratio_{name}", median(peaks), "<= 1.2"))
     finish(*met)
