@@ -33,10 +33,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.xdist_group("servers"))
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_runtest_call() -> None:
-    """The root logger's level is the usual one, whatever libraries that other tests import have made of it."""
-    logging.root.setLevel(logging.WARNING)
+@pytest.fixture(autouse=True)
+def usual_log_level(caplog: pytest.LogCaptureFixture) -> None:
+    """Warnings are logged and captured, whatever libraries that other tests call have set for the whole process."""
+    caplog.set_level(logging.WARNING)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -358,13 +358,16 @@ def _first_line(error: Exception) -> str:
 @contextlib.contextmanager
 def _quiet(stage: str) -> Iterator[None]:
     """Sends what libraries print and warn about to the log, whose level they may not set for us."""
-    printed, level = io.StringIO(), logging.root.level
+    printed = io.StringIO()
+    theirs: list[logging.Logger | logging.Handler] = [logging.root, *logging.root.handlers]
+    levels = [(one, one.level) for one in theirs]
     with warnings.catch_warnings(record=True) as caught, contextlib.redirect_stdout(printed):
         warnings.simplefilter("always")
         try:
             yield
         finally:
-            logging.root.setLevel(level)
+            for one, level in levels:
+                one.setLevel(level)
             for warning in caught:
                 logger.debug("%s: %s: %s", stage, warning.category.__name__, warning.message)
             if text := printed.getvalue().strip():

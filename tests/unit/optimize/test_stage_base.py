@@ -161,12 +161,13 @@ def test_a_folder_that_is_not_empty_is_refused(source, context):
 
 def test_a_library_cannot_quieten_our_log(source, context):
     def change(self, model):
-        logging.root.setLevel(logging.CRITICAL)
+        for one in (logging.root, *logging.root.handlers):
+            one.setLevel(logging.CRITICAL)
         model.doc_string = "changed"
 
-    before = logging.root.level
+    before = [one.level for one in (logging.root, *logging.root.handlers)]
     variation(change=change)(source, context)
-    assert logging.root.level == before
+    assert [one.level for one in (logging.root, *logging.root.handlers)] == before
 
 
 def test_noise_goes_to_the_log(source, context, capsys, caplog):
