@@ -80,7 +80,7 @@ def test_a_right_server_passes(protocol: Protocol, known: bool) -> None:
 def test_answers_that_go_to_others_are_found(
     split: Callable[[Answers], Answers], x: NDArray[np.float32], known: bool
 ) -> None:
-    found = check(split, x=x, known=known, requests=32)
+    found = check(split, x=x, known=known, requests=128)
     assert "got the answer of another" in found.reason
     assert all(one != other for one, other in found.swapped)
     if x is ALIKE:
