@@ -9,7 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from figures import say
+
 from optimize.config import CampaignConfig
+from profiles.measure.host import fingerprint_host
 
 HERE = Path(__file__).resolve().parent
 TASKS = HERE / "burnish-work-tasks"
@@ -72,3 +75,10 @@ def minilm() -> Task:
     subprocess.run([sys.executable, str(MINILM / "prepare.py")], check=True)
     source = {"name": "minilm", "huggingface": "data/model", "task": "feature-extraction", "pooling": "mean"}
     return Task("minilm", MINILM, source, "data/evaluation.npz", "data/calibration.npz", "recall_at_1")
+
+
+def leave_without_vnni() -> None:
+    """Ends the benchmark with status 0 where int8 gains little, as it does without VNNI."""
+    if not VNNI.intersection(fingerprint_host("none").instruction_sets):
+        say("not applicable: this CPU has no VNNI")
+        sys.exit(0)
