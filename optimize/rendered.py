@@ -4,11 +4,11 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from profiles.serving.core2.folder import ModelFolder, write_folder
+from registry.codec import file_sha256
 from registry.errors import InputError, StorageError
 from registry.records import Candidate
 
@@ -34,7 +34,7 @@ def former_rendering(out: Path) -> str | None:
             raise InputError(
                 f"{out} holds {name!r}, which no rendering put there", hint="Name another folder with --out."
             )
-        if path.is_symlink() or _sha256(path) != listed["files"][name]:
+        if path.is_symlink() or file_sha256(path) != listed["files"][name]:
             raise InputError(
                 f"{path} was changed since it was rendered",
                 hint="Name another folder with --out, or remove this one if nothing in it is needed.",
@@ -76,7 +76,7 @@ def put_rendering(
             (fresh / path).parent.mkdir(exist_ok=True)
             (fresh / path).write_text(text, encoding="utf-8")
         written = sorted(path for path in fresh.rglob("*") if path.is_file())
-        digests = {str(path.relative_to(fresh)): _sha256(path) for path in written}
+        digests = {str(path.relative_to(fresh)): file_sha256(path) for path in written}
         marker = {"candidate": candidate.name, "candidate_id": candidate.id, "files": digests}
         (fresh / MARKER).write_text(json.dumps(marker, indent=2) + "\n", encoding="utf-8")
         if out.exists():
@@ -90,11 +90,3 @@ def put_rendering(
         shutil.rmtree(fresh, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
     return sorted(digests)
-
-
-def _sha256(path: Path) -> str:
-    digest = sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()

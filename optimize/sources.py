@@ -5,7 +5,6 @@ limits, `optimize.admission` says what an ONNX file may not do, and nothing is u
 """
 
 import ast
-import hashlib
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +18,7 @@ from optimize.admission import ENTRY, ask_child, refuse_other_formats
 from optimize.engines.local import Limits, run_in_child
 from optimize.export import kept_files
 from optimize.signature import signature_of
+from registry.codec import file_sha256
 from registry.errors import InputError
 from registry.ports import Store
 from registry.records import Artifact, Source
@@ -252,8 +252,7 @@ def sha256_of(path: Path) -> str:
     if not path.is_file():
         raise InputError(f"{path} is not there, or no regular file")
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return file_sha256(path)
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
 

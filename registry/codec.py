@@ -5,6 +5,7 @@ import inspect
 import json
 from dataclasses import is_dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from pydantic import ConfigDict, TypeAdapter
@@ -80,6 +81,12 @@ def from_jsonable(record_type: type[R], content: Any) -> R:
 def canonical(content: Any) -> str:
     """JSON that is the same for equal content: sorted keys, no spaces, no NaN."""
     return json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def file_sha256(path: Path) -> str:
+    """The SHA-256 (hex) of a file's bytes, which are not held in memory."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def digest(content: Any) -> str:

@@ -160,7 +160,7 @@ class FolderStore:
             path = folder / file.path
             if not path.is_file() or path.is_symlink():
                 raise self._corrupted(artifact.digest, f"{path} is missing")
-            if path.stat().st_size != file.size_bytes or _sha256(path) != file.sha256:
+            if path.stat().st_size != file.size_bytes or codec.file_sha256(path) != file.sha256:
                 raise self._corrupted(artifact.digest, f"{path} has changed")
 
     def _corrupted(self, digest: str, what: str) -> InputError:
@@ -240,11 +240,6 @@ def _copy(sources: dict[str, Path], place: Path) -> tuple[ArtifactFile, ...]:
 def _digest(files: tuple[ArtifactFile, ...]) -> str:
     lines = sorted(f"{file.sha256}  {file.path}\n" for file in files)
     return hashlib.sha256("".join(lines).encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _stamps(folder: Path, files: tuple[ArtifactFile, ...]) -> tuple[tuple[int, int], ...] | None:

@@ -14,7 +14,6 @@ inside. ``optimize.testing.StageContract`` is the suite that every stage passes.
 
 import contextlib
 import difflib
-import hashlib
 import io
 import logging
 import tempfile
@@ -30,6 +29,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from optimize.samples import check_fit
 from optimize.signature import read_signature
+from registry.codec import file_sha256
 from registry.errors import BurnishError, InputError, NotApplicableError, StageContractError, StageError
 from registry.records import Adaptation, Artifact, Param, StageCall, TensorSpec
 
@@ -342,12 +342,7 @@ def _sizes(folder: Path) -> list[int]:
 
 
 def _content(folder: Path) -> list[str]:
-    digests = []
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                digests.append(hashlib.file_digest(file, "sha256").hexdigest())
-    return sorted(digests)
+    return sorted(file_sha256(path) for path in folder.rglob("*") if path.is_file())
 
 
 def _first_line(error: Exception) -> str:

@@ -21,6 +21,7 @@ from typing import Any
 from profiles.deploy.storage import Store
 from profiles.deploy.storage_uris import destination_of, rclone_uri
 from profiles.serving.naming import check_core2_name
+from registry.codec import file_sha256
 from registry.errors import InputError, UnreachableError
 
 _log = logging.getLogger(__name__)
@@ -133,7 +134,7 @@ def read_folder(folder: Path) -> tuple[PlacedFile, ...]:
             raise InputError(f"the file name {inside!r} in {folder} cannot be uploaded", hint="Rename the file.")
         if path.is_file():
             try:
-                files.append(PlacedFile(path=inside, sha256=_sha256(path), size_bytes=path.stat().st_size))
+                files.append(PlacedFile(path=inside, sha256=file_sha256(path), size_bytes=path.stat().st_size))
             except OSError as error:
                 raise InputError(f"{path} cannot be read: {error.strerror}") from error
     if not files:
@@ -145,11 +146,6 @@ def folder_digest(files: tuple[PlacedFile, ...]) -> str:
     """SHA-256 (hex) over the lines ``<sha256>  <path>``, sorted by path; as `core2.folder.ModelFolder.digest` is."""
     lines = "".join(f"{file.sha256}  {file.path}\n" for file in sorted(files, key=lambda file: file.path))
     return hashlib.sha256(lines.encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _manifest(files: tuple[PlacedFile, ...], digest: str) -> dict[str, Any]:

@@ -16,9 +16,9 @@ from typing import Any, Self
 from profiles.deploy.cluster import Usage
 from profiles.load.answerer import answerer_of, find_stranger
 from profiles.load.payloads import Expected, Likeness, Payload, count_wrong, decode_outputs
-from profiles.load.recording import Recording, file_sha256, load_arrays
+from profiles.load.recording import Recording, load_arrays
 from profiles.load.summary import summarize
-from registry.codec import to_jsonable
+from registry.codec import file_sha256, to_jsonable
 from registry.errors import BurnishError, GeneratorLostError, StorageError, UnreachableError
 from registry.records import LoadProfile, RunRecord, Target
 

@@ -207,12 +207,6 @@ def load_arrays(path: Path, sha256: str = "") -> dict[str, NDArray[np.int64]]:
         raise _unusable(path, str(error)) from error
 
 
-def file_sha256(path: Path) -> str:
-    """The SHA-256 (hex) of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _unusable(path: Path, reason: str) -> InputError:
     return InputError(
         f"the times of a measured window in {path} cannot be used: {reason}",

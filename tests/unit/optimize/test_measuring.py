@@ -15,12 +15,13 @@ from optimize.config import CampaignConfig, SamplesConfig, SourceConfig
 from optimize.measuring import Measured, Serving, measure
 from optimize.plan import Plan, Workspace
 from profiles.deploy.cluster import Usage
-from profiles.load.recording import file_sha256, save_arrays
+from profiles.load.recording import save_arrays
 from profiles.load.summary import summarize
 from profiles.measure.equivalence import Reference
 from profiles.measure.levels import find_level
 from profiles.measure.rounds import AGAIN, compare_rounds, reduce_rounds
 from profiles.testing import Queue, simulate
+from registry.codec import file_sha256
 from registry.errors import BurnishError, GeneratorLostError, ServerDiedError, StorageError, UnreachableError
 from registry.ledger import Ledger
 from registry.policy import parse_policy

@@ -5,10 +5,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from profiles.load.recording import Trace, file_sha256, load_arrays, save_arrays
+from profiles.load.recording import Trace, load_arrays, save_arrays
 from profiles.load.summary import summarize
 from profiles.load.transports import Status
 from profiles.testing import Exponential, Fixed, Queue, Stall, simulate
+from registry.codec import file_sha256
 from registry.errors import InputError
 from registry.records import ClosedLoop, LoadProfile, OpenLoop
 

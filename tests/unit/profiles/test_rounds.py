@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from profiles.deploy.cluster import Usage
-from profiles.load.recording import file_sha256, save_arrays
+from profiles.load.recording import save_arrays
 from profiles.load.summary import summarize
 from profiles.measure.levels import Level, find_level
 from profiles.measure.rounds import (
@@ -22,6 +22,7 @@ from profiles.measure.rounds import (
     window_profile,
 )
 from profiles.testing import Queue, simulate
+from registry.codec import file_sha256
 from registry.errors import InputError
 from registry.records import (
     Candidate,

@@ -147,13 +147,13 @@ def test_bytes_are_hashed_once_a_process(store, folder, monkeypatch):
     artifact = add(store, folder)
     store = FolderStore(store.root)
     hashed = []
-    monkeypatch.setattr(store_module, "_sha256", lambda path: hashed.append(path) or _real_sha256(path))
+    monkeypatch.setattr(store_module.codec, "file_sha256", lambda path: hashed.append(path) or _real_sha256(path))
     store.path(artifact)
     store.path(artifact)
     assert len(hashed) == 2
 
 
-_real_sha256 = store_module._sha256
+_real_sha256 = store_module.codec.file_sha256
 
 
 def test_what_is_not_there_is_said(store, folder):
