@@ -31,6 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from optimize.samples import Batch, StreamedSamples, batches_of
+from optimize.stages import onnx_files
 from registry.errors import InputError, NotApplicableError
 from registry.records import TensorSpec
 
@@ -41,7 +42,6 @@ Range = tuple[NDArray[Any], NDArray[Any]]
 BINS = {"percentile": 2048, "entropy": 128}
 _LEVELS = 128
 _FLAT = "calibration/flat"
-_LARGEST_FILE = 1_900_000_000  # bytes; protobuf ends at 2^31
 
 
 class Batches:
@@ -256,7 +256,7 @@ def _session(
     ordered += [output for node in graph.node for output in node.output]
     names = [name for name in ordered if name in chosen]
     add(chooser.model, names)
-    onnx.save(chooser.model, str(scratch), save_as_external_data=chooser.model.ByteSize() > _LARGEST_FILE)
+    onnx.save(chooser.model, str(scratch), save_as_external_data=onnx_files.is_large(chooser.model))
     del chooser, graph  # the session reads the weights from the file
     options = onnxruntime.SessionOptions()
     # Ranges are those of the tensors that are going to be quantized, so nothing may be fused away.

@@ -20,6 +20,7 @@ from optimize.engines.local import Limits, run_in_child
 from optimize.fidelity import thread_limits
 from optimize.samples import load_samples
 from optimize.screening import time_runs
+from profiles.serving.session import GRAPH_LEVELS
 from registry import codec
 from registry.errors import StageError
 from registry.records import Adaptation, EngineGraph, EngineSpec, Estimate, OperatorShare
@@ -27,12 +28,6 @@ from registry.records import Adaptation, EngineGraph, EngineSpec, Estimate, Oper
 TIMING_S = 1.5
 _FEWEST_RUNS, _MOST_RUNS, _WARM_UP_RUNS = 3, 50, 2
 
-_GRAPH_LEVELS = {
-    "disable": "ORT_DISABLE_ALL",
-    "basic": "ORT_ENABLE_BASIC",
-    "extended": "ORT_ENABLE_EXTENDED",
-    "all": "ORT_ENABLE_ALL",
-}
 _ORT_FATAL = 4
 _KERNEL = "_kernel_time"
 
@@ -226,7 +221,7 @@ def _run_ort(
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
-    options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, _GRAPH_LEVELS[level])
+    options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, GRAPH_LEVELS[level])
     options.log_severity_level = _ORT_FATAL
     for key in ("session.intra_op.allow_spinning", "session.inter_op.allow_spinning"):
         options.add_session_config_entry(key, "0")
@@ -337,14 +332,14 @@ def _ort_macs(node: Any, dims: Mapping[str, Shape], told: Mapping[str, Any]) -> 
     shapes = [shape for _, shape in inputs]
     known = [*shapes, *[()] * len(node.input)]  # a weight that is computed is in the profile, at its place
     weights = [dims.get(name, known[place]) for place, name in enumerate(node.input)]
-    count = _ort_count(node.op_type, shapes, outputs[0][1], weights, settings)
+    count = multiply_adds(node.op_type, shapes, outputs[0][1], weights, settings)
     if node.op_type == "MatMulNBits":
         return f"int{settings['bits']} weights", count
     element = inputs[0][0]
     return "int8" if node.op_type in _QUANTIZING else _ORT_KINDS.get(element, element), count
 
 
-def _ort_count(
+def multiply_adds(
     operator: str, inputs: Sequence[Shape], output: Shape, weights: Sequence[Shape], settings: Mapping[str, Any]
 ) -> int:
     """Multiply-adds of an operator on tensors of these sizes; 0 for one that is not known to multiply matrices.

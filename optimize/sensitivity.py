@@ -20,7 +20,6 @@ method for detecting all defective members in a population by group testing", 19
 tried.
 """
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,13 +28,14 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from optimize.profiling import multiply_adds
+from optimize.stages import onnx_files
 from optimize.stages.preparation import write
 from registry.records import NodeGroup, SearchTrial
 
 MOST_GROUPS = 64  # neighbours are joined beyond it: a run a group is what ranking costs
 RANKED_ROWS = 32  # enough for an order of magnitude, which is what separates nodes that matter from those that do not
 _WORST_NOISE = 1e9  # an output that is not finite, in a number that JSON can hold
-_LARGEST_BYTES = 1_900_000_000  # protobuf ends at 2 GiB
 _SWITCH = "switch::"
 _QUANTIZED, _QUANTIZE_INPUT = "_quantized", "_QuantizeLinear_Input"  # how ONNX Runtime names what it makes
 
@@ -429,7 +429,7 @@ def _session(model: Any, scratch: Path, threads: int) -> Any:
     import onnxruntime
 
     path = scratch / "switched.onnx"
-    write(model, path, large=model.ByteSize() > _LARGEST_BYTES)
+    write(model, path, large=onnx_files.is_large(model))
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
     options.add_session_config_entry("session.disable_quant_qdq", "1")  # rounding is to be seen, not optimized
@@ -457,7 +457,7 @@ def _shapes(model: Any, batch: Mapping[str, NDArray[Any]]) -> dict[str, list[int
     for value in sized.graph.input:
         for dim, size in zip(value.type.tensor_type.shape.dim, batch[value.name].shape, strict=False):
             dim.dim_value = size
-    if sized.ByteSize() < _LARGEST_BYTES:
+    if not onnx_files.is_large(sized):
         del sized.graph.value_info[:]  # they hold names where there are sizes now
         sized = onnx.shape_inference.infer_shapes(sized)
     values = (*sized.graph.input, *sized.graph.value_info, *sized.graph.output)
@@ -466,13 +466,10 @@ def _shapes(model: Any, batch: Mapping[str, NDArray[Any]]) -> dict[str, list[int
 
 
 def _macs(node: Any, shapes: Mapping[str, list[int]]) -> int:
-    """Elements of the output, each a sum over as many products as the weight has for it."""
     if node.op_type not in {"Conv", "ConvTranspose", "MatMul", "Gemm"}:
         return 0
-    left, right, output = (shapes.get(name, [1]) for name in (node.input[0], node.input[1], node.output[0]))
-    if node.op_type == "Conv":
-        return math.prod(output) * math.prod(right[1:])
-    if node.op_type == "ConvTranspose":
-        return math.prod(left) * math.prod(right[1:])
-    transposed = any(attribute.name == "transA" and attribute.i for attribute in node.attribute)
-    return math.prod(output) * (left[0] if transposed else left[-1])
+    import onnx
+
+    sizes = [tuple(shapes.get(name, [1])) for name in (*node.input, node.output[0])]
+    settings = {item.name: onnx.helper.get_attribute_value(item) for item in node.attribute}
+    return multiply_adds(node.op_type, sizes[:-1], sizes[-1], sizes[:-1], settings)

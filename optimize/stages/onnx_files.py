@@ -10,7 +10,7 @@ from registry.errors import NotApplicableError
 
 ENTRY = "model.onnx"
 # protobuf ends at 2 GiB; weights of a larger model go into a file beside the graph.
-_LARGEST_FILE_BYTES = 1_900_000_000
+LARGEST_FILE_BYTES = 1_900_000_000
 
 
 def load(source: StageInput) -> Any:
@@ -45,7 +45,7 @@ def save(model: Any, folder: Path) -> str:
     import onnx
 
     _drop_unused_imports(model)
-    if model.ByteSize() > _LARGEST_FILE_BYTES:
+    if is_large(model):
         onnx.save(model, str(folder / ENTRY), save_as_external_data=True, location=f"{ENTRY}.data")
     else:
         (folder / ENTRY).write_bytes(model.SerializeToString(deterministic=True))
@@ -125,7 +125,7 @@ def opset_of(model: Any) -> int:
 
 def is_large(model: Any) -> bool:
     """Whether the model does not fit one protobuf, which most functions of onnx need."""
-    return bool(model.ByteSize() > _LARGEST_FILE_BYTES)
+    return bool(model.ByteSize() > LARGEST_FILE_BYTES)
 
 
 def name_nodes(model: Any) -> None:

@@ -21,8 +21,6 @@ logger = logging.getLogger(__name__)
 PREPARED = "prepared.onnx"
 # Quantization per channel needs DequantizeLinear with an axis, which opset 13 brought.
 _LEAST_OPSET = 13
-# protobuf ends at 2 GiB; weights of a larger model go into a file beside the graph.
-_LARGEST_FILE_BYTES = 1_900_000_000
 
 
 class FloatNodesParams(StageParams):
@@ -146,8 +144,8 @@ def _given(source: StageInput, scratch: Path, stage: str) -> tuple[Path, bool, l
         model, rewritten = _raised(model, opset), True
         notes.append(f"opset raised from {opset} to {_LEAST_OPSET}")
     if not _name_nodes(model) and not rewritten:
-        return source.path, source.path.stat().st_size > _LARGEST_FILE_BYTES, notes
-    large = model.ByteSize() > _LARGEST_FILE_BYTES
+        return source.path, source.path.stat().st_size > onnx_files.LARGEST_FILE_BYTES, notes
+    large = onnx_files.is_large(model)
     write(model, scratch / "given.onnx", large=large)
     return scratch / "given.onnx", large, notes
 

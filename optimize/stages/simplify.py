@@ -161,7 +161,7 @@ def optimize_with_ort(source: Path, target: Path, *, level: str, threads: int) -
     options.optimized_model_filepath = str(target)
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
-    if sum(path.stat().st_size for path in source.parent.iterdir() if path.is_file()) > 1_900_000_000:
+    if sum(path.stat().st_size for path in source.parent.iterdir() if path.is_file()) > onnx_files.LARGEST_FILE_BYTES:
         options.add_session_config_entry(
             "session.optimized_model_external_initializers_file_name", f"{target.name}.data"
         )

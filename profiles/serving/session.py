@@ -31,7 +31,7 @@ _PROVIDERS = {
     "cuda": "CUDAExecutionProvider",
     "tensorrt": "TensorrtExecutionProvider",
 }
-_GRAPH_LEVELS = {
+GRAPH_LEVELS = {
     "disable": "ORT_DISABLE_ALL",
     "basic": "ORT_ENABLE_BASIC",
     "extended": "ORT_ENABLE_EXTENDED",
@@ -167,8 +167,8 @@ def open_session(
         raise SessionError(f"no engine {engine!r}; there are {', '.join(ENGINES)}")
     if precision not in {"default", "float32"}:
         raise SessionError(f"no precision {precision!r}; there are default and float32")
-    if graph_level not in _GRAPH_LEVELS:
-        raise SessionError(f"no graph level {graph_level!r}; there are {', '.join(_GRAPH_LEVELS)}")
+    if graph_level not in GRAPH_LEVELS:
+        raise SessionError(f"no graph level {graph_level!r}; there are {', '.join(GRAPH_LEVELS)}")
     if threads < 1:
         raise SessionError(f"threads is 1 or more, not {threads}")
     if not Path(entry).is_file():
@@ -227,7 +227,7 @@ class _OnnxRuntime:
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
-        options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, _GRAPH_LEVELS[graph_level])
+        options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, GRAPH_LEVELS[graph_level])
         # A spinning pool burns its cores between two requests: on a server that shares them with its own network
         # threads, and with other sessions, that costs more than the wake-ups it saves. One thread has no pool.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
