@@ -12,12 +12,11 @@ from typing import Any
 from figures import say
 
 from optimize.config import CampaignConfig
-from profiles.measure.host import fingerprint_host
+from profiles.measure.host import VNNI, fingerprint_host
 
 HERE = Path(__file__).resolve().parent
 TASKS = HERE / "burnish-work-tasks"
 MINILM = HERE.parent / "examples" / "minilm"
-VNNI = frozenset({"avx512_vnni", "avx_vnni", "amx_int8"})
 BATCH_SIZES = (1, 32)
 
 

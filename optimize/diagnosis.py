@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 
 from optimize.stages import broken_stages
 from profiles.deploy.local import available_servers
-from profiles.measure.host import fingerprint_host, split_cpus
+from profiles.measure.host import VNNI, fingerprint_host, split_cpus
 from registry.errors import BurnishError
 from registry.tracking import open_tracker, redact
 
@@ -72,7 +72,7 @@ def _sqlite_file(uri: str) -> Path | None:
 
 
 def _int8(instruction_sets: tuple[str, ...]) -> str:
-    if {"avx512_vnni", "avx_vnni", "amx_int8"} & set(instruction_sets):
+    if VNNI.intersection(instruction_sets):
         return "VNNI instructions: U8S8 static quantization pays"
     return "plain SIMD: int8 gains little here, and U8S8 may saturate (no VNNI)"
 

@@ -29,11 +29,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from profiles.measure.host import VNNI
 from registry.errors import StageError
 
 SATURATED = "u8 x s8 sums overflow 16 bits on CPUs without VNNI"
 SAMPLES = 32
-_VNNI = {"avx512_vnni", "avx_vnni", "amx_int8"}
 _ARM = {"neon", "asimdhp", "asimddp", "i8mm", "sve", "sve2"}  # their kernels widen at once
 _LARGEST, _SMALLEST, _MOST_ACTIVATION = 32_767, -32_768, 255
 _BATCH = 4
@@ -98,7 +98,7 @@ class Saturation:
 
 def saturates_on(instruction_sets: Sequence[str]) -> bool:
     """Whether a machine with these sets (`profiles.measure.host.INSTRUCTION_SETS`) cuts u8 x s8 sums off at 16 bits."""
-    return not {*_VNNI, *_ARM}.intersection(instruction_sets)
+    return not {*VNNI, *_ARM}.intersection(instruction_sets)
 
 
 def check_saturation(

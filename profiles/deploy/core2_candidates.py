@@ -2,6 +2,7 @@
 
 import hashlib
 import http.client
+import logging
 import tempfile
 import time
 from collections.abc import Callable
@@ -9,8 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from profiles.serving.core2.folder import ModelFolder, write_folder
-from registry.errors import InputError, UnreachableError
+from registry.errors import InputError, ServerDiedError, UnreachableError
 from registry.records import Artifact, ArtifactFile, Candidate, Target
+
+logger = logging.getLogger(__name__)
 
 Place = Callable[[Artifact, Path], str]
 """Puts the files of a folder where Core 2 can fetch them, under their digest, and returns the rclone URI of that.
@@ -20,6 +23,20 @@ The folder has the model's name; the artifact is the folder's, with the rendered
 
 _POLL_S = 0.05
 _MESH_TIMEOUT_S = 5.0
+
+
+def look_again(name: str, check: Callable[[], None]) -> None:
+    """Returns where a model is still served as it was, or where that cannot be asked, which is only logged.
+
+    Raises:
+        ServerDiedError: ``check`` says that it is not.
+    """
+    try:
+        check()
+    except ServerDiedError:
+        raise
+    except UnreachableError as error:
+        logger.warning("Whether %s is still served as it was is not known: %s", name, error.message)
 
 
 def check_workers(candidate: Candidate, workers: int) -> None:

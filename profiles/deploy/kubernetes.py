@@ -6,14 +6,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from profiles.deploy.core2_candidates import Mesh, Place, check_workers, place_folder, size_of
+from profiles.deploy.core2_candidates import Mesh, Place, check_workers, look_again, place_folder, size_of
 from profiles.deploy.kubernetes_client import KubernetesClient
 from profiles.deploy.kubernetes_resources import CAMPAIGN, RUN, Applied, Change, ResourceState, labels_on, read_state
 from profiles.serving.core2.folder import model_folder
 from profiles.serving.core2.manifests import REQUIREMENTS, Manifest, labels_of, render_model
 from profiles.serving.core2.schema import NEWEST, Core2Version, check_manifest
 from profiles.serving.naming import model_name_of
-from registry.errors import BurnishError, InputError, ServerDiedError, UnreachableError
+from registry.errors import BurnishError, InputError, ServerDiedError
 from registry.records import Artifact, Candidate, Target
 
 # The client is here too: who serves on Kubernetes needs both.
@@ -67,12 +67,7 @@ class KubernetesDeployment:
         Raises:
             ServerDiedError: it is not available any more, or somebody changed or replaced its Model.
         """
-        try:
-            self._cluster.check(self)
-        except ServerDiedError:
-            raise
-        except UnreachableError as error:
-            logger.warning("Whether %s is still served as it was is not known: %s", self.target.model, error.message)
+        look_again(self.target.model, lambda: self._cluster.check(self))
 
     def undeploy(self) -> None:
         """Deletes its Model and returns when that is gone; a second call does nothing.

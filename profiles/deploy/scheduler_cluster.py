@@ -6,14 +6,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Self
 
-from profiles.deploy.core2_candidates import Mesh, Place, check_workers, place_folder, size_of
+from profiles.deploy.core2_candidates import Mesh, Place, check_workers, look_again, place_folder, size_of
 from profiles.deploy.core2_messages import AVAILABLE, GOING, Core2Model, ModelVersion
 from profiles.deploy.scheduler import SchedulerClient
 from profiles.serving.core2.folder import model_folder
 from profiles.serving.core2.manifests import REQUIREMENTS
 from profiles.serving.core2.sizing import counted_copies
 from profiles.serving.naming import model_name_of
-from registry.errors import BurnishError, InputError, ServerDiedError, UnreachableError
+from registry.errors import BurnishError, InputError, ServerDiedError
 from registry.records import Artifact, Candidate, Target
 
 logger = logging.getLogger(__name__)
@@ -65,12 +65,7 @@ class Core2Deployment:
         Raises:
             ServerDiedError: it is not available any more, or somebody loaded another model under its name.
         """
-        try:
-            self._cluster.check(self)
-        except ServerDiedError:
-            raise
-        except UnreachableError as error:
-            logger.warning("Whether %s is still served as it was is not known: %s", self.target.model, error.message)
+        look_again(self.target.model, lambda: self._cluster.check(self))
 
     def undeploy(self) -> None:
         """Unloads it and returns when its memory is free; a second call does nothing.

@@ -18,6 +18,8 @@ INSTRUCTION_SETS = (
     "sse4_2", "f16c", "avx", "avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile",
     "amx_int8", "amx_bf16", "neon", "asimdhp", "asimddp", "bf16", "i8mm", "sve", "sve2",
 )  # fmt: skip
+# Those that sum products of u8 and s8 in 32 bits, so that int8 pays and U8S8 cannot saturate.
+VNNI = frozenset({"avx512_vnni", "avx_vnni", "amx_int8"})
 # Flags of /proc/cpuinfo that other kernels or CPUs spell differently.
 _SPELLINGS = {"asimd": "neon", "amx-tile": "amx_tile"}
 
