@@ -4,7 +4,6 @@ A file that is let in declares no more bytes than it brings, reads no file outsi
 that the engines here know. Its parts are copied first and checked afterwards, so that what was checked is what is used.
 """
 
-import mmap
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from math import prod
@@ -12,6 +11,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any, Literal
 
 from optimize.engines.local import ChildFailure, Limits, run_in_child
+from optimize.protobuf_wire import length_fields, mapped
 from optimize.signature import Described, Signature, describe_signature, read_signature
 from registry.errors import InputError, UntrustedModelError
 
@@ -192,65 +192,29 @@ _HOLDS: Mapping[str, Mapping[int, str]] = {
     "node": {5: "attribute"},
     "attribute": {6: "graph", 11: "graph"},
 }
-_VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5
 
 
 def _check_counts(path: Path, name: str) -> None:
-    """Counts nodes in the bytes of the file: parsed, an empty node of two bytes would take a hundred.
-
-    Source: the protobuf wire format (Protocol Buffers documentation, "Encoding").
-    """
+    """Counts nodes in the bytes of the file: parsed, an empty node of two bytes would take a hundred."""
     nodes = fields = 0
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+    with mapped(path) as data:
         waiting = [("model", 0, len(data))]
-        while waiting:
-            message, begin, end = waiting.pop()
-            for field, start, stop in _fields(data, begin, end, name):
-                fields += 1
-                inner = _HOLDS[message].get(field, "")
-                nodes += inner == "node"
-                if inner:
-                    waiting.append((inner, start, stop))
-                if nodes > MOST_NODES or fields > MOST_FIELDS:
-                    raise UntrustedModelError(
-                        f"{name} has more nodes or parts of nodes than burnish takes ({MOST_NODES:,} nodes, "
-                        f"{MOST_FIELDS:,} parts)"
-                    )
-
-
-def _fields(data: mmap.mmap, begin: int, end: int, name: str) -> Iterator[tuple[int, int, int]]:
-    """Number, first byte and end of each field with a length in a message that takes these bytes."""
-    place = begin
-    while place < end:
-        key, place = _varint(data, place, end, name)
-        kind = key & 7
-        if kind == _VARINT:
-            _, place = _varint(data, place, end, name)
-        elif kind == _LENGTH:
-            length, start = _varint(data, place, end, name)
-            place = start + length
-            if place <= end:
-                yield key >> 3, start, place
-        elif kind in {_FIXED64, _FIXED32}:
-            place += 8 if kind == _FIXED64 else 4
-        else:
-            place = end + 1
-    if place > end:
-        raise _not_whole(name, "it does not follow protobuf's wire format")
-
-
-def _varint(data: mmap.mmap, place: int, end: int, name: str) -> tuple[int, int]:
-    """The number of variable length at a place, and the place after it."""
-    value = 0
-    for shift in range(0, 70, 7):
-        if place >= end:
-            break
-        byte = data[place]
-        place += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, place
-    raise _not_whole(name, "a number in it does not end")
+        try:
+            while waiting:
+                message, begin, end = waiting.pop()
+                for field, start, stop in length_fields(data, begin, end):
+                    fields += 1
+                    inner = _HOLDS[message].get(field, "")
+                    nodes += inner == "node"
+                    if inner:
+                        waiting.append((inner, start, stop))
+                    if nodes > MOST_NODES or fields > MOST_FIELDS:
+                        raise UntrustedModelError(
+                            f"{name} has more nodes or parts of nodes than burnish takes ({MOST_NODES:,} nodes, "
+                            f"{MOST_FIELDS:,} parts)"
+                        )
+        except ValueError as error:
+            raise _not_whole(name, error) from error
 
 
 def _not_whole(name: str, why: object) -> InputError:

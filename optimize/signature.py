@@ -1,13 +1,17 @@
 """The tensor signature of a model file: the names, types and shapes of its inputs and outputs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from optimize.protobuf_wire import Span, contents, mapped
 from registry import codec
 from registry.errors import InputError
 from registry.records import TensorSpec
+
+if TYPE_CHECKING:
+    import onnx
 
 Signature = tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]
 Described = dict[str, list[dict[str, Any]]]
@@ -40,26 +44,51 @@ def signature_of(described: Mapping[str, Sequence[Any]]) -> Signature:
     return inputs, outputs
 
 
+# Fields of ModelProto, GraphProto and TensorProto in onnx.proto.
+_GRAPH = 7
+_INITIALIZER, _INPUT, _OUTPUT = 5, 11, 12
+_TENSOR_NAME = 8
+
+
 def _onnx_signature(entry: Path) -> Signature:
-    import onnx
     from google.protobuf.message import DecodeError
 
     try:
-        graph = onnx.load(str(entry), load_external_data=False).graph
+        inputs, outputs, weights = _onnx_values(entry)
     except (DecodeError, OSError, ValueError) as error:
         raise InputError(f"{entry.name} is not an ONNX model: {error}") from error
-    if not graph.output:
+    if not outputs:
         raise InputError(f"{entry.name} is not an ONNX model: it has no outputs")
-    weights = {tensor.name for tensor in graph.initializer}
-    inputs = tuple(_onnx_spec(value) for value in graph.input if value.name not in weights)
-    return inputs, tuple(_onnx_spec(value) for value in graph.output)
+    return tuple(_onnx_spec(value) for value in inputs if value.name not in weights), tuple(map(_onnx_spec, outputs))
 
 
-def _onnx_spec(value: "object") -> TensorSpec:
+def _onnx_values(entry: Path) -> tuple[list["onnx.ValueInfoProto"], list["onnx.ValueInfoProto"], set[str]]:
+    """Inputs and outputs of the graph, and the names of its initializers.
+
+    The weights are passed over where they lie: parsed, they would take their size again, and most of the time.
+    """
     import onnx
 
-    name: str = value.name  # type: ignore[attr-defined]
-    tensor = value.type.tensor_type  # type: ignore[attr-defined]
+    def values(spans: Iterator[Span]) -> list[onnx.ValueInfoProto]:
+        return [onnx.ValueInfoProto.FromString(data[begin:end]) for begin, end in spans]
+
+    inputs: list[onnx.ValueInfoProto] = []
+    outputs: list[onnx.ValueInfoProto] = []
+    weights: set[str] = set()
+    with mapped(entry) as data:
+        for graph in contents(data, (0, len(data)), _GRAPH):
+            inputs += values(contents(data, graph, _INPUT))
+            outputs += values(contents(data, graph, _OUTPUT))
+            for weight in contents(data, graph, _INITIALIZER):
+                weights |= {str(data[begin:end], "utf-8") for begin, end in contents(data, weight, _TENSOR_NAME)}
+    return inputs, outputs, weights
+
+
+def _onnx_spec(value: "onnx.ValueInfoProto") -> TensorSpec:
+    import onnx
+
+    name = value.name
+    tensor = value.type.tensor_type
     if not tensor.elem_type:
         raise InputError(f"{name!r} is not a tensor; burnish takes models whose inputs and outputs are tensors")
     known = {number: kind for kind, number in onnx.TensorProto.DataType.items()}

@@ -124,8 +124,26 @@ def opset_of(model: Any) -> int:
 
 
 def is_large(model: Any) -> bool:
-    """Whether the model does not fit one protobuf, which most functions of onnx need."""
-    return bool(model.ByteSize() > LARGEST_FILE_BYTES)
+    """Whether the model does not fit one protobuf, which most functions of onnx need.
+
+    Its tensors are counted as they declare themselves: protobuf takes as long to say its size as to write the model.
+    """
+    return sum(map(_declared_bytes, _tensors(model))) > LARGEST_FILE_BYTES
+
+
+def _tensors(model: Any) -> Iterator[Any]:
+    """Initializers and Constant nodes' values of the main graph, where all large tensors of a model are."""
+    yield from model.graph.initializer
+    for node in model.graph.node:
+        yield from (attribute.t for attribute in node.attribute if attribute.HasField("t"))
+
+
+def _declared_bytes(tensor: Any) -> int:
+    import math
+
+    from onnx import helper
+
+    return int(math.prod(tensor.dims) * helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize)
 
 
 def name_nodes(model: Any) -> None:

@@ -12,10 +12,12 @@ from typing import Any, Literal
 from pydantic import Field
 
 from optimize.calibration import whole_batches
+from optimize.protobuf_wire import contents, mapped
 from optimize.stages.base import Context, Stage, StageInput, StageParams, StageResult
 from registry.errors import MissingExtraError, NotApplicableError
 
 ENTRY = "model.xml"
+_GRAPH, _NODE, _NODE_OUTPUT, _NODE_NAME = 7, 1, 2, 3  # fields of ModelProto, GraphProto and NodeProto in onnx.proto
 # OpenVINO 2026.4 answers wrongly (a cosine of .51 for the last state of an LSTM) where what goes into these is
 # quantized with an offset, and rightly where ranges are centred on zero.
 _RECURRENT = frozenset(f"{cell}{form}" for cell in ("LSTM", "GRU", "RNN") for form in ("Sequence", "Cell"))
@@ -162,10 +164,14 @@ def _save(openvino: Any, model: Any, context: Context, *, known: Container[str])
 
 
 def _onnx_names(path: Path) -> set[str]:
-    import onnx
-
-    graph = onnx.load(str(path), load_external_data=False).graph
-    return {name for node in graph.node for name in (node.name, *node.output)}
+    """Names of the graph's nodes and of what they put out."""
+    with mapped(path) as data:
+        return {
+            str(data[begin:end], "utf-8")
+            for graph in contents(data, (0, len(data)), _GRAPH)
+            for node in contents(data, graph, _NODE)
+            for begin, end in contents(data, node, _NODE_OUTPUT, _NODE_NAME)
+        }
 
 
 @contextlib.contextmanager

@@ -46,6 +46,16 @@ def test_what_is_not_onnx(tmp_path, content):
         read_signature(tmp_path / "m.onnx")
 
 
+def test_a_file_cut_anywhere_is_refused(tmp_path):
+    path = save(tmp_path / "m.onnx", "(float[2] x) => (float[2] y) <float[2] w = {1, 2}>", "y = Add(x, w)")
+    whole = path.read_bytes()
+    end_of_graph = onnx.load(path).graph.ByteSize() + whole.index(b"\x3a")
+    for length in range(end_of_graph):
+        path.write_bytes(whole[:length])
+        with pytest.raises(InputError, match=r"m\.onnx is not an ONNX model"):
+            read_signature(path)
+
+
 def test_sequences_and_unknown_types_are_refused(tmp_path):
     graph = helper.make_graph([], "g", [], [helper.make_tensor_sequence_value_info("y", TensorProto.FLOAT, None)])
     onnx.save(helper.make_model(graph), tmp_path / "m.onnx")
