@@ -30,6 +30,8 @@ def former_rendering(out: Path) -> str | None:
         return None
     listed = _marked(marker)
     for name, path in here.items():
+        if marker is not None and path.parent.name == "__pycache__" and path.suffix == ".pyc":
+            continue  # a server that was started right here compiled the code beside the model
         if name not in listed["files"]:
             raise InputError(
                 f"{out} holds {name!r}, which no rendering put there", hint="Name another folder with --out."

@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 from profiles.serving.naming import check_batching, session_settings
+from profiles.serving.self_contained import Bundle
 from registry.errors import InputError
 from registry.records import Artifact, Candidate
 
@@ -31,11 +32,23 @@ def render_mlserver(
     http_port: int,
     grpc_port: int,
     metrics_port: int,
+    bundle: Bundle | None = None,
+    environment: str | None = None,
 ) -> dict[str, str]:
     """``settings.json`` and ``<model_name>/model-settings.json``; the artifact's files belong beside the second.
 
     Batching stands in ``parameters.extra``, where our runtime reads it, since Core 2 drops MLServer's own keys.
     ``max_batch_size`` counts requests in MLServer, not rows.
+
+    Args:
+        candidate: what is served, and how.
+        artifact: its model.
+        model_name: its name on the server.
+        http_port: of the server, as are ``grpc_port`` and ``metrics_port``.
+        grpc_port: see there.
+        metrics_port: see there.
+        bundle: our runtime as a file, which is written beside the model; None for the one that the server has.
+        environment: the file name of the tarball beside the model that a worker of its own runs in.
 
     Raises:
         InputError: the candidate is not one for our MLServer runtime, its batches cannot be had, or its batching would
@@ -61,12 +74,19 @@ def render_mlserver(
         "grpc_max_message_length": GRPC_MAX_MESSAGE_BYTES,
         "parallel_workers": serving.parallel_workers,
     }
+    parameters: dict[str, Any] = {
+        "uri": f"./{artifact.entry}",
+        "extra": {**session_settings(candidate), **_batching(candidate)},
+    }
+    if environment is not None:
+        parameters["environment_tarball"] = f"./{environment}"
     model = {
         "name": model_name,
-        "implementation": IMPLEMENTATION,
-        "parameters": {"uri": f"./{artifact.entry}", "extra": {**session_settings(candidate), **_batching(candidate)}},
+        "implementation": IMPLEMENTATION if bundle is None else bundle.implementation,
+        "parameters": parameters,
     }
-    return {"settings.json": _json(settings), f"{model_name}/model-settings.json": _json(model)}
+    files = {"settings.json": _json(settings), f"{model_name}/model-settings.json": _json(model)}
+    return files if bundle is None else {**files, f"{model_name}/{bundle.file}": bundle.text}
 
 
 def _batching(candidate: Candidate) -> dict[str, str]:

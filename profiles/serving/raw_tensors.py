@@ -6,6 +6,10 @@ no others, `install` puts two things in the way: a handler of ``ModelInfer`` tha
 hands requests over as they came. The rest of MLServer (metrics, headers, cache, REST, other models) goes on as it was.
 
 This reaches into MLServer's inside, so it is done only in the one version that it was written for.
+
+One server may hold several copies of this module: an installed one, and those beside self-contained models. The first
+to be loaded changes MLServer, for itself and for all others of the same `CONTRACT`. So what passes from it to a runtime
+and back is plain tuples to both, and every runtime decodes and encodes with its own code.
 """
 
 import asyncio
@@ -29,10 +33,12 @@ Array = npt.NDArray[Any]
 
 KNOWN_VERSION = "1.7.1"
 TAKES_RAW = "burnish_takes_raw"
-"""A runtime whose attribute of this name is `CONTRACT` has a coroutine method ``predict_many``: requests, each a
-`RawRequest` or an ``InferenceRequest``, to as many replies of the same kind, or errors."""
+"""A runtime whose attribute of this name is `CONTRACT` has a coroutine method ``predict_many``: requests, each an
+``InferenceRequest`` or a tuple for `RawRequest.of`, to as many replies of the same kind, or errors. A reply to a tuple
+is a tuple of tuples with the fields of a `RawTensor`."""
 CONTRACT = 1
-"""A number, so that two copies of this module in one server agree or keep apart."""
+"""The number of what is said in `TAKES_RAW`. It changes with that, and with the fields of `RawRequest` and `RawTensor`:
+copies of one number work together, and those of another leave their tensors to MLServer's own way."""
 
 DTYPES = {
     "BOOL": "?", "FP16": "<f2", "FP32": "<f4", "FP64": "<f8", "INT8": "i1", "INT16": "<i2", "INT32": "<i4",
@@ -42,6 +48,7 @@ DTYPES = {
 
 _METHOD = "/inference.GRPCInferenceService/ModelInfer"
 _INSTALLED = "_burnish_raw_tensors"
+"""An attribute of ``mlserver``: the `CONTRACT` of the copy that changed it; 0 where none could."""
 # Field numbers of ModelInferRequest.raw_input_contents and ModelInferResponse.raw_output_contents.
 _RAW_INPUT, _RAW_OUTPUT = 7, 6
 _VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5
@@ -88,9 +95,18 @@ class RawRequest(NamedTuple):
     inputs: tuple[RawTensor, ...]
     outputs: tuple[str, ...]
 
-    def portable(self) -> "RawRequest":
-        """The request with bytes in place of views, which cannot go to another process."""
-        return self._replace(inputs=tuple(tensor._replace(content=bytes(tensor.content)) for tensor in self.inputs))
+    @classmethod
+    def of(cls, request: Any) -> "RawRequest":
+        """A request of any copy of this module, or of `portable`, as one of this copy."""
+        if type(request) is cls:
+            return request
+        inputs, outputs = request
+        return cls(tuple(RawTensor(*tensor) for tensor in inputs), outputs)
+
+    def portable(self) -> tuple[tuple[tuple[str, str, tuple[int, ...], bytes], ...], tuple[str, ...]]:
+        """The request for another process: plain tuples, with bytes in place of views."""
+        inputs = tuple((name, datatype, shape, bytes(content)) for name, datatype, shape, content in self.inputs)
+        return inputs, self.outputs
 
 
 RawReply = tuple[RawTensor, ...]
@@ -98,20 +114,21 @@ RawReply = tuple[RawTensor, ...]
 
 def install() -> bool:
     """Makes MLServer hand arrays to runtimes that take them; whether it does. A second call changes nothing."""
-    done: bool | None = getattr(mlserver, _INSTALLED, None)
-    if done is not None:
-        return done
-    known = bool(mlserver.__version__ == KNOWN_VERSION)
-    setattr(mlserver, _INSTALLED, known)
-    if known:
-        _change_mlserver()
-    else:
-        logger.warning(
-            "This is MLServer %s, not %s: raw tensors pass through Python lists here, which is slow for large ones",
-            mlserver.__version__,
-            KNOWN_VERSION,
-        )
-    return known
+    installed: int | None = getattr(mlserver, _INSTALLED, None)
+    if installed is None:
+        installed = CONTRACT if mlserver.__version__ == KNOWN_VERSION else 0
+        setattr(mlserver, _INSTALLED, installed)
+        if installed:
+            _change_mlserver()
+        else:
+            _warn(f"This is MLServer {mlserver.__version__}, not {KNOWN_VERSION}")
+    elif installed not in {0, CONTRACT}:
+        _warn(f"A model of this server keeps raw tensors by contract {installed}, not {CONTRACT}")
+    return installed == CONTRACT
+
+
+def _warn(cause: str) -> None:
+    logger.warning("%s: raw tensors pass through Python lists here, which is slow for large ones", cause)
 
 
 def _change_mlserver() -> None:
@@ -337,9 +354,9 @@ def _to_wire(model: Any, request_id: str, reply: RawReply) -> bytes:
 
     response = pb.ModelInferResponse(model_name=model.name, model_version=model.version or "", id=request_id)
     parts: list[Any] = [b""]
-    for tensor in reply:
-        response.outputs.add(name=tensor.name, datatype=tensor.datatype, shape=tensor.shape)
-        parts += [bytes([_RAW_OUTPUT << 3 | _LENGTH]), _to_varint(len(tensor.content)), tensor.content]
+    for name, datatype, shape, content in reply:
+        response.outputs.add(name=name, datatype=datatype, shape=shape)
+        parts += [bytes([_RAW_OUTPUT << 3 | _LENGTH]), _to_varint(len(content)), content]
     parts[0] = response.SerializeToString()
     return b"".join(parts)
 
@@ -422,9 +439,13 @@ class RequestBatcher:
         """Returns when the batch is full, or its first request has waited long enough."""
         if len(self._waiting) < self._size:
             self._is_full.clear()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout_at(self._waiting[0].since + self._wait_s):
-                    await self._is_full.wait()
+            # Not asyncio.timeout: MLServer's own image has Python 3.10, and self-contained models run there.
+            loop = asyncio.get_running_loop()
+            closing = loop.call_at(self._waiting[0].since + self._wait_s, self._is_full.set)
+            try:
+                await self._is_full.wait()
+            finally:
+                closing.cancel()
 
     async def _answer(self, batch: Sequence[_Waiting]) -> None:
         requests = [item.request for item in batch]

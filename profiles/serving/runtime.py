@@ -7,6 +7,7 @@ drops ``max_batch_size`` and ``max_batch_time`` beside it.
 import asyncio
 import contextlib
 import math
+import multiprocessing
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,8 +28,15 @@ from mlserver.types import (
 )
 from mlserver.utils import get_model_uri
 
-from profiles.serving import raw_tensors
-from profiles.serving.raw_tensors import RawReply, RawRequest, RawTensor
+from profiles.serving.raw_tensors import (
+    CONTRACT,
+    TAKES_RAW,
+    RawReply,
+    RawRequest,
+    RawTensor,
+    RequestBatcher,
+    install,
+)
 from profiles.serving.session import Array, Arrays, Port, Session, SessionError, open_session, run_merged
 
 _NAMES = {
@@ -63,14 +71,19 @@ class SessionRuntime(MLModel):  # type: ignore[misc]  # mlserver is not followed
             ValueError: one of them is no number.
         """
         extra = _extra(settings)
+        batched = _is_batched(settings)
         # MLServer reads these two when it has loaded the model, so now is early enough for batching to work.
         if "max_batch_size" in extra:
             settings.max_batch_size = int(_number(extra, "max_batch_size", whole=True))
         if "max_batch_time" in extra:
             settings.max_batch_time = _number(extra, "max_batch_time")
         super().__init__(settings)
-        if raw_tensors.install():
-            setattr(self, raw_tensors.TAKES_RAW, raw_tensors.CONTRACT)
+        if install():
+            setattr(self, TAKES_RAW, CONTRACT)
+        # Where the model brings its environment, MLServer's main process knows nothing of it but its settings as they
+        # are written: it batches only by those. By ours the worker does.
+        apart = not batched and _is_batched(settings) and _is_apart(settings)
+        self._batcher = RequestBatcher(self) if apart else None
         self._session: _Metered | None = None
         # The model computes in one thread of its own: the event loop goes on reading requests, answering health
         # checks and filling the next batch meanwhile, and the session runs one batch at a time. A model that takes less
@@ -100,16 +113,22 @@ class SessionRuntime(MLModel):  # type: ignore[misc]  # mlserver is not followed
         Raises:
             InferenceError: an input or a requested output does not fit the model, or the engine failed.
         """
+        if self._batcher is not None:
+            batched: InferenceResponse = await self._batcher.predict(payload)
+            return batched
         (answer,) = await self.predict_many([payload])
         if isinstance(answer, InferenceError):
             raise answer
         return answer
 
-    async def predict_many(self, requests: Sequence[RawRequest | InferenceRequest]) -> list[Any]:
+    async def predict_many(self, requests: Sequence[Any]) -> list[Any]:
         """The reply to each of several requests, of the request's kind, or the `InferenceError` that says why not.
 
         Requests whose rows fit together run as one batch. Where that fails each runs alone, so that one bad request
         fails nobody else's.
+
+        Args:
+            requests: each as `raw_tensors.TAKES_RAW` has it.
 
         Raises:
             InferenceError: the model is not loaded.
@@ -117,11 +136,12 @@ class SessionRuntime(MLModel):  # type: ignore[misc]  # mlserver is not followed
         session = self._session
         if session is None:
             raise InferenceError(f"the model {self.name!r} is not loaded")
+        own = [RawRequest.of(request) if isinstance(request, tuple) else request for request in requests]
         if session.is_quick and not self._running:
-            return self._answer_all(session, requests)
+            return self._answer_all(session, own)
         self._running += 1
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._worker, self._answer_all, session, requests)
+            return await asyncio.get_running_loop().run_in_executor(self._worker, self._answer_all, session, own)
         finally:
             self._running -= 1
 
@@ -197,6 +217,16 @@ def _histogram(name: str, text: str, buckets: Sequence[float]) -> Any:
     # MLServer shows its own registry only where it has workers, and prometheus_client's where it has none.
     prometheus_client.REGISTRY.register(histogram)
     return histogram
+
+
+def _is_batched(settings: ModelSettings) -> bool:
+    return bool(settings.max_batch_size > 1 and settings.max_batch_time > 0)
+
+
+def _is_apart(settings: ModelSettings) -> bool:
+    """Whether this is a worker in an environment of the model's own."""
+    brought = settings.parameters is not None and settings.parameters.environment_tarball is not None
+    return brought and multiprocessing.parent_process() is not None
 
 
 def _extra(settings: ModelSettings) -> Mapping[str, Any]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from profiles.serving.naming import check_batching, session_settings, unserved, why_not_batched
+from profiles.serving.self_contained import Bundle
 from registry.errors import InputError
 from registry.records import Artifact, Candidate, TensorSpec
 
@@ -24,12 +25,21 @@ _TYPES = {
 _GRAPH_LEVELS = {"disable": 2, "basic": -1, "extended": 1}
 
 
-def render_triton(candidate: Candidate, artifact: Artifact, *, model_name: str) -> dict[str, str]:
+def render_triton(
+    candidate: Candidate, artifact: Artifact, *, model_name: str, bundle: Bundle | None = None
+) -> dict[str, str]:
     """``<model_name>/config.pbtxt`` and, for the Python backend, ``<model_name>/1/model.py``.
 
     The artifact's files belong into ``<model_name>/1``. ``max_batch_size`` counts rows in Triton, so a request of more
     rows than that is refused. With 1, batching is off: Triton is told of no batch dimension, and a request of any
     number of rows is run as it comes.
+
+    Args:
+        candidate: what is served, and how.
+        artifact: its model.
+        model_name: its name on the server.
+        bundle: our model for the Python backend, whole; None for the one that the server's Python has. Triton runs
+            each model in a process of its own, so the file needs no name of its own.
 
     Raises:
         InputError: the candidate is not one for Triton, a tensor or a setting cannot be served by its backend, or its
@@ -63,7 +73,7 @@ def render_triton(candidate: Candidate, artifact: Artifact, *, model_name: str) 
         config.parameters[key].string_value = value
     files = {f"{model_name}/config.pbtxt": text_format.MessageToString(config)}
     if serving.backend == "python":
-        files[f"{model_name}/1/model.py"] = MODEL_PY
+        files[f"{model_name}/1/model.py"] = MODEL_PY if bundle is None else bundle.text
     return files
 
 

@@ -7,7 +7,7 @@ import pytest
 
 # In a process of its own: MLServer and tritonclient.grpc both register the V2 protocol's messages.
 CHECKS = '''
-import asyncio, json, logging, sys
+import asyncio, importlib.util, json, logging, sys
 import mlserver, numpy as np
 from mlserver.batching import hooks
 from mlserver.grpc import dataplane_pb2 as pb
@@ -78,6 +78,22 @@ delattr(mlserver, raw._INSTALLED)
 found["installed"] = raw.install()
 changed = PromServerInterceptor.intercept_service
 found["installed twice"] = [raw.install(), changed is not stock, PromServerInterceptor.intercept_service is changed]
+
+# Another copy, as a self-contained model brings one.
+spec = importlib.util.spec_from_file_location("another", raw.__file__)
+another = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(another)
+found["copy installed"] = [another.install(), PromServerInterceptor.intercept_service is changed]
+ours = raw.RawRequest((raw.RawTensor("x", "UINT8", (2,), memoryview(b"ab")),), ("y",))
+plain = ours.portable()
+found["plain"] = [plain == ((("x", "UINT8", (2,), b"ab"),), ("y",)), type(plain) is tuple, type(plain[0][0]) is tuple]
+made = [another.RawRequest.of(request) for request in (ours, plain)]
+found["made its own"] = [type(one) is another.RawRequest and type(one.inputs[0]) is another.RawTensor for one in made]
+found["kept its own"] = raw.RawRequest.of(ours) is ours
+reply = pb.ModelInferResponse.FromString(raw._to_wire(model, "", (another.RawTensor("y", "UINT8", (1,), b"z"),)))
+found["copy's reply"] = reply.raw_output_contents[0].decode()
+another.CONTRACT = 2
+found["other contract"] = [another.install(), raw.install(), PromServerInterceptor.intercept_service is changed]
 
 
 class Counting(mlserver.MLModel):
@@ -157,6 +173,19 @@ def test_another_mlserver_is_left_as_it_is(found: dict[str, Any]) -> None:
 def test_it_is_installed_once(found: dict[str, Any]) -> None:
     assert found["installed"] is True
     assert found["installed twice"] == [True, True, True]
+
+
+def test_two_copies_share_one_change_and_no_types(found: dict[str, Any]) -> None:
+    assert found["copy installed"] == [True, True]
+    assert found["plain"] == [True, True, True]
+    assert found["made its own"] == [True, True]
+    assert found["kept its own"] is True
+    assert found["copy's reply"] == "z"
+
+
+def test_a_copy_of_another_contract_keeps_apart(found: dict[str, Any]) -> None:
+    assert found["other contract"] == [False, True, True]
+    assert found["log"].count("by contract 1, not 2: raw tensors pass through Python lists") == 1
 
 
 def test_requests_are_handed_over_together(found: dict[str, Any]) -> None:
