@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from optimize import reporting
+from optimize.clusters import Site, open_site, owner_of
 from optimize.config import CampaignConfig, SamplesConfig, SourceConfig, load_campaign
 from optimize.fidelity import load_outputs
 from optimize.judging import Judged, choose_served, judge_variants, screen_variants
@@ -19,7 +20,7 @@ from optimize.measuring import Measured, Serving, measure
 from optimize.plan import Observer, Plan, Workspace, plan, plan_id
 from optimize.samples import SampleFile, Samples, check_fit, load_samples, open_samples
 from optimize.tuning import tune_variants
-from profiles.deploy.local import LocalCluster, server_version
+from profiles.deploy.core2_candidates import UNKNOWN_VERSION
 from profiles.deploy.reaper import reap
 from profiles.measure.rounds import compare_rounds, reduce_rounds
 from registry.codec import digest, to_jsonable
@@ -62,13 +63,14 @@ def run_campaign(
 
     Raises:
         InputError: the configuration or the samples do not fit.
-        UnreachableError: the tracking store does not answer. Before the work this costs nothing; after it nothing is
-            lost, and `burnish report --sync` sends it later.
+        UnreachableError: the tracking store or the cluster does not answer. Before the work this costs nothing; after
+            it nothing is lost, and `burnish report --sync` sends it later.
     """
     planned = plan(config, base=base, work=work)
     planned.work.mkdir(parents=True, exist_ok=True)
-    reporting.use_tracker(config.registry.tracking_uri, planned.work)
     with _workspace(planned, observer) as workspace:
+        _look_at_cluster(workspace)
+        reporting.use_tracker(config.registry.tracking_uri, planned.work)
         campaign = _campaign(workspace)
         reporting.write_campaign(campaign, planned.work)
         page = reporting.write_report(campaign, planned.work)
@@ -85,6 +87,40 @@ def _workspace(planned: Plan, observer: Observer) -> Iterator[Workspace]:
         reap(planned.work)
         shutil.rmtree(planned.work / "tmp", ignore_errors=True)
         yield Workspace(plan=planned, store=FolderStore(planned.work), ledger=ledger, observer=observer)
+
+
+@contextlib.contextmanager
+def _site(workspace: Workspace) -> Iterator[Site]:
+    """The campaign's cluster, for the time of a block."""
+    planned = workspace.plan
+    with open_site(
+        planned.config.cluster,
+        base=planned.base,
+        work=planned.work,
+        owner=owner_of(planned.work),
+        server_cpus=planned.server_cpus,
+    ) as site:
+        yield site
+
+
+def _look_at_cluster(workspace: Workspace) -> None:
+    """Returns when a Core 2 is ready for candidates, and nothing of a killed run is left there.
+
+    Raises:
+        InputError: it does not take what the campaign file says.
+        UnreachableError: it does not answer, or refuses.
+    """
+    config, observer = workspace.plan.config, workspace.observer
+    if config.cluster.kind == "local":
+        return
+    observer.phase("Looking at the cluster", 1)
+    with _site(workspace) as site:
+        site.check()
+        left = site.clear()
+    removed = f"; took away what a killed run left: {', '.join(left)}" if left else ""
+    observer.done(site.location, f"is ready{removed}")
+    if config.target_instruction_sets is None:
+        observer.note("Variants are judged for this machine's instruction sets; target_instruction_sets names others.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,14 +178,15 @@ def _prepare(workspace: Workspace) -> Prepared:
 
 
 def _campaign(workspace: Workspace) -> Campaign:
-    planned = workspace.plan
     started_at = datetime.now(UTC).isoformat(timespec="seconds")
     prepared = _prepare(workspace)
     served, unserved = choose_served(workspace, prepared.judged)
-    servings = _servings(workspace, served)
     evaluation = prepared.evaluation
-    with LocalCluster(planned.work, server_cpus=planned.server_cpus) as cluster:
-        measured = measure(workspace, cluster, servings, evaluation.inputs, evaluation.digest)
+    with _site(workspace) as site:
+        servings, unfit = _servings(workspace, served, site)
+        measured = measure(workspace, site.cluster, servings, evaluation.inputs, evaluation.digest)
+        if not measured.deployed:
+            site.check()  # where all failed, the cluster may be why
     return _assembled(
         workspace,
         started_at=started_at,
@@ -159,7 +196,7 @@ def _campaign(workspace: Workspace) -> Campaign:
         judged=prepared.judged,
         servings=servings,
         measured=measured,
-        failures=[*prepared.failures, *unserved, *measured.failures],
+        failures=[*prepared.failures, *unserved, *unfit, *measured.failures],
     )
 
 
@@ -187,17 +224,23 @@ def _fitting(
     return fitting, failures
 
 
-def _servings(workspace: Workspace, served: Sequence[Judged]) -> list[Serving]:
-    """Every variant worth serving, under every serving profile."""
-    versions = {profile.server: server_version(profile.server) for profile in workspace.plan.profiles}
-    servings = []
+def _servings(workspace: Workspace, served: Sequence[Judged], site: Site) -> tuple[list[Serving], list[Failure]]:
+    """Every variant worth serving, under every serving profile whose backend runs its engine."""
+    versions = {profile.server: site.server_version(profile.server) for profile in workspace.plan.profiles}
+    servings: list[Serving] = []
+    failures: list[Failure] = []
     for profile in workspace.plan.profiles:
         for one in served:
             fidelity = one.fidelities.get(profile.max_batch_size) or next(iter(one.fidelities.values()))
+            candidate = _candidate(one, profile, fidelity.engine_version, versions[profile.server], site.location)
+            if profile.of_server and profile.backend != one.engine.name:
+                reason = f"Triton's {profile.backend} backend does not run models for {one.engine.name}"
+                failures.append(Failure(subject=candidate.name, phase="deploy", kind="not_applicable", reason=reason))
+                continue
             answers = None if one.variant.batch_dependent else load_outputs(next(iter(one.answers.values())))
             servings.append(
                 Serving(
-                    candidate=_candidate(one, profile, fidelity.engine_version, versions[profile.server]),
+                    candidate=candidate,
                     artifact=one.variant.artifact,
                     files=workspace.store.path(one.variant.artifact),
                     answers=answers,
@@ -205,16 +248,22 @@ def _servings(workspace: Workspace, served: Sequence[Judged]) -> list[Serving]:
                     adaptation=one.variant.adaptation,
                 )
             )
-    return servings
+    return servings, failures
 
 
-def _candidate(one: Judged, profile: ServingProfile, engine_version: str, serving_version: str) -> Candidate:
+def _candidate(
+    one: Judged, profile: ServingProfile, engine_version: str, serving_version: str, location: str
+) -> Candidate:
+    # A server's own engine is of another version than ours, so that our numbers are not its.
+    engine_version = UNKNOWN_VERSION if profile.of_server else engine_version
     identity = {
         "variant": one.variant.id,
         "engine": to_jsonable(one.engine),
         "engine_version": engine_version,
         "serving": to_jsonable(profile),
         "server_version": serving_version,
+        # What one cluster gave is not taken for another's.
+        **({"cluster": location} if location else {}),
     }
     return Candidate(
         id=digest(identity),
@@ -225,6 +274,7 @@ def _candidate(one: Judged, profile: ServingProfile, engine_version: str, servin
         engine_version=engine_version,
         serving=profile,
         server_version=serving_version,
+        cluster=location,
     )
 
 
@@ -307,9 +357,13 @@ def _comparisons(planned: Plan, candidates: Sequence[Candidate], measured: Measu
     """Each candidate against the baseline under the same serving profile; numbers of two servers are never paired."""
     found: list[Comparison] = []
     for profile in planned.profiles:
-        alike = [candidate.id for candidate in candidates if candidate.serving == profile]
-        rounds = [one for one in measured.rounds if one.candidate_id in alike]
-        found += compare_rounds(alike[0], rounds, raw_root=planned.work, level=planned.level)
+        alike = [candidate for candidate in candidates if candidate.serving == profile]
+        first = (candidates[0].variant_id, candidates[0].engine)
+        baseline = next((one for one in alike if (one.variant_id, one.engine) == first), None)
+        if baseline is None:
+            continue  # the profile's backend does not run it
+        rounds = [one for one in measured.rounds if one.candidate_id in {one.id for one in alike}]
+        found += compare_rounds(baseline.id, rounds, raw_root=planned.work, level=planned.level)
     return found
 
 

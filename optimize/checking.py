@@ -18,13 +18,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from optimize.adaptation import adapt
+from optimize.cluster_config import load_cluster
+from optimize.clusters import open_file
 from optimize.engines.local import ChildFailure
 from optimize.in_process import answer_in_process
 from optimize.rendering import find_candidate
 from optimize.reporting import read_campaign
 from optimize.samples import load_samples
 from optimize.serving import endpoint
-from profiles.deploy.local import LocalCluster
 from profiles.measure.equivalence import MOST_ROWS, Reference, check_equivalence
 from profiles.measure.host import split_cpus
 from registry.codec import to_jsonable
@@ -90,15 +91,16 @@ def check_endpoint(
 
 
 def check_candidate(
-    wanted: str, work: Path, *, samples: Path | None, protocol: str | None, **how: Any
+    wanted: str, work: Path, *, samples: Path | None, protocol: str | None, cluster: Path | None = None, **how: Any
 ) -> dict[str, Any]:
-    """Serves a candidate of a campaign on this machine and checks it against the same model in process.
+    """Serves a candidate of a campaign and checks it against the same model in process.
 
     Args:
         wanted: name or id of a candidate.
         work: the campaign's working folder.
         samples: as for `check_endpoint`, as the campaign's evaluation samples are.
         protocol: None for the candidate's own.
+        cluster: a file that names a Core 2, see `optimize.cluster_config.ClusterFile`; None for this machine.
         how: as for `check_endpoint`.
 
     Raises:
@@ -112,6 +114,8 @@ def check_candidate(
         raise InputError(
             f"{candidate.name!r} is served over {candidate.serving.protocol}", hint="Leave --protocol out."
         )
+    if (why := load_cluster(cluster).why_not(candidate.serving)) is not None:
+        raise InputError(f"{candidate.name!r} cannot be served so: {why}")
     variant = next(one for one in campaign.variants if one.id == candidate.variant_id)
     files = FolderStore(work).path(variant.artifact)
     if samples is None:
@@ -125,9 +129,9 @@ def check_candidate(
     known = _in_process(entry, candidate.engine, inputs, batch_size=most, seed=how["seed"], threads=threads)
     with (
         TemporaryDirectory(prefix="burnish-check-") as name,
-        LocalCluster(Path(name), server_cpus=split_cpus()[0]) as cluster,
+        open_file(cluster, work=Path(name), purpose="check", server_cpus=split_cpus()[0]) as site,
     ):
-        target = cluster.deploy(candidate, variant.artifact, files, timeout_s=_LOAD_TIMEOUT_S).target
+        target = site.cluster.deploy(candidate, variant.artifact, files, timeout_s=_LOAD_TIMEOUT_S).target
         found = check_equivalence(target, inputs, reference=known, most_rows=min(MOST_ROWS, most), **how)
     return {"candidate": candidate.name, **_plain(target, found, against="the same model in process")}
 

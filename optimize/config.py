@@ -6,7 +6,9 @@ from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
+from optimize.cluster_config import Backend, ClusterConfig, LocalConfig
 from registry.records import ServingProfile
 
 _NAME = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"
@@ -104,9 +106,15 @@ class RecipeConfig(_Model):
 
 
 class ServingConfig(_Model):
-    """A serving profile; see `registry.records.ServingProfile`."""
+    """A serving profile; see `registry.records.ServingProfile`.
+
+    Attributes:
+        backend: None for ours in each server (``burnish`` in MLServer, ``python`` in Triton); Triton's own are served
+            by a Core 2 alone.
+    """
 
     server: Literal["mlserver", "triton"]
+    backend: Backend | None = None
     protocol: Literal["grpc", "rest"] = "grpc"
     max_batch_size: int = Field(default=1, ge=1, le=1024)
     max_batch_delay_ms: float = Field(default=0.0, ge=0, le=10_000)
@@ -120,6 +128,9 @@ class ServingConfig(_Model):
             raise ValueError(
                 "MLServer batches only with a delay above 0: set max_batch_delay_ms, or max_batch_size to 1"
             )
+        if self.backend is not None and (self.backend == "burnish") != (self.server == "mlserver"):
+            known = "burnish" if self.server == "mlserver" else "python, onnxruntime and openvino"
+            raise ValueError(f"{self.server} has the backend {known}, not {self.backend}")
         if self.server == "mlserver" and self.instances != 1:
             raise ValueError("instances are Triton's; MLServer takes parallel_workers")
         if self.server == "triton" and self.parallel_workers:
@@ -127,8 +138,9 @@ class ServingConfig(_Model):
         return self
 
     def profile(self) -> ServingProfile:
-        """The record of it, with the backend that serves it on this machine."""
-        return ServingProfile(backend="burnish" if self.server == "mlserver" else "python", **self.model_dump())
+        """The record of it, with its backend."""
+        own: Backend = "burnish" if self.server == "mlserver" else "python"
+        return ServingProfile(backend=self.backend or own, **self.model_dump(exclude={"backend"}))
 
 
 class PolicyConfig(_Model):
@@ -166,8 +178,9 @@ class RegistryConfig(_Model):
     @classmethod
     def _no_password(cls, value: str | None) -> str | None:
         if value is not None and urlsplit(value).password:
-            raise ValueError(
-                "a password does not belong into a file: set MLFLOW_TRACKING_URI, or MLflow's own variables"
+            # Of this kind a message does not show the value.
+            raise PydanticCustomError(
+                "secret", "a password does not belong into a file: set MLFLOW_TRACKING_URI, or MLflow's own variables"
             )
         return value
 
@@ -191,11 +204,20 @@ class SearchConfig(_Model):
 
 
 class LimitsConfig(_Model):
-    """What one child process that makes or judges a variant may take."""
+    """What a campaign may take.
+
+    Attributes:
+        timeout_s: of one child process that makes or judges a variant.
+        memory_mb: of the same.
+        load_timeout_s: until a candidate is ready to be asked, the start of its server included.
+        deployed: ``all`` candidates through all rounds, or ``one`` at a time, where memory does not hold them all; it
+            is then deployed anew for each of its turns, which takes longer.
+    """
 
     timeout_s: float = Field(default=900.0, gt=0)
     memory_mb: int = Field(default=12_000, gt=0)
     load_timeout_s: float = Field(default=60.0, gt=0)
+    deployed: Literal["all", "one"] = "all"
 
 
 _BOTH_SERVERS = (
@@ -216,6 +238,7 @@ class CampaignConfig(_Model):
             single name may stand alone.
         recipes: a file with recipes and sets of the user's own, in the form of ``optimize/recipes.yaml``; or None.
         serving: serving profiles; the first is the baseline's.
+        cluster: where candidates are served; this machine where nothing is said.
         level: level of proof: ``quick``, ``standard``, or one of the file that ``levels`` names.
         levels: a file with levels of the user's own, in the form of ``profiles/library/levels.yaml``; or None.
         policy: constraints and objective.
@@ -225,7 +248,7 @@ class CampaignConfig(_Model):
         predict: whether recipes that are hopeless for a model are left out, with the reason, before anything is made.
         search: what is searched for beyond the variants that are named.
         registry: where results go.
-        limits: of child processes.
+        limits: of child processes, and of what is deployed at the same time.
         seed: of calibration, order of rounds, arrivals and resampling.
     """
 
@@ -236,6 +259,7 @@ class CampaignConfig(_Model):
     variants: tuple[str | RecipeConfig, ...] = ("balanced",)
     recipes: str | None = None
     serving: tuple[ServingConfig, ...] = Field(default=_BOTH_SERVERS, min_length=1)
+    cluster: ClusterConfig = LocalConfig()
     level: str = "standard"
     levels: str | None = None
     policy: PolicyConfig = PolicyConfig()
@@ -259,6 +283,19 @@ class CampaignConfig(_Model):
         if twice:
             raise ValueError(f"{', '.join(twice)} is given twice; each must differ")
         return value
+
+    @model_validator(mode="after")
+    def _served_there(self) -> Self:
+        for number, entry in enumerate(self.serving):
+            why = self.cluster.why_not(entry.profile())
+            if why is not None:
+                raise ValueError(f"serving[{number}] cannot be served: {why}")
+        if self.serving[0].backend == "openvino":
+            raise ValueError(
+                "the first of serving is the baseline's, whose float32 model runs in onnxruntime and not in openvino: "
+                "put another first"
+            )
+        return self
 
     @field_validator("target_instruction_sets")
     @classmethod

@@ -3,8 +3,11 @@
 import os
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from urllib.parse import urlsplit
 
+from optimize.cluster_config import load_cluster
+from optimize.clusters import open_file
 from optimize.stages import broken_stages
 from profiles.deploy.local import available_servers
 from profiles.measure.host import VNNI, fingerprint_host, split_cpus
@@ -14,8 +17,15 @@ from registry.tracking import open_tracker, redact
 _ENGINES = {"onnxruntime": None, "openvino": "openvino", "torch": "torch", "optimum": "hf", "nncf": "openvino"}
 
 
-def diagnose() -> dict[str, dict[str, str]]:
-    """Findings by section: the host, engines, servers, tracking, and what is made of them. Nothing is changed."""
+def diagnose(cluster: Path | None = None) -> dict[str, dict[str, str]]:
+    """Findings by section: the host, engines, servers, tracking, and what is made of them. Nothing is changed.
+
+    Args:
+        cluster: a file that names a Core 2, see `optimize.cluster_config.ClusterFile`, to ask whether it is ready.
+
+    Raises:
+        DocumentError: that file does not fit.
+    """
     server_cpus, client_cpus, pinning = split_cpus()
     host = fingerprint_host(pinning)
     broken = broken_stages()
@@ -30,6 +40,7 @@ def diagnose() -> dict[str, dict[str, str]]:
         },
         "engines and tools": {name: _installed(name, extra) for name, extra in _ENGINES.items()},
         "servers": {name: found.version or f"no: {found.reason}" for name, found in available_servers().items()},
+        **({} if cluster is None else {"cluster": _cluster(cluster)}),
         **({"plug-ins that do not load": dict(broken)} if broken else {}),
         "tracking": {"mlflow": _installed("mlflow", None), "store": _tracking()},
         "burnish will": {
@@ -39,6 +50,20 @@ def diagnose() -> dict[str, dict[str, str]]:
             "compute bfloat16": _bfloat16(host.instruction_sets),
         },
     }
+
+
+def _cluster(file: Path) -> dict[str, str]:
+    config = load_cluster(file)
+    try:
+        with (
+            TemporaryDirectory(prefix="burnish-doctor-") as work,
+            open_file(file, work=Path(work), purpose="doctor") as site,
+        ):
+            site.check()
+            versions = {server: site.server_version(server) for server in ("mlserver", "triton")}
+            return {"where": site.location or "this machine", "candidates": "can be deployed", **versions}
+    except BurnishError as error:
+        return {"kind": config.kind, "candidates": f"cannot be deployed: {error.message}"}
 
 
 def _installed(name: str, extra: str | None) -> str:

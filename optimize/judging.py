@@ -363,7 +363,7 @@ def failure_of(subject: str, phase: FailurePhase, error: BurnishError) -> Failur
     elif isinstance(error, ServerDiedError):
         kind = "died"
     reason, _, rest = error.message.partition("\n")
-    return Failure(subject=subject, phase=phase, kind=kind, reason=reason, detail=detail or rest)
+    return Failure(subject=subject, phase=phase, kind=kind, reason=reason, detail=detail or rest or error.hint or "")
 
 
 def _name(variant: Variant, engine: EngineSpec) -> str:

@@ -18,7 +18,14 @@ from profiles.measure.capacity import find_capacity
 from profiles.measure.equivalence import MOST_ROWS, Reference, check_equivalence
 from profiles.measure.rounds import AGAIN, Slot, measure_in_round, round_order
 from registry.codec import digest
-from registry.errors import BurnishError, CheckFailedError, GeneratorLostError, StorageError
+from registry.errors import (
+    BurnishError,
+    CheckFailedError,
+    GeneratorLostError,
+    ServerDiedError,
+    StorageError,
+    UnreachableError,
+)
 from registry.policy import DEFAULT_LOAD, loads_named
 from registry.records import (
     Adaptation,
@@ -82,7 +89,8 @@ def measure(
     """Serves every candidate that is not measured yet, and measures it in interleaved rounds.
 
     All candidates stay deployed through all rounds, so that rounds alternate quickly; each waits idle while another is
-    measured. Servers and load generator are pinned to CPUs of their own.
+    measured. Where the campaign's limits say ``deployed: one``, each is deployed for its turn alone. Servers and load
+    generator are pinned to CPUs of their own.
 
     Args:
         workspace: the plan, and where results go.
@@ -138,6 +146,9 @@ class _Hall:
             "samples": samples_digest,
             "seed": self._plan.config.seed,
         }
+        self._one_at_a_time = self._plan.config.limits.deployed == "one"
+        if self._one_at_a_time:
+            self._shared["deployed"] = "one"  # those with idle neighbours are others
         self._deployments: dict[str, Deployment] = {}
         self._deployed: dict[str, Deployed] = {}
         self._capacities: dict[str, Capacity] = {}
@@ -157,16 +168,30 @@ class _Hall:
             return
         try:
             outcome = work(serving)
+            if self._one_at_a_time:
+                self._undeploy(serving.candidate.id)
         except (StorageError, GeneratorLostError):
             raise  # no fault of the candidate; the next one would meet it too
         except BurnishError as error:
             served = serving.candidate.id in self._deployments or isinstance(error, CheckFailedError)
             phase: FailurePhase = "measure" if served else "deploy"
-            failure = failure_of(name, phase, error)
+            failure = failure_of(name, phase, self._died(serving) or error)
             self._failures[serving.candidate.id] = failure
             self._undeploy(serving.candidate.id)
             outcome = f"failed: {failure.reason}"
         self._workspace.observer.done(name, outcome)
+
+    def _died(self, serving: Serving) -> ServerDiedError | None:
+        """That the candidate's server is no more, which says more than that it did not answer; None where it lives."""
+        deployment = self._deployments.get(serving.candidate.id)
+        try:
+            if deployment is not None:
+                deployment.usage()
+        except ServerDiedError as died:
+            return died
+        except BurnishError:
+            pass  # what is known already says more
+        return None
 
     def find_capacity(self, serving: Serving) -> str:
         """Where the candidate saturates, once it is known to give each request its own answer."""
@@ -310,7 +335,12 @@ class _Hall:
                 candidate_id=serving.candidate.id, load_time_s=deployment.load_time_s, rendered=deployment.rendered
             )
 
-        components = {"candidate": serving.candidate.id, "host": self._plan.host.fingerprint}
+        components = {
+            "candidate": serving.candidate.id,
+            "host": self._plan.host.fingerprint,
+            # What the time is of; once it was of the server's start, too.
+            "load_time": "of the model",
+        }
         return self._workspace.remember("Deployed", serving.candidate.name, components, look)[0]
 
     def _payloads(self, serving: Serving, deployment: Deployment) -> tuple[Payload, ...]:
@@ -319,8 +349,13 @@ class _Hall:
 
     def _undeploy(self, candidate_id: str) -> None:
         deployment = self._deployments.pop(candidate_id, None)
-        if deployment is not None:
+        if deployment is None:
+            return
+        try:
             deployment.undeploy()
+        except UnreachableError as error:
+            # No reason to end the campaign: closing the cluster tries again, and says what stays.
+            self._workspace.observer.note(f"{deployment.target.model} is not taken away yet: {error.message}")
 
 
 def _expected(payloads: Sequence[Payload], serving: Serving) -> Expected | None:

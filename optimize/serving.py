@@ -1,4 +1,4 @@
-"""One model on a real server of this machine, and load on any V2 endpoint: what ``serve`` and ``bench`` do."""
+"""One model on a real server, and load on any V2 endpoint: what ``serve`` and ``bench`` do."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -11,31 +11,48 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from optimize.admission import ENTRY, Format, ask_child
+from optimize.cluster_config import load_cluster
+from optimize.clusters import Site, open_file
 from optimize.config import ServingConfig
 from optimize.samples import load_samples
 from optimize.signature import signature_of
-from profiles.deploy.local import LOOPBACK, LocalCluster, LocalDeployment, server_version
+from profiles.deploy.cluster import Deployment
+from profiles.deploy.core2_candidates import UNKNOWN_VERSION
+from profiles.deploy.local import LOOPBACK, LocalDeployment
 from profiles.load.engine import LoadGenerator
 from profiles.load.payloads import encode_payloads
 from profiles.measure.bench import Bench, bench_target, takes_binary
 from profiles.measure.host import split_cpus
 from registry.codec import digest, to_jsonable
 from registry.errors import InputError
-from registry.records import Candidate, EngineSpec, Estimate, ServingProfile, Target
+from registry.records import Artifact, Candidate, EngineSpec, Estimate, ServingProfile, Target
 from registry.report.numbers import text
 from registry.store import FolderStore
 
 _LOAD_TIMEOUT_S = 120.0
 _LOOK_S = 0.5
+_LOOK_AT_CORE2_S = 5.0
 # Somebody may be waiting for an answer when the user ends a server; in a campaign nobody is.
 _GRACE_S = 5.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Served:
-    """A model that is being served on this machine."""
+    """A model that is being served.
 
-    deployment: LocalDeployment
+    Attributes:
+        deployment: of it.
+        rest: ``host:port`` of REST.
+        grpc: ``host:port`` of gRPC.
+        log: the server's, where it is of this machine.
+        look_s: how often to see whether it is still there.
+    """
+
+    deployment: Deployment
+    rest: str
+    grpc: str
+    log: Path | None
+    look_s: float
 
     @property
     def model(self) -> str:
@@ -43,14 +60,9 @@ class Served:
         return self.deployment.target.model
 
     @property
-    def rest(self) -> str:
-        """``host:port`` of REST."""
-        return f"{LOOPBACK}:{self.deployment.ports.http}"
-
-    @property
-    def grpc(self) -> str:
-        """``host:port`` of gRPC."""
-        return f"{LOOPBACK}:{self.deployment.ports.grpc}"
+    def headers(self) -> dict[str, str]:
+        """What each request has to carry."""
+        return dict(self.deployment.target.headers)
 
     def describe(self) -> dict[str, Any]:
         """Where it is served, as plain values."""
@@ -58,19 +70,20 @@ class Served:
             "model": self.model,
             "rest": self.rest,
             "grpc": self.grpc,
+            "headers": self.headers,
             "load_time_s": round(self.deployment.load_time_s, 3),
-            "log": str(self.deployment.log),
+            "log": None if self.log is None else str(self.log),
         }
 
     def wait(self) -> None:
         """Returns never: ends by Ctrl-C, SIGTERM, or the server's end.
 
         Raises:
-            ServerDiedError: the server ended.
+            ServerDiedError: the server ended, or serves something else.
         """
         while True:
             self.deployment.usage()
-            time.sleep(_LOOK_S)
+            time.sleep(self.look_s)
 
 
 def serving_profile(**fields: Any) -> ServingProfile:
@@ -89,35 +102,56 @@ def serving_profile(**fields: Any) -> ServingProfile:
 
 @contextmanager
 def serve_model(
-    model: Path, profile: ServingProfile, *, precision: str, http_port: int | None, grpc_port: int | None
+    model: Path,
+    profile: ServingProfile,
+    *,
+    precision: str,
+    http_port: int | None,
+    grpc_port: int | None,
+    cluster: Path | None = None,
 ) -> Iterator[Served]:
-    """Serves one model on this machine's loopback, and ends the server when the block ends.
+    """Serves one model on this machine's loopback or on a Core 2, and ends that when the block ends.
 
     Args:
         model: an ONNX file, an OpenVINO ``.xml``, or a folder with one of either.
         profile: server, batching, threads.
         precision: ``default``, or ``float32`` to hold OpenVINO to it.
-        http_port: REST port, or None for a free one.
-        grpc_port: gRPC port, or None for a free one.
+        http_port: REST port of this machine, or None for a free one.
+        grpc_port: gRPC port of this machine, or None for a free one.
+        cluster: a file that names a Core 2, see `optimize.cluster_config.ClusterFile`; None for this machine.
 
     Raises:
         InputError: there is no such model, or it cannot be served so.
-        UnreachableError: a port is in use, or the server refused the model.
+        UnreachableError: a port is in use, the server refused the model, or the Core 2 does not answer.
         ServerDiedError: the server ended while it loaded.
     """
     entry = _entry(model)
     if precision not in ("default", "float32"):
         raise InputError(f"--precision {precision!r} is not known", hint="There are default and float32.")
-    with TemporaryDirectory(prefix="burnish-serve-") as name, _cluster(Path(name), http_port, grpc_port) as cluster:
+    if cluster is not None and (http_port or grpc_port):
+        raise InputError("--http-port and --grpc-port are of this machine", hint="Leave them out, or --cluster.")
+    if (why := load_cluster(cluster).why_not(profile)) is not None:
+        raise InputError(f"it cannot be served so: {why}")
+    ports = {"http_port": http_port, "grpc_port": grpc_port}
+    with (
+        TemporaryDirectory(prefix="burnish-serve-") as name,
+        open_file(
+            cluster, work=Path(name), purpose="serve", server_cpus=split_cpus()[0], grace_s=_GRACE_S, **ports
+        ) as site,
+    ):
         work = Path(name)
         artifact = _stored(entry, FolderStore(work), work)
-        candidate = _candidate(entry.stem, artifact.digest, artifact.format, profile, precision)
+        candidate = _candidate(entry.stem, artifact, profile, precision, site)
         files = FolderStore(work).path(artifact)
-        yield Served(deployment=cluster.deploy(candidate, artifact, files, timeout_s=_LOAD_TIMEOUT_S))
+        yield _served(site.cluster.deploy(candidate, artifact, files, timeout_s=_LOAD_TIMEOUT_S))
 
 
-def _cluster(work: Path, http_port: int | None, grpc_port: int | None) -> LocalCluster:
-    return LocalCluster(work, server_cpus=split_cpus()[0], http_port=http_port, grpc_port=grpc_port, grace_s=_GRACE_S)
+def _served(deployment: Deployment) -> Served:
+    if isinstance(deployment, LocalDeployment):
+        rest, grpc = f"{LOOPBACK}:{deployment.ports.http}", f"{LOOPBACK}:{deployment.ports.grpc}"
+        return Served(deployment=deployment, rest=rest, grpc=grpc, log=deployment.log, look_s=_LOOK_S)
+    mesh = deployment.target.url
+    return Served(deployment=deployment, rest=mesh, grpc=mesh, log=None, look_s=_LOOK_AT_CORE2_S)
 
 
 def _entry(model: Path) -> Path:
@@ -130,7 +164,7 @@ def _entry(model: Path) -> Path:
     return found[0]
 
 
-def _stored(entry: Path, store: FolderStore, work: Path) -> Any:
+def _stored(entry: Path, store: FolderStore, work: Path) -> Artifact:
     """The model's own files in the store, and nothing else of its folder."""
     folder = work / "admitted"
     folder.mkdir()
@@ -140,21 +174,22 @@ def _stored(entry: Path, store: FolderStore, work: Path) -> Any:
     return store.add(folder, format=kind, entry=name, inputs=inputs, outputs=outputs)
 
 
-def _candidate(stem: str, artifact_digest: str, kind: str, profile: ServingProfile, precision: str) -> Candidate:
+def _candidate(stem: str, artifact: Artifact, profile: ServingProfile, precision: str, site: Site) -> Candidate:
     from importlib.metadata import version
 
-    name: Literal["onnxruntime", "openvino"] = "openvino" if kind == "openvino" else "onnxruntime"
+    name: Literal["onnxruntime", "openvino"] = "openvino" if artifact.format == "openvino" else "onnxruntime"
     engine = EngineSpec(name=name, precision="float32" if precision == "float32" else "default")
-    identity = {"artifact": artifact_digest, "engine": to_jsonable(engine), "serving": to_jsonable(profile)}
+    identity = {"artifact": artifact.digest, "engine": to_jsonable(engine), "serving": to_jsonable(profile)}
     return Candidate(
         id=digest(identity),
         name=f"{stem} @ {profile.key}",
-        variant_id=artifact_digest[:16],
+        variant_id=artifact.digest[:16],
         variant_name=stem,
         engine=engine,
-        engine_version=version(name),
+        engine_version=UNKNOWN_VERSION if profile.of_server else version(name),
         serving=profile,
-        server_version=server_version(profile.server),
+        server_version=site.server_version(profile.server),
+        cluster=site.location,
     )
 
 

@@ -263,6 +263,8 @@ def _problem(detail: ErrorDetails, path: KeyPath, place: Any) -> str:
         near = _nearest(str(path[-1]), names)
         known = f"did you mean {near!r}?" if near else f"the keys here are: {', '.join(names) or 'none'}"
         return f"unknown key {str(path[-1])!r}; {known}"
+    if kind == "secret":
+        return str(detail["msg"])
     value = context["tag"] if kind == "union_tag_invalid" else detail["input"]
     message = detail["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
     message = message.replace("Input should be", "must be").replace("Input", "it")
@@ -271,6 +273,8 @@ def _problem(detail: ErrorDetails, path: KeyPath, place: Any) -> str:
         message = f"must be one of {context['expected_tags']}"
     if kind == "union_tag_not_found":
         message = f"the key {context['discriminator']} is missing, which says what this is; add it"
+    if kind == "value_error" and isinstance(value, dict):
+        return message  # of keys that do not go together: all that stands there says no more
     choices = re.findall(r"'([^']*)'", str(context.get("expected_tags", context.get("expected", ""))))
     near = _nearest(str(value), choices)
     return f"{_shown(value)}: {message}" + (f"; did you mean {near!r}?" if near else "")

@@ -468,9 +468,14 @@ class ServingProfile:
             parts.append(f"w{self.parallel_workers}")
         if self.threads != 1:
             parts.append(f"t{self.threads}")
-        if self.backend not in {"burnish", "python"}:
+        if self.of_server:
             parts.append(self.backend)
         return "-".join(parts)
+
+    @property
+    def of_server(self) -> bool:
+        """Whether the backend is the server's own, with an engine of its own version, and not ours."""
+        return self.backend not in {"burnish", "python"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -480,6 +485,9 @@ class Candidate:
     Attributes:
         id: SHA-256 (hex, first 16 digits) over all the rest.
         name: ``<variant>[.<precision>] @ <serving profile's key>``: what people read.
+        engine_version: of the engine that serves it; ``unknown`` where that is a server's own, which does not say.
+        server_version: of the server, as far as that is known.
+        cluster: the Core 2 that serves it; empty for the campaign's own machine.
     """
 
     id: str
@@ -490,6 +498,7 @@ class Candidate:
     engine_version: str
     serving: ServingProfile
     server_version: str
+    cluster: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -648,7 +657,7 @@ class Deployed:
     """What the first deployment of a candidate showed.
 
     Attributes:
-        load_time_s: from the start of the server to the model's readiness.
+        load_time_s: from the request to load the model, on a server that runs, to its readiness.
         rendered: path -> text of the files that were rendered for it.
     """
 

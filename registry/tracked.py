@@ -29,6 +29,7 @@ def parameters(campaign: Campaign, candidate: Candidate) -> dict[str, str]:
         "graph_level": candidate.engine.graph_level,
         "server": serving.server,
         "server_version": candidate.server_version,
+        "served_by": candidate.cluster or "this machine",
         "backend": serving.backend,
         "protocol": serving.protocol,
         "max_batch_size": str(serving.max_batch_size),

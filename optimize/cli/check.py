@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from optimize.cli.endings import terminable
-from optimize.cli.output import Json, emit_json
+from optimize.cli.output import ClusterOption, Json, emit_json
 
 
 def check(
@@ -22,6 +22,7 @@ def check(
     header: Annotated[list[str] | None, typer.Option(help="name=value, sent with each request.")] = None,
     tls: Annotated[bool, typer.Option("--tls", help="Encrypt, and verify the server's certificate.")] = False,
     seed: Annotated[int, typer.Option(help="Of samples and their order.")] = 0,
+    cluster: ClusterOption = None,
     json_output: Json = False,
 ) -> None:
     """Ask a server many things at once, and see whether each request gets its own answer.
@@ -37,6 +38,8 @@ def check(
     how = {"requests": requests, "concurrency": concurrency, "tolerance": tolerance, "seed": seed}
     with terminable():
         if work is None:
+            if cluster is not None:
+                raise InputError("--cluster is for a candidate", hint="Name its campaign's folder with --work.")
             told = check_endpoint(
                 target, model=model, samples=samples, reference=reference, protocol=protocol or "grpc",
                 headers=header or [], tls=tls, **how,
@@ -44,7 +47,7 @@ def check(
         elif model or reference or header or tls:
             raise InputError("--model, --reference, --header and --tls are for an endpoint", hint="Leave out --work.")
         else:
-            told = check_candidate(target, work, samples=samples, protocol=protocol, **how)
+            told = check_candidate(target, work, samples=samples, protocol=protocol, cluster=cluster, **how)
     if json_output:
         emit_json(told)
     else:

@@ -2,17 +2,17 @@
 
 import typer
 
-from optimize.cli.output import Json, emit_json
+from optimize.cli.output import ClusterOption, Json, emit_json
 
 
-def doctor(json_output: Json = False) -> None:
-    """Say what this host has, and what burnish will use of it.
+def doctor(cluster: ClusterOption = None, json_output: Json = False) -> None:
+    """Say what this host has, and what burnish will use of it; of a Core 2, whether it is ready.
 
     Example: burnish doctor
     """
     from optimize.diagnosis import diagnose
 
-    findings = diagnose()
+    findings = diagnose(cluster)
     if json_output:
         emit_json(findings)
         return

@@ -5,6 +5,7 @@ import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -13,6 +14,10 @@ if TYPE_CHECKING:
     from optimize.plan import Observer
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout; all else on stderr.")]
+
+ClusterOption = Annotated[
+    Path | None, typer.Option("--cluster", help="A YAML file with a section `cluster:` that names a Core 2.")
+]
 
 
 def emit_json(document: Any) -> None:

@@ -6,12 +6,13 @@ from typing import Annotated
 import typer
 
 from optimize.cli.endings import Terminated, terminable
-from optimize.cli.output import Json, emit_json, say
+from optimize.cli.output import ClusterOption, Json, emit_json, say
 
 
 def serve(
     model: Annotated[Path, typer.Argument(help="An ONNX file, an OpenVINO .xml, or a folder with either.")],
     server: Annotated[str, typer.Option(help="mlserver or triton.")] = "mlserver",
+    backend: Annotated[str | None, typer.Option(help="Triton on a Core 2: onnxruntime or openvino.")] = None,
     precision: Annotated[str, typer.Option(help="OpenVINO: default or float32.")] = "default",
     max_batch_size: Annotated[int, typer.Option(help="Most requests in a batch; 1 switches batching off.")] = 1,
     max_batch_delay_ms: Annotated[float, typer.Option(help="How long a request may wait for company.")] = 0.0,
@@ -20,9 +21,10 @@ def serve(
     threads: Annotated[int, typer.Option(help="Threads of each engine session.")] = 1,
     http_port: Annotated[int | None, typer.Option(help="REST port; a free one if not given.")] = None,
     grpc_port: Annotated[int | None, typer.Option(help="gRPC port; a free one if not given.")] = None,
+    cluster: ClusterOption = None,
     json_output: Json = False,
 ) -> None:
-    """Serve one model on this machine, on loopback, until Ctrl-C.
+    """Serve one model until Ctrl-C: on this machine, on loopback, or on a Core 2.
 
     Example: burnish serve model.onnx --server triton --http-port 8000
     """
@@ -30,6 +32,7 @@ def serve(
 
     profile = serving_profile(
         server=server,
+        backend=backend,
         max_batch_size=max_batch_size,
         max_batch_delay_ms=max_batch_delay_ms,
         instances=instances,
@@ -38,13 +41,19 @@ def serve(
     )
     with (
         terminable(),
-        serve_model(model, profile, precision=precision, http_port=http_port, grpc_port=grpc_port) as served,
+        serve_model(
+            model, profile, precision=precision, http_port=http_port, grpc_port=grpc_port, cluster=cluster
+        ) as served,
     ):
         if json_output:
             emit_json(served.describe())
         else:
             typer.echo(f"{served.model} is ready: REST http://{served.rest}, gRPC {served.grpc}")
-            say(f"Try it: burnish bench {served.grpc} --model {served.model} --samples SAMPLES.npz   (Ctrl-C ends it)")
+            options = "".join(f" --header {name}={value}" for name, value in served.headers.items())
+            say(
+                f"Try it: burnish bench {served.grpc} --model {served.model}{options} --samples SAMPLES.npz   "
+                "(Ctrl-C ends it)"
+            )
         try:
             served.wait()
         except (KeyboardInterrupt, Terminated) as ending:  # how serving is meant to end: no error, no second document

@@ -5,11 +5,13 @@ import http.client
 import logging
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from profiles.serving.core2.folder import ModelFolder, write_folder
+from profiles.serving.core2.folder import ModelFolder, model_folder, write_folder
+from profiles.serving.core2.manifests import REQUIREMENTS
+from profiles.serving.naming import model_name_of
 from registry.errors import InputError, ServerDiedError, UnreachableError
 from registry.records import Artifact, ArtifactFile, Candidate, Target
 
@@ -21,8 +23,67 @@ Place = Callable[[Artifact, Path], str]
 The folder has the model's name; the artifact is the folder's, with the rendered files and the digest over all.
 """
 
+UNLOAD_S = 60.0
+"""Longest that a model may take to be gone: the agent waits 2 s for requests, and the server then frees its memory."""
+UNKNOWN_VERSION = "unknown"
 _POLL_S = 0.05
 _MESH_TIMEOUT_S = 5.0
+_REASON_LENGTH = 400
+
+
+def size_of(_: Candidate, artifact: Artifact) -> int:
+    """Bytes of the artifact's files: the memory of a candidate of which nothing else is known."""
+    return artifact.size_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Core2Options:
+    """How candidates are served on a Core 2, whoever commands it.
+
+    Attributes:
+        mesh: ``host:port`` of the data plane, where REST and gRPC are both answered.
+        place: puts a candidate's folder where Core 2 fetches it.
+        owner: the campaign's name for itself, the same in each of its runs and no other campaign's.
+        mesh_tls: whether the mesh speaks TLS.
+        servers: ``mlserver`` or ``triton`` -> the one server to use; without one, the scheduler chooses.
+        requirements: backend -> capabilities; what is not named here is as in `REQUIREMENTS`.
+        memory_bytes: what all copies of a candidate take together; without it, the size of the artifact's files,
+            which is less than it will take.
+        workers: ``MLSERVER_PARALLEL_WORKERS`` of the MLServer servers, which no model can change.
+        secret: the Kubernetes secret with the rclone remote; None where the cluster has the remote already.
+        unload_s: longest that a model may take to be gone.
+    """
+
+    mesh: str
+    place: Place
+    owner: str
+    mesh_tls: bool = False
+    servers: Mapping[str, str] = field(default_factory=dict)
+    requirements: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    memory_bytes: Callable[[Candidate, Artifact], int] = size_of
+    workers: int = 0
+    secret: str | None = None
+    unload_s: float = UNLOAD_S
+
+    def requirements_of(self, candidate: Candidate) -> tuple[str, ...]:
+        """The capabilities that a candidate's server must have, all of them."""
+        return {**REQUIREMENTS, **self.requirements}[candidate.serving.backend]
+
+    def folder_of(self, candidate: Candidate, artifact: Artifact) -> tuple[str, ModelFolder]:
+        """A candidate's name as a model, and its folder.
+
+        Raises:
+            InputError: it cannot be served as it asks to be.
+        """
+        name = model_name_of(candidate)
+        check_workers(candidate, self.workers)
+        return name, model_folder(candidate, artifact, model_name=name)
+
+
+def one_line(value: object) -> str:
+    """Text of others on one line, and not too long: a server's log can be in it."""
+    line = " ".join(str(value or "").split())
+    return line if len(line) <= _REASON_LENGTH else f"{line[:_REASON_LENGTH]}..."
 
 
 def look_again(name: str, check: Callable[[], None]) -> None:
@@ -71,11 +132,6 @@ def place_folder(name: str, folder: ModelFolder, artifact: Artifact, files: Path
         parts += [_file(written, path) for path in folder.rendered]
         whole = replace(artifact, digest=folder.digest, files=tuple(sorted(parts, key=lambda part: part.path)))
         return place(whole, written)
-
-
-def size_of(_: Candidate, artifact: Artifact) -> int:
-    """Bytes of the artifact's files: the memory of a candidate of which nothing else is known."""
-    return artifact.size_bytes
 
 
 class Mesh:

@@ -2,27 +2,31 @@
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from profiles.deploy.core2_candidates import Mesh, Place, check_workers, look_again, place_folder, size_of
+from profiles.deploy.core2_candidates import UNKNOWN_VERSION, Core2Options, Mesh, look_again, place_folder
 from profiles.deploy.kubernetes_client import KubernetesClient
-from profiles.deploy.kubernetes_resources import CAMPAIGN, RUN, Applied, Change, ResourceState, labels_on, read_state
-from profiles.serving.core2.folder import model_folder
-from profiles.serving.core2.manifests import REQUIREMENTS, Manifest, labels_of, render_model
-from profiles.serving.core2.schema import NEWEST, Core2Version, check_manifest
-from profiles.serving.naming import model_name_of
+from profiles.deploy.kubernetes_resources import (
+    CAMPAIGN,
+    RUN,
+    Applied,
+    Change,
+    ResourceState,
+    image_of,
+    labels_on,
+    read_state,
+)
+from profiles.serving.core2.manifests import Manifest, labels_of, render_model
+from profiles.serving.core2.schema import MLOPS, NEWEST, Core2Version, check_manifest
 from registry.errors import BurnishError, InputError, ServerDiedError
 from registry.records import Artifact, Candidate, Target
 
 # The client is here too: who serves on Kubernetes needs both.
-__all__ = ["UNLOAD_S", "KubernetesClient", "KubernetesCluster", "KubernetesDeployment"]
+__all__ = ["KubernetesClient", "KubernetesCluster", "KubernetesDeployment"]
 
 logger = logging.getLogger(__name__)
-
-UNLOAD_S = 60.0
-"""Longest that a resource may take to be gone: its finalizer waits until Core 2 has unloaded the model."""
 
 
 class KubernetesDeployment:
@@ -87,48 +91,20 @@ class KubernetesCluster:
     """
 
     def __init__(
-        self,
-        client: KubernetesClient,
-        *,
-        mesh: str,
-        place: Place,
-        owner: str,
-        run: str,
-        mesh_tls: bool = False,
-        servers: Mapping[str, str] | None = None,
-        requirements: Mapping[str, tuple[str, ...]] | None = None,
-        memory_bytes: Callable[[Candidate, Artifact], int] | None = None,
-        workers: int = 0,
-        unload_s: float = UNLOAD_S,
-        version: Core2Version = NEWEST,
+        self, client: KubernetesClient, options: Core2Options, *, run: str, version: Core2Version = NEWEST
     ) -> None:
         """Connects to nothing yet.
 
         Args:
             client: of Kubernetes; the caller closes it, after this.
-            mesh: ``host:port`` of the data plane, where REST and gRPC are both answered.
-            place: puts a candidate's folder where Core 2 fetches it.
-            owner: the campaign's name for itself, the same in each of its runs and no other campaign's; a label.
-            run: the run's; a label. Only what carries it is deleted.
-            mesh_tls: whether the mesh speaks TLS.
-            servers: ``mlserver`` or ``triton`` -> the one Server to use; without one, the scheduler chooses.
-            requirements: backend -> capabilities; what is not named here is as in `REQUIREMENTS`.
-            memory_bytes: what all copies of a candidate take together; without it, the size of the artifact's files,
-                which is less than it will take.
-            workers: ``MLSERVER_PARALLEL_WORKERS`` of the MLServer Servers, which no Model can change.
-            unload_s: longest that a resource may take to be gone.
+            options: how candidates are served; the owner becomes a label.
+            run: the run's name; a label. Only what carries it is deleted.
             version: of Core 2.
         """
         self._client = client
-        self._mesh = Mesh(mesh, tls=mesh_tls, hint="It is at port 80 of the service seldon-mesh.")
-        self._place = place
-        self._owner = owner
+        self._options = options
+        self._mesh = Mesh(options.mesh, tls=options.mesh_tls, hint="It is at port 80 of the service seldon-mesh.")
         self._run = run
-        self._servers = servers or {}
-        self._requirements = {**REQUIREMENTS, **(requirements or {})}
-        self._memory_bytes = memory_bytes or size_of
-        self._workers = workers
-        self._unload_s = unload_s
         self._version = version
         self._ours: list[tuple[str, str]] = []
 
@@ -157,12 +133,10 @@ class KubernetesCluster:
             UnreachableError: it could not be scheduled or loaded (with Core 2's reason), was not ready in time, or the
                 API server or the mesh did not answer.
         """
-        name = model_name_of(candidate)
-        check_workers(candidate, self._workers)
+        name, folder = self._options.folder_of(candidate, artifact)
         self._mesh.check()
-        folder = model_folder(candidate, artifact, model_name=name)
         self._clear(name)
-        uri = place_folder(name, folder, artifact, files, self._place)
+        uri = place_folder(name, folder, artifact, files, self._options.place)
         manifest = self._model(name, candidate, artifact, uri, folder.extra)
         started = time.monotonic()
         try:
@@ -217,6 +191,55 @@ class KubernetesCluster:
             UnreachableError: the API server did not answer, or refused.
         """
         return tuple(self._client.dry_run(self._marked(manifest)) for manifest in manifests)
+
+    def check_ready(self) -> None:
+        """Returns where candidates could be deployed: what is told here costs nothing yet, and changes nothing.
+
+        Raises:
+            InputError: there is no such namespace, no Server of a name that the options give, or a Model is refused.
+            UnreachableError: the API server or the mesh does not answer, or this account may not do it.
+        """
+        self._mesh.check()
+        for wanted in self._options.servers.values():
+            if self._client.read("Server", wanted) is None:
+                known = ", ".join(sorted(str(one["metadata"]["name"]) for one in self._client.list_all("Server")))
+                raise InputError(
+                    f"there is no Server {wanted!r} in {self._client.namespace}", hint=f"There are: {known or 'none'}."
+                )
+        probe: Manifest = {
+            "apiVersion": MLOPS,
+            "kind": "Model",
+            "metadata": {"name": f"burnish-probe-{self._run}"},
+            "spec": {"storageUri": "gs://burnish/probe", "requirements": ["none"], "replicas": 1},
+        }
+        self.dry_run(probe)
+
+    def remove_leftovers(self) -> tuple[str, ...]:
+        """Deletes the Models that a killed run of the same owner left, and returns their names.
+
+        Raises:
+            UnreachableError: the API server did not answer, or refused, or a Model does not go.
+        """
+        left = [one for one in self._client.list_all("Model") if labels_on(one).get(CAMPAIGN) == self._options.owner]
+        # A list does not say the kind of what is in it.
+        left = [{**one, "kind": "Model"} for one in left if labels_on(one).get(RUN) != self._run]
+        for one in left:
+            self._delete(one)
+        return tuple(sorted(str(one["metadata"]["name"]) for one in left))
+
+    def server_version(self, server: str) -> str:
+        """The image of the Server that runs ``mlserver`` or ``triton`` candidates, as far as Kubernetes shows it.
+
+        Raises:
+            UnreachableError: the API server did not answer.
+        """
+        name = self._options.servers.get(server, server)
+        found = self._client.read("Server", name)
+        if found is None:
+            return UNKNOWN_VERSION
+        config = self._client.read("ServerConfig", str(found["spec"].get("serverConfig")))
+        images = [image for one in (found, config) if (image := image_of(one, server)) is not None]
+        return images[0] if images else UNKNOWN_VERSION
 
     def close(self) -> None:
         """Deletes all that was applied here and is still there, the last first; what stays is named in the log."""
@@ -285,7 +308,7 @@ class KubernetesCluster:
         kind, metadata = str(found["kind"]), found["metadata"]
         if not metadata.get("deletionTimestamp"):
             self._client.delete(found)
-        self._client.wait_until_deleted(kind, metadata["name"], metadata["uid"], timeout_s=self._unload_s)
+        self._client.wait_until_deleted(kind, metadata["name"], metadata["uid"], timeout_s=self._options.unload_s)
 
     def _clear(self, name: str) -> None:
         """Returns when the name of a Model is free; what an earlier run of the same campaign left is deleted.
@@ -298,7 +321,7 @@ class KubernetesCluster:
         if found is None:
             return
         owner = labels_on(found).get(CAMPAIGN)
-        if owner != self._owner and not found["metadata"].get("deletionTimestamp"):
+        if owner != self._options.owner and not found["metadata"].get("deletionTimestamp"):
             whose = f"the campaign {owner}" if owner else "somebody else"
             raise InputError(
                 f"Core 2 has a Model {name} already, which {whose} made",
@@ -308,28 +331,29 @@ class KubernetesCluster:
 
     def _marked(self, manifest: Mapping[str, Any]) -> Manifest:
         metadata = dict(manifest["metadata"])
-        metadata["labels"] = {**metadata.get("labels", {}), CAMPAIGN: self._owner, RUN: self._run}
+        metadata["labels"] = {**metadata.get("labels", {}), CAMPAIGN: self._options.owner, RUN: self._run}
         marked = {**manifest, "metadata": metadata}
         check_manifest(marked, self._version)
         return marked
 
     def _is_ours(self, found: Manifest) -> bool:
         labels = labels_on(found)
-        return labels.get(CAMPAIGN) == self._owner and labels.get(RUN) == self._run
+        return labels.get(CAMPAIGN) == self._options.owner and labels.get(RUN) == self._run
 
     def _model(
         self, name: str, candidate: Candidate, artifact: Artifact, uri: str, extra: Mapping[str, str]
     ) -> Manifest:
-        serving = candidate.serving
+        options = self._options
         manifest = render_model(
             name,
             candidate,
             storage_uri=uri,
-            labels={**labels_of(candidate, self._owner), RUN: self._run},
+            labels={**labels_of(candidate, options.owner), RUN: self._run},
             extra=extra,
-            memory_bytes=self._memory_bytes(candidate, artifact),
-            server=self._servers.get(serving.server),
+            memory_bytes=options.memory_bytes(candidate, artifact),
+            server=options.servers.get(candidate.serving.server),
+            secret_name=options.secret,
             version=self._version,
         )
-        manifest["spec"]["requirements"] = list(self._requirements[serving.backend])
+        manifest["spec"]["requirements"] = list(options.requirements_of(candidate))
         return manifest

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Self
 from urllib.parse import urlsplit
 
+from profiles.deploy.core2_candidates import one_line
 from profiles.deploy.kubernetes_refusals import ConflictError, is_absent, refusal, retry_after_s
 from profiles.deploy.kubernetes_resources import (
     CAMPAIGN,
@@ -29,7 +30,6 @@ from profiles.deploy.kubernetes_resources import (
     conditions_of,
     is_stale,
     labels_on,
-    one_line,
     read_state,
 )
 from profiles.serving.core2.manifests import Manifest

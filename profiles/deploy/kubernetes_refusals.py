@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from profiles.deploy.kubernetes_resources import one_line
+from profiles.deploy.core2_candidates import one_line
 from registry.errors import BurnishError, InputError, UnreachableError
 
 _LEAST_PAUSE_S = 0.05

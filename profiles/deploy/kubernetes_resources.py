@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from profiles.deploy.core2_candidates import one_line
 from profiles.serving.core2.manifests import STOCK_CAPABILITIES, Manifest
 
 CAMPAIGN = "burnish.campaign"
@@ -17,8 +18,6 @@ WITHOUT_READINESS = frozenset({"ServerConfig", "HorizontalPodAutoscaler"})
 """Kinds that are in force once they are applied: nothing writes a ``Ready`` condition on them."""
 AVAILABLE = "ModelAvailable"
 GOING = frozenset({"ModelTerminating", "ModelTerminate", "ModelTerminated", "ModelTerminateFailed", "ModelScaledDown"})
-
-_TEXT_LENGTH = 500
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,10 +171,10 @@ def capabilities_of(server: Mapping[str, Any]) -> set[str]:
     return set(own) if own else set(stock) | set(spec.get("extraCapabilities") or [])
 
 
-def one_line(value: Any) -> str:
-    """Text of others on one line, and not too long."""
-    line = " ".join(str(value or "").split())
-    return line if len(line) <= _TEXT_LENGTH else f"{line[:_TEXT_LENGTH]}..."
+def image_of(resource: Mapping[str, Any] | None, server: str) -> str | None:
+    """The image that a Server or ServerConfig gives the container of this name; None where it gives none."""
+    containers = (((resource or {}).get("spec") or {}).get("podSpec") or {}).get("containers") or []
+    return next((str(one["image"]) for one in containers if one.get("name") == server and one.get("image")), None)
 
 
 def _leaves(path: str, value: Any) -> Iterator[tuple[str, Any]]:

@@ -109,6 +109,20 @@ def place(
     )
 
 
+def check_destination(destination: str) -> None:
+    """Returns where a destination answers with these credentials; nothing is written.
+
+    Raises:
+        InputError: the destination cannot be used.
+        MissingExtraError: s3fs or gcsfs is not installed.
+        UnreachableError: the store does not answer, or refuses.
+    """
+    where = destination_of(destination)
+    store = Store(where, f"{where.root}/burnish-looks-here")
+    with store.refusals():
+        store.sizes()
+
+
 def model_path(name: str, digest: str) -> str:
     """Where a model's folder is under a destination."""
     return f"{name}/{digest}"

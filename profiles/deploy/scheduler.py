@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import Self
 
 from profiles.deploy import core2_scheduler_pb2 as pb
+from profiles.deploy.core2_candidates import one_line
 from profiles.deploy.core2_messages import (
     AVAILABLE,
     GOING,
@@ -35,7 +36,7 @@ from profiles.deploy.core2_messages import (
     pipeline_state,
     server_state,
 )
-from profiles.deploy.scheduler_channel import PORT, SchedulerChannel, SchedulerRefusedError, TlsSettings, one_line
+from profiles.deploy.scheduler_channel import PORT, SchedulerChannel, SchedulerRefusedError, TlsSettings
 from profiles.serving.naming import check_core2_name
 from registry.errors import BurnishError, UnreachableError
 
@@ -112,6 +113,20 @@ class SchedulerClient:
         if answer is None or not answer.versions:
             return None
         return model_version(max(answer.versions, key=lambda one: one.version))
+
+    def models(self) -> dict[str, ModelVersion]:
+        """The newest version of each model that the scheduler knows, by name; those that are gone may be among them.
+
+        Raises:
+            UnreachableError: the scheduler did not answer.
+        """
+        request = pb.ModelStatusRequest(subscriberName=SUBSCRIBER)
+        answers = self._channel.ask_all("ModelStatus", request, pb.ModelStatusResponse, about="all models")
+        return {
+            answer.modelName: model_version(max(answer.versions, key=lambda one: one.version))
+            for answer in answers
+            if answer.versions
+        }
 
     def wait_for_model(self, loading: Loading, *, timeout_s: float) -> ModelVersion:
         """Returns when all replicas of what was loaded are available.

@@ -11,6 +11,7 @@ from typing import Any, NoReturn, TypeVar
 
 import grpc
 
+from profiles.deploy.core2_candidates import one_line
 from registry.errors import InputError, UnreachableError
 
 logger = logging.getLogger(__name__)
@@ -24,8 +25,6 @@ TLS_PORT = 9044
 """Where a scheduler listens for mutual TLS."""
 
 RETRY_PAUSE_S = 0.3
-REASON_LENGTH = 400
-"""Longest that a reason of Core 2's is in a message; a server's log can be in there."""
 
 _REFUSALS = frozenset(
     {
@@ -226,12 +225,6 @@ class SchedulerChannel:
 def _is_hopeless(said: str) -> bool:
     """Whether another try is bound to end the same way."""
     return any(sign in said for sign in ("CERTIFICATE_VERIFY", "Hostname Verification", "WRONG_VERSION"))
-
-
-def one_line(text: str) -> str:
-    """Text of others without its line breaks, and not longer than `REASON_LENGTH`."""
-    line = " ".join(text.split())
-    return line if len(line) <= REASON_LENGTH else f"{line[:REASON_LENGTH]}..."
 
 
 # --- TLS -----------------------------------------------------------------------------------------------------------

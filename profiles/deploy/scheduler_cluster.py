@@ -2,26 +2,20 @@
 
 import logging
 import time
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Self
 
-from profiles.deploy.core2_candidates import Mesh, Place, check_workers, look_again, place_folder, size_of
+from profiles.deploy.core2_candidates import UNKNOWN_VERSION, Core2Options, Mesh, look_again, place_folder
 from profiles.deploy.core2_messages import AVAILABLE, GOING, Core2Model, ModelVersion
 from profiles.deploy.scheduler import SchedulerClient
-from profiles.serving.core2.folder import model_folder
-from profiles.serving.core2.manifests import REQUIREMENTS
 from profiles.serving.core2.sizing import counted_copies
-from profiles.serving.naming import model_name_of
-from registry.errors import BurnishError, InputError, ServerDiedError
+from registry.errors import BurnishError, InputError, ServerDiedError, UnreachableError
 from registry.records import Artifact, Candidate, Target
 
 logger = logging.getLogger(__name__)
 
 OWNER = "burnish_campaign"
 """The parameter that says whose a model is. A model without it, or with another value, is left alone."""
-UNLOAD_S = 60.0
-"""Longest that a model may take to be gone: the agent waits 2 s for requests, and the server then frees its memory."""
 
 
 class Core2Deployment:
@@ -83,48 +77,20 @@ class Core2SchedulerCluster:
     somebody else's, and is neither taken over nor unloaded. One with the mark is what a killed run left, and is used.
     """
 
-    def __init__(
-        self,
-        client: SchedulerClient,
-        *,
-        mesh: str,
-        place: Place,
-        owner: str,
-        mesh_tls: bool = False,
-        servers: Mapping[str, str] | None = None,
-        requirements: Mapping[str, tuple[str, ...]] | None = None,
-        memory_bytes: Callable[[Candidate, Artifact], int] | None = None,
-        workers: int = 0,
-        unload_s: float = UNLOAD_S,
-    ) -> None:
+    def __init__(self, client: SchedulerClient, options: Core2Options) -> None:
         """Connects to nothing yet.
 
         Args:
             client: of the scheduler; the caller closes it, after this.
-            mesh: ``host:port`` of the data plane, where REST and gRPC are both answered.
-            place: puts a candidate's folder where Core 2 fetches it.
-            owner: the campaign's name for itself, the same in each of its runs and no other campaign's.
-            mesh_tls: whether the mesh speaks TLS.
-            servers: ``mlserver`` or ``triton`` -> the one server to use; without one, the scheduler chooses.
-            requirements: backend -> capabilities; what is not named here is as in `REQUIREMENTS`.
-            memory_bytes: what all copies of a candidate take together; without it, the size of the artifact's files,
-                which is less than it will take.
-            workers: ``MLSERVER_PARALLEL_WORKERS`` of the MLServer servers, which no model can change.
-            unload_s: longest that a model may take to be gone.
+            options: how candidates are served.
         """
         self._client = client
+        self._options = options
         self._mesh = Mesh(
-            mesh,
-            tls=mesh_tls,
+            options.mesh,
+            tls=options.mesh_tls,
             hint="In docker compose it is at port 9000, in Kubernetes at port 80 of the service seldon-mesh.",
         )
-        self._place = place
-        self._owner = owner
-        self._servers = servers or {}
-        self._requirements = {**REQUIREMENTS, **(requirements or {})}
-        self._memory_bytes = memory_bytes or size_of
-        self._workers = workers
-        self._unload_s = unload_s
         self._ours: set[str] = set()
 
     def __enter__(self) -> Self:
@@ -150,12 +116,10 @@ class Core2SchedulerCluster:
             UnreachableError: it could not be scheduled or loaded (with Core 2's reason), was not ready in time, or the
                 scheduler or the mesh did not answer.
         """
-        name = model_name_of(candidate)
-        check_workers(candidate, self._workers)
+        name, folder = self._options.folder_of(candidate, artifact)
         self._mesh.check()
-        folder = model_folder(candidate, artifact, model_name=name)
         self._check_free(name)
-        uri = place_folder(name, folder, artifact, files, self._place)
+        uri = place_folder(name, folder, artifact, files, self._options.place)
         model = self._model(name, candidate, artifact, uri)
         self._ours.add(name)
         started = time.monotonic()
@@ -172,6 +136,44 @@ class Core2SchedulerCluster:
         return Core2Deployment(
             self, candidate, target=target, rendered=rendered, uri=uri, found=found, load_time_s=took_s
         )
+
+    def check_ready(self) -> None:
+        """Returns where candidates could be deployed: what is told here costs nothing yet.
+
+        Raises:
+            InputError: there is no server of a name that the options give.
+            UnreachableError: the scheduler or the mesh does not answer, or no server is connected.
+        """
+        self._mesh.check()
+        connected = {server.name: server.available_replicas > 0 for server in self._client.server_status()}
+        if not any(connected.values()):
+            raise UnreachableError("no server is connected to Core 2's scheduler")
+        for wanted in self._options.servers.values():
+            if wanted not in connected:
+                raise InputError(f"Core 2 has no server {wanted!r}", hint=f"It has: {', '.join(sorted(connected))}.")
+            if not connected[wanted]:
+                raise UnreachableError(f"no replica of Core 2's server {wanted!r} is connected to the scheduler")
+
+    def remove_leftovers(self) -> tuple[str, ...]:
+        """Unloads what a killed run of the same owner left, and returns its names.
+
+        Raises:
+            UnreachableError: the scheduler did not answer, or a model does not go.
+        """
+        found = self._client.models()
+        left = sorted(
+            name
+            for name, version in found.items()
+            if version.live and (version.parameters or {}).get(OWNER) == self._options.owner and name not in self._ours
+        )
+        self._ours.update(left)
+        for name in left:
+            self.take_away(name)
+        return tuple(left)
+
+    def server_version(self, server: str) -> str:
+        """What is known of the version of ``mlserver`` or ``triton``: nothing, since the scheduler says nothing."""
+        return UNKNOWN_VERSION
 
     def close(self) -> None:
         """Unloads all that was deployed here and is still there; what cannot be unloaded is named in the log."""
@@ -205,7 +207,7 @@ class Core2SchedulerCluster:
             logger.warning("%s on Core 2 is somebody else's by now, and is left there", name)
         elif found is not None and found.live:
             self._client.unload_model(name)
-            self._client.wait_until_unloaded(name, timeout_s=self._unload_s)
+            self._client.wait_until_unloaded(name, timeout_s=self._options.unload_s)
         self._ours.discard(name)
 
     # --- parts of it ---
@@ -225,11 +227,11 @@ class Core2SchedulerCluster:
         """
         found = self._client.model(name)
         if found is not None and found.state in GOING:
-            self._client.wait_until_unloaded(name, timeout_s=self._unload_s)
+            self._client.wait_until_unloaded(name, timeout_s=self._options.unload_s)
             found = self._client.model(name)
         if found is None or not found.live:
             return
-        if found.parameters is None or found.parameters.get(OWNER) != self._owner:
+        if found.parameters is None or found.parameters.get(OWNER) != self._options.owner:
             whose = (found.parameters or {}).get(OWNER)
             raise InputError(
                 f"Core 2 has a model {name} already, which {f'the campaign {whose}' if whose else 'somebody else'} "
@@ -239,16 +241,17 @@ class Core2SchedulerCluster:
 
     def _is_ours(self, found: ModelVersion) -> bool:
         # A scheduler that does not say what a model was loaded with cannot tell us of another's.
-        return found.parameters is None or found.parameters.get(OWNER) == self._owner
+        return found.parameters is None or found.parameters.get(OWNER) == self._options.owner
 
     def _model(self, name: str, candidate: Candidate, artifact: Artifact, uri: str) -> Core2Model:
-        serving = candidate.serving
+        options, serving = self._options, candidate.serving
         return Core2Model(
             name=name,
             uri=uri,
-            requirements=self._requirements[serving.backend],
+            requirements=options.requirements_of(candidate),
             # Core 2 multiplies it by the copies.
-            memory_bytes=self._memory_bytes(candidate, artifact) // counted_copies(serving),
-            server=self._servers.get(serving.server),
-            parameters={OWNER: self._owner},
+            memory_bytes=options.memory_bytes(candidate, artifact) // counted_copies(serving),
+            server=options.servers.get(serving.server),
+            parameters={OWNER: options.owner},
+            secret_name=options.secret,
         )

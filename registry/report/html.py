@@ -185,6 +185,7 @@ def _method(campaign: Campaign, shown: tuple[Row, ...]) -> list[tuple[str, str]]
         ("Loads", "; ".join(_loads(campaign)) or "none"),
         ("Latency", "counted from the intended send time; a run that fails a validity gate is not used"),
         ("Accuracy", _accuracy_words(campaign)),
+        ("Served by", "; ".join(sorted({one.cluster for one in campaign.candidates if one.cluster}))),
         (
             "Host",
             f"{host.cpu_model}, {host.cores} cores, {numbers.plain(host.memory_mb / 1000)} GB, Linux {host.kernel}",

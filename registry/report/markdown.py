@@ -84,9 +84,11 @@ def _failure(failure: Failure) -> str:
 def _method(campaign: Campaign) -> list[str]:
     host = campaign.host
     versions = ", ".join(f"{name} {version}" for name, version in sorted(campaign.versions.items()))
+    clusters = sorted({one.cluster for one in campaign.candidates if one.cluster})
     return [
         f"campaign {campaign.id}, level {campaign.level}, seed {campaign.seed}, started {_text(campaign.started_at)}",
         f"host {host.fingerprint}: {_text(host.cpu_model)}, {host.cores} cores; {_text(host.pinning)}",
+        *(f"served by {_text(cluster)}; the load came from that host" for cluster in clusters),
         f"versions: {_text(versions)}",
     ]
 

@@ -377,6 +377,9 @@ class SchedulerDouble:
         return pb.ModelStatusResponse(modelName=name, versions=[status])
 
     def _model_status(self, request: pb.ModelStatusRequest, context: Any) -> Iterator[pb.ModelStatusResponse]:
+        if not request.HasField("model"):
+            yield from (picture for name in self._models if (picture := self._picture(name)) is not None)
+            return
         name = request.model.name
         stale = self._stale.get(name)
         picture = stale.pop() if stale else self._picture(name)

@@ -17,6 +17,7 @@ from cryptography.x509.oid import NameOID
 
 from profiles.deploy import core2_scheduler_pb2 as pb
 from profiles.deploy import scheduler_channel
+from profiles.deploy.core2_candidates import Core2Options
 from profiles.deploy.core2_messages import Core2Model, Experiment
 from profiles.deploy.scheduler import SchedulerClient
 from profiles.deploy.scheduler_channel import SchedulerRefusedError, TlsSettings
@@ -546,7 +547,7 @@ def shelf() -> Shelf:
 def cluster_of(double: SchedulerDouble, client: SchedulerClient, shelf: Shelf, **fields: Any) -> Core2SchedulerCluster:
     requirements = {"burnish": ("mlserver", "python")}
     told = {"mesh": double.mesh, "place": shelf, "owner": "camp", "requirements": requirements, "unload_s": 1.0}
-    return Core2SchedulerCluster(client, **{**told, **fields})
+    return Core2SchedulerCluster(client, Core2Options(**{**told, **fields}))
 
 
 Artifacts = tuple[Artifact, Path]

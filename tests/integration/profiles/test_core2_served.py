@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from profiles.deploy.core2_candidates import Core2Options
 from profiles.deploy.scheduler import SchedulerClient
 from profiles.deploy.scheduler_cluster import Core2SchedulerCluster
 from profiles.load.payloads import encode_payloads
@@ -41,7 +42,7 @@ def cluster(scheduler: SchedulerDouble, tmp_path: Path) -> Iterator[Core2Schedul
 
     with (
         SchedulerClient(LOOPBACK, scheduler.port) as client,
-        Core2SchedulerCluster(client, mesh=scheduler.mesh, place=place, owner="camp") as opened,
+        Core2SchedulerCluster(client, Core2Options(mesh=scheduler.mesh, place=place, owner="camp")) as opened,
     ):
         yield opened
 
@@ -97,7 +98,8 @@ def test_the_reason_is_that_of_the_server(
 
 def test_a_folder_that_is_not_where_it_should_be(scheduler: SchedulerDouble, tmp_path: Path) -> None:
     with SchedulerClient(LOOPBACK, scheduler.port) as client:
-        lost = Core2SchedulerCluster(client, mesh=scheduler.mesh, place=lambda *_: str(tmp_path / "no"), owner="camp")
+        options = Core2Options(mesh=scheduler.mesh, place=lambda *_: str(tmp_path / "no"), owner="camp")
+        lost = Core2SchedulerCluster(client, options)
         with pytest.raises(UnreachableError, match=r"could not load .*: directory not found") as caught:
             lost.deploy(candidate(), *stored(tmp_path, mlp().SerializeToString()), timeout_s=WAIT_S)
         assert str(tmp_path / "no") in (caught.value.hint or "")

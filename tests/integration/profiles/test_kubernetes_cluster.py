@@ -13,6 +13,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from profiles.deploy.core2_candidates import Core2Options
 from profiles.deploy.kubernetes import KubernetesCluster
 from profiles.deploy.kubernetes_client import MANAGER, KubernetesClient
 from profiles.deploy.kubernetes_resources import CAMPAIGN, RUN, FieldChange, read_state
@@ -465,8 +466,9 @@ def cluster_of(double: KubernetesDouble, client: KubernetesClient, **fields: Any
         assert all((files / file.path).stat().st_size == file.size_bytes for file in artifact.files)
         return f"s3://models/{artifact.digest}"
 
-    told = {"mesh": double.mesh, "place": place, "owner": "camp", "run": "one", "unload_s": 1.0}
-    return KubernetesCluster(client, **{**told, **fields})
+    run = fields.pop("run", "one")
+    told = {"mesh": double.mesh, "place": place, "owner": "camp", "unload_s": 1.0}
+    return KubernetesCluster(client, Core2Options(**{**told, **fields}), run=run)
 
 
 def test_a_candidate_is_served_and_taken_away(
