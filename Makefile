@@ -36,6 +36,8 @@ lint: $(STAMP)  ## ruff, mypy strict, import contracts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	@# What goes beside a self-contained model runs in MLServer's own image, too, which has Python 3.10.
+	$(BIN)/mypy --python-version 3.10 $(foreach name,session raw_tensors runtime triton_model,-m profiles.serving.$(name))
 	$(BIN)/lint-imports
 
 format: $(STAMP)  ## Format and fix what ruff can

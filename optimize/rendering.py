@@ -3,12 +3,14 @@
 import difflib
 import json
 import re
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from optimize.rendered import former_rendering, put_rendering
+from optimize.rendering_environment import Chosen, choose_environment, self_contained_warnings
 from optimize.reporting import read_campaign
 from profiles.deploy.placement import model_path
 from profiles.serving.core2 import manifests, sizing
@@ -48,6 +50,8 @@ class Rendering:
         margin: how far below saturation a replica is to be kept.
         server_config: a file with the cluster's own ServerConfig, to render one from.
         secret: the Kubernetes secret with the rclone remote.
+        self_contained: whether our code goes beside the model, for a server that has none of it.
+        environment: a tarball with the engine, for a server that has none either, or ``pack`` to make one.
     """
 
     target: Render = "core2"
@@ -62,6 +66,8 @@ class Rendering:
     margin: float = sizing.MARGIN
     server_config: Path | None = None
     secret: str | None = None
+    self_contained: bool = False
+    environment: str | None = None
 
 
 def rendering(**fields: Any) -> Rendering:
@@ -75,6 +81,8 @@ def rendering(**fields: Any) -> Rendering:
         raise InputError(f"there is no target {asked.target!r}", hint="It is core2 or files.")
     if asked.core2_version not in VERSIONS:
         raise InputError(f"nothing is known of Core 2 {asked.core2_version!r}", hint=f"It is {' or '.join(VERSIONS)}.")
+    if asked.environment is not None and not asked.self_contained:
+        raise InputError("an environment has no use without our code beside it", hint="Add --self-contained.")
     if asked.target == "files":
         given = [f"--{name.replace('_', '-')}" for name in _ONLY_CORE2 if getattr(asked, name) is not None]
         if given:
@@ -120,11 +128,31 @@ def render_candidate(work: Path, wanted: str | None, out: Path, asked: Rendering
     """
     campaign = read_campaign(work)
     candidate = find_candidate(campaign, wanted)
-    variant = next(one for one in campaign.variants if one.id == candidate.variant_id)
     former = former_rendering(out)
+    with tempfile.TemporaryDirectory(prefix="burnish-environment-") as scratch:
+        chosen = None
+        if asked.environment is not None:
+            own_server = asked.target == "files" or asked.image is not None
+            chosen = choose_environment(asked.environment, candidate, Path(scratch), own_server=own_server)
+        told = _render(work, campaign, candidate, out, asked=asked, chosen=chosen)
+    if former not in (None, candidate.name):
+        told["warnings"].append(f"{out} was rendered from {former}, and is replaced.")
+    return told
+
+
+def _render(
+    work: Path, campaign: Campaign, candidate: Candidate, out: Path, *, asked: Rendering, chosen: Chosen | None
+) -> dict[str, Any]:
+    variant = next(one for one in campaign.variants if one.id == candidate.variant_id)
     source = FolderStore(work).path(variant.artifact)
     name = model_name_of(candidate)
-    folder = model_folder(candidate, variant.artifact, model_name=name)
+    folder = model_folder(
+        candidate,
+        variant.artifact,
+        model_name=name,
+        self_contained=asked.self_contained,
+        environment=None if chosen is None else chosen.tarball,
+    )
     told: dict[str, Any] = {"candidate": candidate.name, "candidate_id": candidate.id, "model": name}
     told |= {"target": asked.target, "out": str(out)}
     if asked.target == "files":
@@ -136,8 +164,8 @@ def render_candidate(work: Path, wanted: str | None, out: Path, asked: Rendering
         texts, about = _core2(campaign, candidate, folder, stem, asked)
         told |= about
     warnings = warnings_about(campaign, candidate, variant, source, asked)
-    if former not in (None, candidate.name):
-        warnings.append(f"{out} was rendered from {former}, and is replaced.")
+    if asked.self_contained:
+        warnings += self_contained_warnings(candidate, chosen)
 
     def check(written: Path) -> None:
         if asked.target == "core2":
@@ -232,6 +260,7 @@ def _core2(
             server=server,
             replicas=replicas,
             secret_name=asked.secret,
+            requirements=_requirements(candidate, asked),
             version=version,
         )
     }
@@ -252,7 +281,7 @@ def _core2(
     about = {
         "core2_version": version,
         "storage_uri": uri,
-        "requirements": list(manifests.REQUIREMENTS[candidate.serving.backend]),
+        "requirements": list(_requirements(candidate, asked)),
         "server": server,
         "replicas": replicas,
         "rate_per_replica_rps": per_replica or None,
@@ -260,6 +289,11 @@ def _core2(
     }
     texts |= {f"{MANIFESTS}/{path}": manifests.as_yaml(manifest) for path, manifest in made.items()}
     return texts, about
+
+
+def _requirements(candidate: Candidate, asked: Rendering) -> tuple[str, ...]:
+    """The capabilities that its server must have."""
+    return (manifests.SELF_CONTAINED if asked.self_contained else manifests.REQUIREMENTS)[candidate.serving.backend]
 
 
 def _rate_per_replica(campaign: Campaign, candidate: Candidate, asked: Rendering) -> float:
@@ -316,6 +350,7 @@ def _servers(
         replicas=replicas,
         max_replicas=asked.max_replicas,
         server_config=config,
+        capabilities=_requirements(candidate, asked),
         version=asked.core2_version,
     )
     return made
@@ -350,13 +385,14 @@ def warnings_about(
     if asked.for_rate is not None or asked.max_replicas is not None:
         found.append(f"Replicas are counted by the saturation on {campaign.host.cpu_model}; on other nodes it differs.")
     stock = manifests.STOCK_CAPABILITIES.get(asked.server or "")
-    lacking = set(manifests.REQUIREMENTS[candidate.serving.backend]) - (stock or set())
+    requirements = _requirements(candidate, asked)
+    lacking = set(requirements) - (stock or set())
     if stock is not None and lacking:
         found.append(
             f"The Server {asked.server!r} of Core 2's own has no capability {', '.join(sorted(lacking))}: "
             "unless yours has, the model is not scheduled."
         )
-    if asked.server is None and asked.image is None and "burnish" in manifests.REQUIREMENTS[candidate.serving.backend]:
+    if asked.server is None and asked.image is None and "burnish" in requirements:
         found.append("No Server of Core 2's own has the capability 'burnish': name one, or render it --with-server.")
     if 2 * variant.artifact.size_bytes > MODELS_VOLUME_BYTES and asked.server_config is None:
         found.append(
@@ -382,7 +418,7 @@ def _lost(written: Path, candidate: Candidate, folder: ModelFolder, uri: str, as
         # The secret holds the remote of that name; without one, nobody here knows what the cluster has.
         remotes=None if asked.secret is None else (uri.partition(":")[0],),
         parameters=manifests.model_parameters(candidate, folder.extra),
-        requirements=manifests.REQUIREMENTS[candidate.serving.backend],
+        requirements=_requirements(candidate, asked),
     )
     for one in found:
         if one.severity == "error":

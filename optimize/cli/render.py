@@ -26,6 +26,12 @@ def render(
     max_replicas: Annotated[int | None, typer.Option(help="Render an autoscaler up to so many.")] = None,
     margin: Annotated[float, typer.Option(help="How far below saturation replicas run: 0.1 to 0.2.")] = 0.15,
     secret: Annotated[str | None, typer.Option(help="The Kubernetes secret with the rclone remote.")] = None,
+    self_contained: Annotated[
+        bool, typer.Option("--self-contained", help="Put burnish's code beside the model, for a server without it.")
+    ] = False,
+    environment: Annotated[
+        str | None, typer.Option(help="Beside it, the engine: a tarball of yours, or pack, to make one.")
+    ] = None,
     json_output: Json = False,
 ) -> None:
     """Write the files that serve a candidate: its folder as Core 2 fetches it, and the manifests.
@@ -40,7 +46,8 @@ def render(
     asked = rendering(
         target=target, core2_version=core2_version, storage_uri=storage_uri, server=server, image=with_server,
         hardware=hardware, server_config=server_config, replicas=replicas, for_rate=for_rate,
-        max_replicas=max_replicas, margin=margin, secret=secret,
+        max_replicas=max_replicas, margin=margin, secret=secret, self_contained=self_contained,
+        environment=environment,
     )  # fmt: skip
     with terminable():
         told = render_candidate(work, candidate, out, asked)

@@ -23,6 +23,7 @@ from profiles.serving.roundtrip_findings import (
     refusal,
     version_of,
 )
+from profiles.serving.self_contained import PREFIX, module_name
 
 
 def rewrite_for_mlserver(
@@ -339,6 +340,7 @@ def _look(kept: dict[str, Any], file: str, copied: Mapping[str, Path], findings:
     for key in ("uri", "environment_tarball"):
         if key in parameters:
             _look_for(key, parameters[key], file, copied, findings)
+    _look_at_code(kept, file, copied, findings)
     _look_at_batching(kept, file, findings)
 
 
@@ -354,6 +356,22 @@ def _look_for(key: str, path: str, file: str, copied: Mapping[str, Path], findin
     else:
         severity, message = "error", f"{path} is not in the folder that is copied"
     findings.append(finding("C111", severity, message, file=file, key=f"/parameters/{key}", way=beside))
+
+
+def _look_at_code(kept: dict[str, Any], file: str, copied: Mapping[str, Path], findings: list[Finding]) -> None:
+    """Notes where a self-contained model's own code is missing, or is not what its name says."""
+    module = str(kept.get("implementation", "")).rpartition(".")[0]
+    if not module.startswith(PREFIX):
+        return
+    code = copied.get(f"1/{module}.py")
+    if code is None:
+        message = f"{module}.py is not in the folder that is copied"
+    elif module_name(code.read_bytes()) != module:
+        message = f"{module}.py was changed since it was named: a server that has the other one answers with that"
+    else:
+        return
+    way = "Render the model again, and upload the folder whole."
+    findings.append(finding("C114", "error", message, file=file, key="/implementation", way=way))
 
 
 def _look_at_batching(kept: dict[str, Any], file: str, findings: list[Finding]) -> None:

@@ -210,6 +210,7 @@ class _Metered:
 
 def _histogram(name: str, text: str, buckets: Sequence[float]) -> Any:
     if name in REGISTRY:
+        # Maybe another version's, which a self-contained model brought: so names and labels stay what they are.
         return REGISTRY[name]
     histogram = prometheus_client.Histogram(
         name, text, ["model_name", "model_version"], buckets=buckets, registry=REGISTRY

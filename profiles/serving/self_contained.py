@@ -53,8 +53,8 @@ class Bundle:
 
     @property
     def module(self) -> str:
-        """The module's name: `PREFIX` and the first 12 digits of the text's SHA-256 (hex)."""
-        return PREFIX + hashlib.sha256(self.text.encode()).hexdigest()[:12]
+        """The module's name, see `module_name`."""
+        return module_name(self.text.encode())
 
     @property
     def file(self) -> str:
@@ -65,6 +65,11 @@ class Bundle:
     def implementation(self) -> str:
         """The class as MLServer's settings name it."""
         return f"{self.module}.{self.class_name}"
+
+
+def module_name(content: bytes) -> str:
+    """The name of a file's module: `PREFIX` and the first 12 digits of the SHA-256 (hex) of what is in it."""
+    return PREFIX + hashlib.sha256(content).hexdigest()[:12]
 
 
 def source_of(name: str) -> str:

@@ -34,6 +34,8 @@ On Core 2 ``onnx`` and ``openvino`` are Triton's own backends. ``burnish`` is ou
 session, in our MLServer runtime or in Triton's Python backend.
 """
 STOCK_CAPABILITIES: Mapping[str, frozenset[str]] = {
+SELF_CONTAINED: Mapping[str, tuple[str, ...]] = {"burnish": ("mlserver", "python"), "python": ("triton", "python")}
+"""Backend -> the capabilities that its server must have where our code is in the model's folder."""
     "mlserver": frozenset({
         "mlserver", "alibi-detect", "alibi-explain", "huggingface", "lightgbm", "mlflow", "python", "sklearn",
         "spark-mlib", "xgboost",
@@ -81,6 +83,7 @@ def render_model(
     secret_name: str | None = None,
     clean_topics: bool = False,
     version: Core2Version = NEWEST,
+    requirements: Sequence[str] | None = None,
 ) -> Manifest:
     """The Model of a candidate.
 
@@ -99,6 +102,7 @@ def render_model(
         secret_name: the Kubernetes secret with the rclone remote.
         clean_topics: whether its Kafka topics go with it (since 2.10).
         version: of Core 2.
+        requirements: the capabilities that its server must have; None for those of its backend.
 
     Raises:
         InputError: a name, URI or number that Core 2 does not take.
@@ -110,7 +114,7 @@ def render_model(
     memory = None if memory_bytes is None else as_quantity(memory_bytes / counted_copies(serving))
     spec = {
         "storageUri": storage_uri,
-        "requirements": list(REQUIREMENTS[serving.backend]),
+        "requirements": list(requirements or REQUIREMENTS[serving.backend]),
         "memory": memory,
         "server": server,
         "replicas": replicas,
@@ -137,6 +141,7 @@ def render_server(
     stock_batching: bool = False,
     delete_volumes: bool = False,
     version: Core2Version = NEWEST,
+    capabilities: Sequence[str] | None = None,
 ) -> Manifest:
     """A Server for one candidate, with the capabilities that its Model requires and no more.
 
@@ -159,12 +164,14 @@ def render_server(
             Core 2 leaves no other way.
         delete_volumes: whether the models' volumes go with the Server (since 2.10).
         version: of Core 2.
+        capabilities: what the Model requires; None for what its backend does.
 
     Raises:
         InputError: a name or number that Core 2 does not take, or an image without our session where it is needed.
     """
     check_core2_name(name, "Server")
-    if "burnish" in REQUIREMENTS[serving.backend] and image is None and server_config is None:
+    capabilities = capabilities or REQUIREMENTS[serving.backend]
+    if "burnish" in capabilities and image is None and server_config is None:
         raise InputError(
             f"Core 2's own image for {serving.server} has no session of burnish's", hint="Name an image that has one."
         )
@@ -190,7 +197,7 @@ def render_server(
     policy = {"whenDeleted": "Delete", "whenScaled": "Delete"} if delete_volumes else None
     spec = {
         "serverConfig": server_config or serving.server,
-        "capabilities": list(REQUIREMENTS[serving.backend]),
+        "capabilities": list(capabilities),
         "replicas": replicas,
         "minReplicas": None if max_replicas is None else replicas,
         "maxReplicas": max_replicas,

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import sys
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ from optimize import rendering
 from optimize.cli import main
 from optimize.rendered import MARKER
 from optimize.reporting import write_campaign
+from profiles.serving.environment_tarball import PACKAGES
 from registry.errors import InputError
-from registry.records import Artifact, Campaign, ServingProfile
+from registry.records import Artifact, Campaign, Candidate, ServingProfile
 from registry.store import FolderStore
 from tests.doubles import campaigns
 from tests.doubles.models import mlp, write_onnx
@@ -101,6 +103,87 @@ def test_a_server_without_the_capability_is_said(work: Path, server: str) -> Non
     assert [f"{server!r} of Core 2's own has no capability {lacking[server]}:" in warning for warning in warned] == (
         [True] if server in lacking else []
     )
+
+
+@pytest.mark.parametrize("won", [WON, campaigns.STATIC_MLSERVER], ids=["triton", "mlserver"])
+def test_self_contained_goes_to_servers_of_core_2s_own(work: Path, won: Candidate) -> None:
+    server = won.serving.server
+    told = render(work, won.name, server=server, self_contained=True)
+    assert told["requirements"] == [server, "python"]
+    assert not any("has no capability" in warning for warning in told["warnings"])
+    assert any(f"onnxruntime {won.engine_version} was measured" in warning for warning in told["warnings"])
+    ours = [path for path in told["files"] if "burnish_runtime_" in path]
+    assert len(ours) == (1 if server == "mlserver" else 0)
+    files = [path for path in Path(told["folder"]).rglob("*") if path.suffix in {".py", ".json"}]
+    assert not any(
+        "from profiles" in path.read_text() or "profiles.serving.runtime" in path.read_text() for path in files
+    )
+    stem = told["storage_uri"].removeprefix(f"{URI}/")
+    assert render(work, won.name, server=server)["storage_uri"].removeprefix(f"{URI}/") != stem
+
+
+def test_self_contained_needs_no_image_with_burnish(work: Path) -> None:
+    told = render(work, campaigns.STATIC_MLSERVER.name, self_contained=True, image="registry.example/mlserver:1")
+    manifest = (work.parent / "out/manifests/server.yaml").read_text()
+    assert "- python" in manifest
+    assert "- burnish" not in manifest
+    assert not any("'burnish'" in warning for warning in told["warnings"])
+
+
+def test_an_environment_of_the_users_stands_beside_the_model(work: Path) -> None:
+    packed = work.parent / "mine.tar.gz"
+    names = ["bin/python", "lib/python3.10/site-packages/onnxruntime/__init__.py"]
+    with tarfile.open(packed, "w:gz") as opened:
+        for name in names:
+            opened.addfile(tarfile.TarInfo(name))
+    told = render(work, campaigns.STATIC_MLSERVER.name, self_contained=True, environment=str(packed))
+    (beside,) = (path for path in told["files"] if path.rpartition("/")[2].startswith("environment-"))
+    assert (work.parent / "out" / beside).read_bytes() == packed.read_bytes()
+    said = "\n".join(told["warnings"])
+    for words in ("for Python 3.10: the server", "an unknown version", "without workers", "as Python lists"):
+        assert words in said
+    measured = campaigns.STATIC_MLSERVER.engine_version
+    assert f"onnxruntime {measured} was measured" in said
+
+
+def test_an_environment_is_packed_of_what_was_measured(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(PACKAGES, "onnxruntime", ("packaging",))  # which is smaller
+    asked = {"self_contained": True, "environment": "pack", "server": "mlserver"}
+    told = render(work, campaigns.STATIC_MLSERVER.name, **asked)
+    (beside,) = (path for path in told["files"] if path.rpartition("/")[2].startswith("environment-"))
+    python = f"{sys.version_info.major}.{sys.version_info.minor}"
+    with tarfile.open(work.parent / "out" / beside) as opened:
+        assert f"lib/python{python}/site-packages/packaging/__init__.py" in opened.getnames()
+    settings = json.loads((Path(told["folder"]) / "model-settings.json").read_text())
+    assert settings["parameters"]["environment_tarball"] == f"./{beside.rpartition('/')[2]}"
+    assert any(f"The environment is for Python {python} on" in warning for warning in told["warnings"])
+    assert render(work, campaigns.STATIC_MLSERVER.name, **asked)["storage_uri"] == told["storage_uri"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "wanted", "said"),
+    [
+        ({"environment": "pack"}, None, "no use without our code"),
+        ({"environment": "pack", "self_contained": True}, None, "is for Triton, and an environment is for MLServer"),
+        ({"environment": "pack", "self_contained": True, "image": IMAGE}, campaigns.STATIC_MLSERVER.name, "workers"),
+        (
+            {"environment": "pack", "self_contained": True, "target": "files", "storage_uri": None},
+            campaigns.STATIC_MLSERVER.name,
+            "without workers",
+        ),
+        (
+            {"environment": "gone.tar.gz", "self_contained": True},
+            campaigns.STATIC_MLSERVER.name,
+            "gone.tar.gz cannot be",
+        ),
+    ],
+)
+def test_an_environment_that_would_not_do_is_refused(
+    work: Path, asked: dict[str, Any], wanted: str | None, said: str
+) -> None:
+    with pytest.raises(InputError, match=said):
+        render(work, wanted, **asked)
+    assert not (work.parent / "out").exists()
 
 
 def test_a_secret_brings_the_remote(work: Path) -> None:
@@ -283,6 +366,10 @@ def test_a_file_in_the_way(work: Path) -> None:
 def test_the_command(work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     out = work.parent / "out"
     command = ["burnish", "render", "--work", str(work), "--out", str(out), "--storage-uri", URI]
+    monkeypatch.setattr(sys, "argv", [*command, "--environment", "pack"])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert "Add --self-contained." in capsys.readouterr().err
     monkeypatch.setattr(sys, "argv", command)
     with pytest.raises(SystemExit, match="0"):
         main()
