@@ -18,7 +18,7 @@ from profiles.serving.core2.folder import ModelFolder, model_folder
 from profiles.serving.core2.hardware import ANY_NODE, Hardware
 from profiles.serving.core2.schema import NEWEST, VERSIONS, Core2Version
 from profiles.serving.naming import check_core2_name, model_name_of, server_name_of
-from profiles.serving.roundtrip import check_roundtrip
+from profiles.serving.roundtrip import check_roundtrip, refuse_errors
 from registry.documents import load_document
 from registry.errors import InputError
 from registry.records import Campaign, Candidate, Estimate, Variant
@@ -420,10 +420,7 @@ def _lost(written: Path, candidate: Candidate, folder: ModelFolder, uri: str, as
         parameters=manifests.model_parameters(candidate, folder.extra),
         requirements=_requirements(candidate, asked),
     )
-    for one in found:
-        if one.severity == "error":
-            where = f"{one.file} {one.key}".rstrip()
-            raise InputError(f"Core 2 would not serve {candidate.name!r} so: {where}: {one.message}", hint=one.way)
+    refuse_errors(candidate.name, found)
     return [f"{one.file}: {one.message}. {one.way}" for one in found if one.severity == "warning"]
 
 

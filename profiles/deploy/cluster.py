@@ -33,11 +33,11 @@ class Deployment(Protocol):
 
     @property
     def load_time_s(self) -> float:
-        """From the start of the server, or of the load on one that runs, to the model's readiness."""
+        """From the request to load the model, on a server that runs, to its readiness."""
 
     @property
     def rendered(self) -> dict[str, str]:
-        """Path -> text of the files that were rendered for it."""
+        """Path in its folder -> text of the files that were rendered for it, as Core 2 would fetch them."""
 
     def usage(self) -> Usage | None:
         """What it has used so far; None where that cannot be known from here.

@@ -10,7 +10,7 @@ C3 (config.pbtxt) and C4 (the URI).
 
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Literal
@@ -39,6 +39,7 @@ __all__ = [
     "check_roundtrip",
     "check_uri",
     "guess_server",
+    "refuse_errors",
 ]
 
 Server = Literal["mlserver", "triton"]
@@ -175,6 +176,22 @@ def check_roundtrip(
         requirements=requirements,
     )
     return (*rewritten.findings, *(() if uri is None else check_uri(uri, remotes=remotes)))
+
+
+def refuse_errors(name: str, findings: Iterable[Finding]) -> None:
+    """Returns where none of the findings is an error.
+
+    Args:
+        name: of the candidate that they are about.
+        findings: what Core 2 would do to its folder.
+
+    Raises:
+        InputError: one is; the message tells what Core 2 would lose or refuse, and the hint how to have it.
+    """
+    for one in findings:
+        if one.severity == "error":
+            where = f"{one.file} {one.key}".rstrip()
+            raise InputError(f"Core 2 would not serve {name!r} so: {where}: {one.message}", hint=one.way)
 
 
 def guess_server(folder: Path) -> Server:

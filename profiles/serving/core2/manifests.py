@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import yaml
 
+from profiles.serving.container import container_environment
 from profiles.serving.core2.hardware import ANY_NODE, Hardware
 from profiles.serving.core2.schema import AUTOSCALING, MLOPS, NEWEST, Core2Version, check_manifest
 from profiles.serving.core2.sizing import MEBIBYTE, as_quantity, counted_copies, quantity_bytes
@@ -33,9 +34,9 @@ REQUIREMENTS: Mapping[str, tuple[str, ...]] = {
 On Core 2 ``onnx`` and ``openvino`` are Triton's own backends. ``burnish`` is ours: a server whose image has our
 session, in our MLServer runtime or in Triton's Python backend.
 """
-STOCK_CAPABILITIES: Mapping[str, frozenset[str]] = {
 SELF_CONTAINED: Mapping[str, tuple[str, ...]] = {"burnish": ("mlserver", "python"), "python": ("triton", "python")}
 """Backend -> the capabilities that its server must have where our code is in the model's folder."""
+STOCK_CAPABILITIES: Mapping[str, frozenset[str]] = {
     "mlserver": frozenset({
         "mlserver", "alibi-detect", "alibi-explain", "huggingface", "lightgbm", "mlflow", "python", "sklearn",
         "spark-mlib", "xgboost",
@@ -82,8 +83,8 @@ def render_model(
     max_replicas: int | None = None,
     secret_name: str | None = None,
     clean_topics: bool = False,
-    version: Core2Version = NEWEST,
     requirements: Sequence[str] | None = None,
+    version: Core2Version = NEWEST,
 ) -> Manifest:
     """The Model of a candidate.
 
@@ -101,8 +102,8 @@ def render_model(
         max_replicas: the same.
         secret_name: the Kubernetes secret with the rclone remote.
         clean_topics: whether its Kafka topics go with it (since 2.10).
-        version: of Core 2.
         requirements: the capabilities that its server must have; None for those of its backend.
+        version: of Core 2.
 
     Raises:
         InputError: a name, URI or number that Core 2 does not take.
@@ -140,8 +141,8 @@ def render_server(
     server_config: str | None = None,
     stock_batching: bool = False,
     delete_volumes: bool = False,
-    version: Core2Version = NEWEST,
     capabilities: Sequence[str] | None = None,
+    version: Core2Version = NEWEST,
 ) -> Manifest:
     """A Server for one candidate, with the capabilities that its Model requires and no more.
 
@@ -163,8 +164,8 @@ def render_server(
         stock_batching: sets batching as MLServer's default for all its models: for runtimes other than ours, which
             Core 2 leaves no other way.
         delete_volumes: whether the models' volumes go with the Server (since 2.10).
-        version: of Core 2.
         capabilities: what the Model requires; None for what its backend does.
+        version: of Core 2.
 
     Raises:
         InputError: a name or number that Core 2 does not take, or an image without our session where it is needed.
@@ -175,10 +176,9 @@ def render_server(
         raise InputError(
             f"Core 2's own image for {serving.server} has no session of burnish's", hint="Name an image that has one."
         )
-    env = {"OMP_NUM_THREADS": str(serving.threads), "KMP_AFFINITY": hardware.kmp_affinity}
+    env: dict[str, str | None] = {**container_environment(serving), "KMP_AFFINITY": hardware.kmp_affinity}
     agent: list[Manifest] = []
     if serving.server == "mlserver":
-        env["MLSERVER_PARALLEL_WORKERS"] = str(serving.parallel_workers)
         env |= _stock_batching(serving) if stock_batching else {}
         if counted_copies(serving) > 1:
             # The agent multiplies a model's memory by what it finds in its own environment.

@@ -1,7 +1,10 @@
 """Candidates on a real MLServer and a real Triton server."""
 
+import dataclasses
 import os
+import signal
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,8 +19,15 @@ from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from profiles.deploy import local
 from profiles.deploy.local import LocalCluster, LocalDeployment, Ports
+from profiles.deploy.model_control import ModelControl
+from profiles.load.engine import LoadGenerator
+from profiles.load.payloads import encode_payloads
+from profiles.serving.container import container_environment
+from profiles.serving.core2.folder import model_folder, write_folder
+from profiles.serving.naming import model_name_of
+from profiles.serving.roundtrip import agent_rewrite
 from registry.errors import BurnishError, InputError, ServerDiedError, UnreachableError
-from registry.records import EngineSpec
+from registry.records import ArtifactFile, ClosedLoop, EngineSpec, LoadProfile
 from tests.doubles.candidates import candidate
 from tests.doubles.models import mlp, mlp_answer, two_inputs, write_onnx, write_openvino
 
@@ -64,6 +74,21 @@ def ask(
         return {name: result.as_numpy(name) for name in named}
 
 
+def control_of(deployment: LocalDeployment) -> ModelControl:
+    return ModelControl(f"127.0.0.1:{deployment.ports.http}")
+
+
+def repository_of(deployment: LocalDeployment) -> dict[str, bytes]:
+    """Path -> content of all that the server has in its repository, but for what Python put there."""
+    folder = deployment.log.parent / "repository"
+    files = [path for path in folder.rglob("*") if path.is_file() and path.parent.name != "__pycache__"]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+def processes_of(deployment: LocalDeployment) -> list[psutil.Process]:
+    return psutil.Process(deployment._process._child.supervisor).children(recursive=True)
+
+
 def executions(deployment: LocalDeployment) -> tuple[int, int]:
     """Requests and batches that a Triton model has seen."""
     with tritonclient.grpc.InferenceServerClient(f"127.0.0.1:{deployment.ports.grpc}") as client:
@@ -94,6 +119,82 @@ def test_concurrent_requests_of_mixed_sizes_each_get_their_own_answer(
         requests, runs = executions(deployment)
         assert requests == 64
         assert runs < 64
+
+
+@pytest.mark.parametrize("server", SERVERS)
+def test_the_server_gets_what_core_2_would_give_it(cluster: LocalCluster, tmp_path: Path, server: str) -> None:
+    artifact = write_onnx(mlp(), tmp_path / "files")
+    served = candidate(server=server, max_batch_size=4, max_batch_delay_ms=1.0)
+    name = model_name_of(served)
+    folder = model_folder(served, artifact, model_name=name)
+    write_folder(folder, tmp_path / "files", tmp_path / "fetched")
+    agent_rewrite(tmp_path / "fetched", server, name=name).lay_out(tmp_path / "expected")
+    expected = [path for path in (tmp_path / "expected").rglob("*") if path.is_file()]
+
+    deployment = cluster.deploy(served, artifact, tmp_path / "files", timeout_s=LIMIT_S)
+    assert repository_of(deployment) == {
+        path.relative_to(tmp_path / "expected").as_posix(): path.read_bytes() for path in expected
+    }
+    assert deployment.rendered == dict(folder.rendered)
+    assert deployment.target.model == f"{name}_1"
+    assert control_of(deployment).index() == {f"{name}_1": "READY"}
+    for process in processes_of(deployment):
+        assert container_environment(served.serving).items() <= process.environ().items()
+    with tritonclient.grpc.InferenceServerClient(f"127.0.0.1:{deployment.ports.grpc}") as client:
+        assert client.get_model_metadata(f"{name}_1").versions in (["1"], [])
+
+
+def test_what_core_2_would_not_serve_starts_no_server(cluster: LocalCluster, tmp_path: Path) -> None:
+    artifact = write_onnx(mlp(), tmp_path / "files")
+    (tmp_path / "files/assets/2024").mkdir(parents=True)
+    (tmp_path / "files/assets/2024/words").write_text("a b")
+    beside = ArtifactFile(path="assets/2024/words", sha256="0" * 64, size_bytes=3)
+    more = dataclasses.replace(artifact, files=(*artifact.files, beside))
+    with pytest.raises(InputError, match=r"Core 2 would not serve .*: 1/assets/2024: .* highest number") as caught:
+        cluster.deploy(candidate(server="triton"), more, tmp_path / "files", timeout_s=LIMIT_S)
+    assert caught.value.hint
+    assert not [path for path in (tmp_path / "work").rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("server", SERVERS)
+def test_candidates_share_a_server_of_the_same_settings(tmp_path: Path, server: str) -> None:
+    if (reason := local.available_servers()[server].reason) is not None:
+        pytest.skip(reason)
+    x = np.ones((2, 8), np.float32)
+    artifact = write_onnx(mlp(), tmp_path / "files")
+    one, two = (candidate(server=server, variant=name) for name in ("one", "two"))
+    with LocalCluster(tmp_path / "work", shared=True) as cluster:
+        first, second = (
+            cluster.deploy(served, artifact, tmp_path / "files", timeout_s=LIMIT_S) for served in (one, two)
+        )
+        assert first.ports == second.ports
+        assert first.log == second.log
+        assert set(control_of(first).index().values()) == {"READY"}
+        # One that cannot be loaded leaves the others as they are.
+        (tmp_path / "bad").mkdir()
+        (tmp_path / "bad/model.onnx").write_bytes(b"garbage")
+        with pytest.raises(UnreachableError, match=r"onnxruntime cannot open model\.onnx"):
+            cluster.deploy(candidate(server=server, variant="bad"), artifact, tmp_path / "bad", timeout_s=LIMIT_S)
+        for deployment in (first, second):
+            np.testing.assert_allclose(ask(deployment, "grpc", {"x": x})["logits"], mlp_answer(x), rtol=1e-4)
+        first.undeploy()
+        with pytest.raises(InferenceServerException):
+            ask(first, "grpc", {"x": x})
+        np.testing.assert_allclose(ask(second, "grpc", {"x": x})["logits"], mlp_answer(x), rtol=1e-4)
+        assert {path.partition("/")[0] for path in repository_of(second)} == {second.target.model}
+        again = cluster.deploy(one, artifact, tmp_path / "files", timeout_s=LIMIT_S)
+        assert again.ports == second.ports
+        log = second.log
+    assert log.stat().st_size > 0
+    assert not list((tmp_path / "work/servers").glob("*/repository"))
+
+
+def test_a_server_is_shared_neither_twice_by_a_model_nor_by_other_settings(tmp_path: Path) -> None:
+    artifact = write_onnx(mlp(), tmp_path / "files")
+    served = (candidate(), candidate(), candidate(threads=2))
+    with LocalCluster(tmp_path / "work", shared=True) as cluster:
+        ports = [cluster.deploy(one, artifact, tmp_path / "files", timeout_s=LIMIT_S).ports for one in served]
+    assert len(set(ports)) == 3
 
 
 def test_mlserver_batches_by_what_core_2_keeps(cluster: LocalCluster, tmp_path: Path) -> None:
@@ -170,6 +271,8 @@ def test_a_model_that_cannot_load_is_told_quickly_and_leaves_nothing(
     assert "Its log ends:\n" in caught.value.message
     assert set(psutil.Process().children(recursive=True)) <= before
     assert not list((tmp_path / "work" / "servers").glob("*.json"))
+    assert not list((tmp_path / "work" / "servers").glob("*/repository"))
+    assert not list((tmp_path / "work" / "servers").glob("*/fetched"))
 
 
 def test_two_deployments_of_one_candidate_and_a_worker_process(cluster: LocalCluster, tmp_path: Path) -> None:
@@ -195,12 +298,37 @@ def test_usage_grows_with_work_and_ends_with_the_server(cluster: LocalCluster, t
     after = deployment.usage()
     assert after.cpu_s > before.cpu_s > 0
     assert 20 < after.rss_mb < 2000
-    for process in psutil.Process(deployment._process._supervisor.pid).children():
-        process.kill()
-    deployment._process._supervisor.wait(10)
-    with pytest.raises(ServerDiedError, match="status 137"):
+    processes_of(deployment)[0].kill()
+    with pytest.raises(ServerDiedError, match=r"has ended with status 137(: .*)?\nIts log ends:\n."):
         deployment.usage()
     deployment.undeploy()
+    # A server that comes after it in the same place leaves what it wrote.
+    told = deployment.log.read_text()
+    cluster.deploy(candidate(server=server), artifact, tmp_path / "files", timeout_s=LIMIT_S).undeploy()
+    assert deployment.log.read_text().startswith(told)
+    assert len(deployment.log.read_text()) > len(told)
+
+
+def test_a_server_that_is_killed_under_load_is_told_with_its_log(cluster: LocalCluster, tmp_path: Path) -> None:
+    artifact = write_onnx(mlp(), tmp_path / "files")
+    deployment = cluster.deploy(candidate(), artifact, tmp_path / "files", timeout_s=LIMIT_S)
+    payloads = encode_payloads({"x": np.ones((4, 8), np.float32)}, target=deployment.target)
+    load = LoadProfile(name="closed", load=ClosedLoop(concurrency=2), warmup_s=0.1, duration_s=3.0)
+    killer = threading.Timer(0.8, os.kill, (processes_of(deployment)[0].pid, signal.SIGKILL))
+    with LoadGenerator(cpus=tuple(os.sched_getaffinity(0)), work=tmp_path) as generator:
+        generator.run(
+            deployment.target,
+            payloads,
+            dataclasses.replace(load, duration_s=0.2),
+            raw_path=tmp_path / "raw.npz",
+            usage=deployment.usage,
+        )
+        killer.start()
+        with pytest.raises(
+            ServerDiedError, match=r"(?s)mlserver has ended with status 137\nIts log ends:.*Loaded model"
+        ):
+            generator.run(deployment.target, payloads, load, raw_path=tmp_path / "raw.npz", usage=deployment.usage)
+    killer.join()
 
 
 @pytest.mark.parametrize("server", SERVERS)
@@ -212,9 +340,8 @@ def test_servers_run_where_told_and_see_no_secrets(
     cpu = max(os.sched_getaffinity(0))
     with LocalCluster(tmp_path / "pinned", server_cpus=[cpu]) as pinned:
         deployment = pinned.deploy(candidate(server=server), artifact, tmp_path / "files", timeout_s=LIMIT_S)
-        processes = psutil.Process(deployment._process._supervisor.pid).children(recursive=True)
-        assert processes
-        for process in processes:
+        assert processes_of(deployment)
+        for process in processes_of(deployment):
             assert "AWS_SECRET_ACCESS_KEY" not in process.environ()
             assert process.cpu_affinity() == [cpu]
 
@@ -224,7 +351,7 @@ def test_a_port_that_was_taken_meanwhile_is_not_the_end(
     cluster: LocalCluster, tmp_path: Path, server: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     artifact = write_onnx(mlp(), tmp_path / "files")
-    choose, calls = local._choose_ports, []
+    choose, calls = local.choose_ports, []
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -236,7 +363,7 @@ def test_a_port_that_was_taken_meanwhile_is_not_the_end(
                 return ports
             return Ports(http=taken.getsockname()[1], grpc=ports.grpc, metrics=ports.metrics)
 
-        monkeypatch.setattr(local, "_choose_ports", first_a_taken_one)
+        monkeypatch.setattr(local, "choose_ports", first_a_taken_one)
         deployment = cluster.deploy(candidate(server=server), artifact, tmp_path / "files", timeout_s=LIMIT_S)
     assert len(calls) == 2
     assert ask(deployment, "rest", {"x": np.ones((1, 8), np.float32)})
@@ -257,7 +384,7 @@ def test_a_fixed_port_in_use_is_named(tmp_path: Path) -> None:
 
 def test_a_server_that_is_not_ready_in_time_is_ended(cluster: LocalCluster, tmp_path: Path) -> None:
     artifact = write_onnx(mlp(), tmp_path / "files")
-    with pytest.raises(UnreachableError, match=r"did not have .* ready after 0 s"):
+    with pytest.raises(UnreachableError, match=r"mlserver was not ready after 0 s"):
         cluster.deploy(candidate(), artifact, tmp_path / "files", timeout_s=0.1)
     assert not list((tmp_path / "work" / "servers").glob("*.json"))
 

@@ -117,7 +117,7 @@ def test_ctrl_c_in_the_terminal_is_the_parents_business(tmp_path: Path) -> None:
     artifact = write_onnx(mlp(), tmp_path / "files")
     with local.LocalCluster(tmp_path / "work") as cluster:
         deployment = cluster.deploy(candidate(), artifact, tmp_path / "files", timeout_s=60)
-        family = psutil.Process(deployment._process._supervisor.pid).children(recursive=True)
+        family = psutil.Process(deployment._process._child.supervisor).children(recursive=True)
         for process in family:
             assert os.getpgid(process.pid) != os.getpgid(0)
             assert process.environ()[MARK].startswith("burnish-")

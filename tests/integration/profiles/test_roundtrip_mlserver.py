@@ -21,6 +21,7 @@ from onnx import TensorProto, helper
 from tritonclient.utils import InferenceServerException
 
 from profiles.deploy import local
+from profiles.deploy.local_installation import server_command, server_environment
 from profiles.serving.mlserver import render_mlserver
 from profiles.serving.roundtrip import agent_rewrite
 from profiles.serving.triton import render_triton
@@ -206,11 +207,8 @@ def test_batching_on_triton_behind_an_agent(tmp_path: Path) -> None:
     rewritten = agent_rewrite(tmp_path / "artifact", "triton", name="ours", version=7)
     rewritten.lay_out(repository)
     ports = local.Ports(**dict(zip(("http", "grpc", "metrics"), free_ports(3), strict=True)))
-    command = [
-        *local._command("triton", repository, ports, f"roundtrip-{os.getpid()}-"),
-        "--model-control-mode=explicit",
-    ]
-    with started(command, local.server_environment("triton"), tmp_path, ports.grpc) as client:
+    command = server_command("triton", repository, ports, name=f"roundtrip-{os.getpid()}-", work=tmp_path)
+    with started(command, server_environment("triton"), tmp_path, ports.grpc) as client:
         client.load_model(rewritten.model)
         assert rows_together(client, "ours_7") == [BATCH] * REQUESTS
         client.unload_model("ours_7", unload_dependents=False)

@@ -25,7 +25,8 @@ from onnx import helper
 from tritonclient.grpc import service_pb2
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
-from profiles.deploy.local import server_environment
+from profiles.deploy.local_installation import server_environment
+from profiles.serving.container import container_environment
 from profiles.serving.mlserver import render_mlserver
 from tests.doubles.candidates import candidate
 from tests.doubles.models import mlp, mlp_answer, two_inputs, write_onnx
@@ -132,7 +133,7 @@ def served(request: pytest.FixtureRequest, repository: Path) -> Iterator[Served]
         sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(3)]
         http, port, metrics = (held.getsockname()[1] for held in sockets)
     environment = {
-        **server_environment("mlserver"),
+        **server_environment("mlserver", container_environment(candidate().serving)),
         "PYTHONPATH": os.pathsep.join(sys.path),
         "MLSERVER_HOST": "127.0.0.1",
         "MLSERVER_HTTP_PORT": str(http),

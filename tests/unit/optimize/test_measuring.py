@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from optimize import measuring
-from optimize.config import CampaignConfig, SamplesConfig, SourceConfig
+from optimize.config import CampaignConfig, LimitsConfig, SamplesConfig, SourceConfig
 from optimize.measuring import Measured, Serving, measure
 from optimize.plan import Plan, Workspace
 from profiles.deploy.cluster import Usage
@@ -157,10 +157,13 @@ class Session:
     told: Told = field(default_factory=Told)
     cluster: FakeCluster = field(default_factory=FakeCluster)
 
-    def measure(self, *servings: Serving, level: Any = QUICK) -> Measured:
+    def measure(self, *servings: Serving, level: Any = QUICK, deployed: Any = "all") -> Measured:
         plan = Plan(
             config=CampaignConfig(
-                name="c", sources=(SourceConfig(onnx="m.onnx"),), samples=SamplesConfig(evaluation="x.npz")
+                name="c",
+                sources=(SourceConfig(onnx="m.onnx"),),
+                samples=SamplesConfig(evaluation="x.npz"),
+                limits=LimitsConfig(deployed=deployed),
             ),
             base=self.work,
             work=self.work,
@@ -351,6 +354,42 @@ def test_a_candidate_that_dies_is_left_out_and_changes_no_round(tmp_path: Path, 
     assert not again.measure(BASE, FAST).failures
     assert {model for model, _ in generator.windows} == {"fast"}
     assert [one.candidate.id for one in again.cluster.deployments] == ["fast"]
+
+
+def test_a_server_that_died_is_told_where_it_only_stopped_answering(
+    tmp_path: Path, generator: SimulatedGenerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def check(target: Target, inputs: Any, **how: Any) -> Equivalence:
+        raise UnreachableError("connection refused")
+
+    def died(self: FakeDeployment) -> Usage:
+        raise ServerDiedError("it ended with signal 9\nits log")
+
+    monkeypatch.setattr(measuring, "check_equivalence", check)
+    [lives] = Session(tmp_path, generator).measure(BASE).failures
+    assert (lives.kind, lives.reason) == ("error", "connection refused")
+    monkeypatch.setattr(FakeDeployment, "usage", died)
+    [dead] = Session(tmp_path, generator).measure(BASE).failures
+    assert (dead.kind, dead.reason, dead.detail) == ("died", "it ended with signal 9", "its log")
+
+
+def test_one_candidate_at_a_time(tmp_path: Path, generator: SimulatedGenerator) -> None:
+    session = Session(tmp_path, generator)
+    living: list[list[str]] = []
+    generator.before = lambda *_: living.append(
+        [one.candidate.id for one in session.cluster.deployments if not one.ended]
+    )
+    found = session.measure(BASE, FAST, deployed="one")
+    assert not found.failures
+    assert {len(names) for names in living} == {1}
+    # For its capacity, and for each of its slots.
+    assert len(session.cluster.deployments) == 2 + 3 * QUICK.rounds
+    assert [one.load_time_s for one in found.deployed] == [1.0, 2.0]
+    assert reduced(tmp_path, found)
+    # Numbers beside idle neighbours are not taken for those.
+    generator.windows.clear()
+    Session(tmp_path, generator).measure(BASE, FAST)
+    assert generator.windows
 
 
 def test_a_candidate_that_cannot_be_deployed_is_left_out(tmp_path: Path, generator: SimulatedGenerator) -> None:

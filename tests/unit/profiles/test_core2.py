@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict
 
+from profiles.serving.container import container_environment
 from profiles.serving.core2 import manifests, schema, sizing
 from profiles.serving.core2.folder import model_folder, write_folder
 from profiles.serving.core2.hardware import Hardware
@@ -243,6 +244,20 @@ def test_only_mlservers_models_get_parameters() -> None:
 
 
 EVERY_TRITON = ServingProfile(server="triton", backend="onnxruntime")
+
+
+@pytest.mark.parametrize(
+    "serving", [dataclasses.replace(BATCHED.serving, parallel_workers=2), dataclasses.replace(EVERY_TRITON, threads=3)]
+)
+def test_a_server_has_the_environment_that_candidates_were_measured_in(serving: ServingProfile) -> None:
+    made = manifests.render_server("s", serving, labels={}, image="i")
+    env = {one["name"]: one["value"] for one in made["spec"]["podSpec"]["containers"][0]["env"]}
+    measured = container_environment(serving)
+    assert env == measured
+    assert measured["OMP_NUM_THREADS"] == str(serving.threads)
+    assert (
+        ("MALLOC_TOP_PAD_" in measured) == ("MLSERVER_PARALLEL_WORKERS" in measured) == (serving.server == "mlserver")
+    )
 
 
 def test_stock_runtimes_are_batched_by_their_servers_environment() -> None:

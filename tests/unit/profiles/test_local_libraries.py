@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from profiles.deploy import local
+from profiles.deploy import local_installation as local
 from registry.errors import UnreachableError
 
 
@@ -13,7 +13,7 @@ def stub(tmp_path: Path) -> Path:
     """A copy of the real stub that wants the library of a Python that does not exist."""
     if local.available_servers()["triton"].version is None:
         pytest.skip(f"triton: {local.available_servers()['triton'].reason}")
-    content = local._stub().read_bytes()
+    content = local.stub_of_python().read_bytes()
     assert b"libpython3" in content
     copy = tmp_path / "stub"
     copy.write_bytes(content.replace(b"libpython3", b"libpython9"))
@@ -22,7 +22,7 @@ def stub(tmp_path: Path) -> Path:
 
 
 def test_the_real_stub_finds_its_libraries(stub: Path) -> None:
-    local.check_libraries(local._stub())
+    local.check_libraries(local.stub_of_python())
 
 
 def test_a_missing_libpython_is_named_with_its_package(stub: Path) -> None:
@@ -32,7 +32,7 @@ def test_a_missing_libpython_is_named_with_its_package(stub: Path) -> None:
 
 
 def test_it_is_the_reason_why_triton_cannot_be_used(stub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(local, "_stub", lambda: stub)
+    monkeypatch.setattr(local, "stub_of_python", lambda: stub)
     local.server_version.cache_clear()
     try:
         here = local.available_servers()["triton"]
