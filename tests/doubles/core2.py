@@ -222,6 +222,11 @@ class SchedulerDouble:
         deployment = pb.DeploymentSpec(replicas=1)
         self._store(pb.Model(meta=pb.MetaData(name=name), modelSpec=spec, deploymentSpec=deployment))
 
+    def forget(self, name: str) -> None:
+        """A model is gone, as if it had never been there."""
+        with self._lock:
+            self._models.pop(name, None)
+
     # --- calls ---
 
     def _handlers(self) -> dict[str, Any]:
@@ -563,8 +568,11 @@ class _Mesh:
         threading.Thread(target=self._rest.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
         self._pool = ThreadPoolExecutor(8, thread_name_prefix="mesh-double")
         self._grpc = grpc.server(self._pool)
-        handler = grpc.unary_unary_rpc_method_handler(self._infer)
-        generic = grpc.method_handlers_generic_handler(V2, {"ModelInfer": handler})
+        handlers = {
+            method: grpc.unary_unary_rpc_method_handler(self._passed(method, request))
+            for method, request in (("ModelInfer", "model_name"), ("ModelMetadata", "name"))
+        }
+        generic = grpc.method_handlers_generic_handler(V2, handlers)
         self._grpc.add_generic_rpc_handlers((generic,))
         self._grpc_port = self._grpc.add_insecure_port(f"{LOOPBACK}:0")
         self._grpc.start()
@@ -584,7 +592,11 @@ class _Mesh:
         speaks_grpc = outside.recv(3, socket.MSG_PEEK) == b"PRI"
         return self._grpc_port if speaks_grpc else self._rest.server_address[1]
 
-    def _infer(self, body: bytes, context: Any) -> bytes:
+    def _passed(self, method: str, field: str) -> Callable[[bytes, Any], bytes]:
+        """A call that is passed on, with the internal name in the field that names the model."""
+        return lambda body, context: self._pass_on(method, field, body, context)
+
+    def _pass_on(self, method: str, field: str, body: bytes, context: Any) -> bytes:
         from tritonclient.grpc import service_pb2
 
         headers = dict(context.invocation_metadata())
@@ -594,13 +606,13 @@ class _Mesh:
         assert route is not None
         agent, internal = route
         assert agent is not None
-        request = service_pb2.ModelInferRequest.FromString(body)
-        request.model_name = internal
+        request = getattr(service_pb2, f"{method}Request").FromString(body)
+        setattr(request, field, internal)
         context.send_initial_metadata((("x-seldon-route", f":{internal}:"),))
         options = [("grpc.enable_http_proxy", 0)]
         with grpc.insecure_channel(f"{LOOPBACK}:{agent.grpc}", options=options) as channel:
             try:
-                return bytes(channel.unary_unary(f"/{V2}/ModelInfer")(request.SerializeToString()))
+                return bytes(channel.unary_unary(f"/{V2}/{method}")(request.SerializeToString()))
             except grpc.RpcError as error:
                 context.abort(error.code(), error.details())
         raise AssertionError("unreachable: one of the two has returned or raised")
@@ -612,11 +624,16 @@ def _handler(double: SchedulerDouble) -> type[BaseHTTPRequestHandler]:
 
         def do_GET(self) -> None:
             model = self.headers.get("seldon-model", "")
+            if self.path in {"/v2", f"/v2/models/{model}"}:
+                self.pass_on("GET", None)
+                return
             ready = double.mesh_ready and double.available(model) and self.path == f"/v2/models/{model}/ready"
             self.answer(200 if ready else 404, b"", {})
 
         def do_POST(self) -> None:
-            body = self.rfile.read(int(self.headers["Content-Length"]))
+            self.pass_on("POST", self.rfile.read(int(self.headers["Content-Length"])))
+
+        def pass_on(self, method: str, body: bytes | None) -> None:
             name = self.headers.get("seldon-model", "")
             route = double.route(name)
             if route is None or route[0] is None:
@@ -624,8 +641,8 @@ def _handler(double: SchedulerDouble) -> type[BaseHTTPRequestHandler]:
                 return
             agent, internal = route
             connection = http.client.HTTPConnection(LOOPBACK, agent.http)
-            path = self.path.replace(f"/models/{name}/", f"/models/{internal}/")
-            connection.request("POST", path, body, {"Content-Type": "application/json"})
+            path = re.sub(rf"/models/{re.escape(name)}\b", f"/models/{internal}", self.path)
+            connection.request(method, path, body, {"Content-Type": "application/json"})
             reply = connection.getresponse()
             self.answer(reply.status, reply.read(), {"x-seldon-route": f":{internal}:"})
             connection.close()
