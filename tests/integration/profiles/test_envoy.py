@@ -355,6 +355,19 @@ def test_a_dead_server_is_a_clear_error_and_an_update_leads_elsewhere(
     front.update(models=before)
 
 
+def test_it_listens_on_loopback_alone_and_takes_no_orders(front: EnvoyFront) -> None:
+    (envoy,) = psutil.Process(front._child.supervisor).children()
+    listening = {one.laddr for one in envoy.net_connections() if one.status == psutil.CONN_LISTEN}
+    assert {address.ip for address in listening} == {"127.0.0.1"}
+    assert len(listening) == 3
+    (admin,) = {address.port for address in listening} - set(front._ports.values())
+    connection = http.client.HTTPConnection("127.0.0.1", admin, timeout=10)
+    connection.request("POST", "/quitquitquit")
+    assert connection.getresponse().status == http.client.FORBIDDEN
+    connection.close()
+    front.check()
+
+
 def test_a_port_that_is_taken(front: EnvoyFront, tmp_path: Path) -> None:
     port = int(front.url.rpartition(":")[2])
     with pytest.raises(UnreachableError, match=f"the port {port} cannot be had"):
