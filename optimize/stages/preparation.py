@@ -53,7 +53,8 @@ def prepare(source: StageInput, scratch: Path, *, stage: str = "quantization") -
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     given, large, notes = _given(source, scratch, stage)
-    target = scratch / PREPARED
+    # Absolute, because symbolic inference runs in another working directory.
+    given, target = given.absolute(), scratch.absolute() / PREPARED
     common = {
         "output_model_path": target,
         "save_as_external_data": large,
