@@ -98,6 +98,9 @@ def test_a_server_that_dies_is_a_failed_candidate_and_the_rest_goes_on(tiny: Pat
     died = [failure for failure in campaign.failures if failure.phase == "measure"]
     assert len(died) == 1, campaign.failures
     assert "triton" in died[0].subject
+    assert died[0].kind == "died"
+    assert died[0].reason.startswith("triton has ended with status 137")
+    assert died[0].detail.startswith("Its log ends:\n")
     measured = {measurement.candidate_id for measurement in campaign.measurements}
     assert any("mlserver" in one.name and one.id in measured for one in campaign.candidates)
 
