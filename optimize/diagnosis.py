@@ -1,13 +1,13 @@
 """What this host has, and what burnish will use of it."""
 
 import os
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from urllib.parse import urlsplit
 
 from optimize.cluster_config import load_cluster
 from optimize.clusters import open_file
+from optimize.packages import PackageNotFoundError, version
 from optimize.stages import broken_stages
 from profiles.deploy.local import available_servers
 from profiles.measure.host import VNNI, fingerprint_host, split_cpus

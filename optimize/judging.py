@@ -2,11 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 
 from optimize.engines.local import ChildFailure, Limits
 from optimize.fidelity import fidelity_components, measure_fidelity
+from optimize.packages import version
 from optimize.plan import Workspace
 from optimize.recipes import engine_label
 from optimize.samples import Samples

@@ -4,7 +4,6 @@ import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from pydantic import BaseModel, ConfigDict
 
 from optimize.adaptation import adapt_calibration
 from optimize.config import RecipeConfig
+from optimize.packages import PackageNotFoundError, version
 from optimize.stages import make_stage
 from optimize.stages.base import Context, Format, StageInput
 from registry import codec

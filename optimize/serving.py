@@ -175,7 +175,7 @@ def _stored(entry: Path, store: FolderStore, work: Path) -> Artifact:
 
 
 def _candidate(stem: str, artifact: Artifact, profile: ServingProfile, precision: str, site: Site) -> Candidate:
-    from importlib.metadata import version
+    from optimize.packages import version
 
     name: Literal["onnxruntime", "openvino"] = "openvino" if artifact.format == "openvino" else "onnxruntime"
     engine = EngineSpec(name=name, precision="float32" if precision == "float32" else "default")

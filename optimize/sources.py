@@ -10,13 +10,13 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.machinery import ModuleSpec, PathFinder
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
 from optimize.admission import ENTRY, ask_child, refuse_other_formats
 from optimize.engines.local import Limits, run_in_child
 from optimize.export import kept_files
+from optimize.packages import PackageNotFoundError, version
 from optimize.signature import signature_of
 from registry.codec import file_sha256
 from registry.errors import InputError

@@ -8,7 +8,6 @@ variant is made, judged and served like any other.
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from time import monotonic
@@ -24,6 +23,7 @@ from optimize.fidelity import compare_outputs, load_outputs, measure_fidelity, t
 from optimize.judging import Judged, failure_of, limits_of
 from optimize.making import make_variant, origin_of
 from optimize.metrics import find_metric
+from optimize.packages import version
 from optimize.plan import Workspace
 from optimize.samples import SampleFile, Samples, load_samples, open_samples
 from optimize.sensitivity import RANKED_ROWS, Found, rank_groups, search_float_nodes
