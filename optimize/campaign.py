@@ -246,6 +246,8 @@ def _servings(workspace: Workspace, served: Sequence[Judged], site: Site) -> tup
                     answers=answers,
                     baseline=one is served[0],
                     adaptation=one.variant.adaptation,
+                    reference=next(iter(served[0].answers.values())),
+                    parity=one.variant.source == served[0].variant.source,
                 )
             )
     return servings, failures
@@ -293,6 +295,7 @@ def _assembled(
     planned = workspace.plan
     candidates = [serving.candidate for serving in servings]
     fidelities = [fidelity for one in judged for fidelity in one.fidelities.values()]
+    fidelities += measured.fidelities
     measurements = _measurements(planned, candidates, measured)
     comparisons = _comparisons(planned, candidates, measured)
     verdict = select(

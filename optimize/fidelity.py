@@ -36,14 +36,14 @@ from optimize.intervals import (
 )
 from optimize.metrics import Metric, Outputs, find_metric
 from optimize.parity import MOST_DB, check_alike, check_finite, parity, row_cosines, rows_of, spread
-from optimize.samples import load_samples
+from optimize.samples import Samples, load_samples
 from registry.errors import InputError, StageError
 from registry.records import Adaptation, EngineSpec, Estimate, Fidelity, exact
 
 __all__ = (
     "batch_dependence", "check_alike", "check_finite", "compare_outputs", "drop_by_slice", "drop_of_scores", "evaluate",
-    "exact_bounds", "fidelity_components", "load_outputs", "measure_fidelity", "net_bounds", "rate", "row_cosines",
-    "thread_limits", "wilson",
+    "exact_bounds", "fidelity_components", "judge_answers", "load_outputs", "measure_fidelity", "net_bounds", "rate",
+    "row_cosines", "save_outputs", "thread_limits", "wilson",
 )  # fmt: skip
 
 BATCHED = 128  # samples that meet other neighbours, to see whether that moves their answers
@@ -340,12 +340,7 @@ def evaluate(
     outputs = answers(order)
     wanted = outputs if reference is None else load_outputs(Path(reference))
     labels = held_out.labels
-    # Smaller inputs may give outputs of fewer rows a sample, which nothing of the baseline's is to be compared with.
-    smaller = bool(adaptation) and any(wanted[name].shape != outputs[name].shape for name in outputs if name in wanted)
-    found, notes = _compared(wanted, outputs, labels, chosen, alike=parity and not smaller)
-    if chosen is not None and held_out.slices is not None:
-        by_slice, told = drop_by_slice(wanted, outputs, labels, chosen, held_out.slices)
-        found, notes = found | by_slice, (*notes, *told)
+    found, notes = _against(wanted, outputs, held_out, chosen, parity=parity, adapted=bool(adaptation))
     if reference is None:
         found, notes = found | _of_itself(found), tuple(note for note in notes if "not judged" in note)
     truth = labels if chosen is None else truth_of(chosen, wanted, labels)
@@ -353,13 +348,54 @@ def evaluate(
     if saturation:
         saturated, told = _saturated(Path(entry), held_out.inputs)
         found, notes = found | saturated, (*notes, *told)
-    _save(Path(out), outputs)
+    save_outputs(Path(out), outputs)
     return {
         "engine_version": session.engine_version,
         "samples": len(held_out),
         "metrics": {name: asdict(estimate) for name, estimate in found.items()},
         "notes": list(notes),
     }
+
+
+def evaluate_answers(
+    *,
+    answers: str,
+    samples: str,
+    samples_digest: str,
+    reference: str,
+    parity: bool,
+    metric: str,
+    adapted: bool,
+) -> dict[str, Any]:
+    """Judges answers that somebody else gave; the child's side of `judge_answers`, as `evaluate` is otherwise.
+
+    Raises:
+        StageError: the answers cannot be compared.
+        InputError: the metric cannot be given, or the samples changed.
+    """
+    held_out = load_samples(Path(samples))
+    if held_out.digest != samples_digest:
+        raise InputError(f"{samples} changed while the campaign ran", hint="Run it again; what was judged is kept.")
+    wanted, outputs = load_outputs(Path(reference)), load_outputs(Path(answers))
+    found, notes = _against(wanted, outputs, held_out, find_metric(metric), parity=parity, adapted=adapted)
+    return {
+        "samples": len(held_out),
+        "metrics": {name: asdict(estimate) for name, estimate in found.items()},
+        "notes": list(notes),
+    }
+
+
+def _against(
+    wanted: Outputs, outputs: Outputs, held_out: Samples, metric: Metric | None, *, parity: bool, adapted: bool
+) -> tuple[dict[str, Estimate], tuple[str, ...]]:
+    """Answers held against the baseline's, as a whole and by slice."""
+    # Smaller inputs may give outputs of fewer rows a sample, which nothing of the baseline's is to be compared with.
+    smaller = adapted and any(wanted[name].shape != outputs[name].shape for name in outputs if name in wanted)
+    found, notes = _compared(wanted, outputs, held_out.labels, metric, alike=parity and not smaller)
+    if metric is not None and held_out.slices is not None:
+        by_slice, told = drop_by_slice(wanted, outputs, held_out.labels, metric, held_out.slices)
+        found, notes = found | by_slice, (*notes, *told)
+    return found, notes
 
 
 def _saturated(entry: Path, inputs: Mapping[str, NDArray[Any]]) -> tuple[dict[str, Estimate], tuple[str, ...]]:
@@ -399,7 +435,8 @@ def _of_itself(found: Mapping[str, Estimate]) -> dict[str, Estimate]:
     return {name: exact(value, found[name].unit) for name, value in known.items() if value is not None}
 
 
-def _save(path: Path, outputs: Mapping[str, NDArray[Any]]) -> None:
+def save_outputs(path: Path, outputs: Mapping[str, NDArray[Any]]) -> None:
+    """Writes answers for `load_outputs`, whole or not at all."""
     partial = path.with_name(f"{path.stem}.partial.npz")
     np.savez(partial, **outputs)
     partial.replace(path)
@@ -486,6 +523,74 @@ def measure_fidelity(
         variant_id=variant_id,
         engine=engine,
         engine_version=found["engine_version"],
+        instruction_set=instruction_set,
+        batch_size=batch_size,
+        samples_digest=samples_digest,
+        samples=found["samples"],
+        task_metric=metric,
+        metrics={name: Estimate(**fields) for name, fields in found["metrics"].items()},
+        notes=tuple(found["notes"]),
+    )
+
+
+def judge_answers(
+    variant_id: str,
+    engine: EngineSpec,
+    *,
+    engine_version: str,
+    instruction_set: str,
+    batch_size: int,
+    answers: Path,
+    samples: Path,
+    samples_digest: str,
+    reference: Path,
+    parity: bool,
+    metric: str,
+    adapted: bool,
+    limits: Limits | None = None,
+    python_path: Path | None = None,
+) -> Fidelity:
+    """How a server answers with a variant, from the answers it gave; compared in a child process.
+
+    Args:
+        variant_id: of the variant.
+        engine: what serves it.
+        engine_version: of that, as far as it is known.
+        instruction_set: the same.
+        batch_size: most requests in one of the server's batches.
+        answers: the server's, as `save_outputs` wrote them.
+        samples: the ``.npz`` of held-out samples.
+        samples_digest: their digest.
+        reference: the baseline's answers in process.
+        parity: as for `measure_fidelity`.
+        metric: the task metric's name.
+        adapted: whether the variant's inputs are others than the samples.
+        limits: of the child.
+        python_path: the folder the user's own metric is found in.
+
+    Raises:
+        StageError: the answers are NaN or not comparable.
+        InputError: the metric cannot be given.
+        ChildFailure: the child was stopped by a limit, or died.
+    """
+    found = run_in_child(
+        "optimize.fidelity:evaluate_answers",
+        {
+            "answers": str(answers.resolve()),
+            "samples": str(samples.resolve()),
+            "samples_digest": samples_digest,
+            "reference": str(reference.resolve()),
+            "parity": parity,
+            "metric": metric,
+            "adapted": adapted,
+        },
+        limits=limits,
+        python_path=python_path,
+    )
+    return Fidelity(
+        variant_id=variant_id,
+        engine=engine,
+        engine_version=engine_version,
         instruction_set=instruction_set,
         batch_size=batch_size,
         samples_digest=samples_digest,

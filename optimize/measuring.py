@@ -11,6 +11,7 @@ from optimize.adaptation import adapt
 from optimize.in_process import answer_in_process
 from optimize.judging import failure_of, limits_of
 from optimize.plan import Workspace
+from optimize.served_answers import components_of, judge_served
 from profiles.deploy.cluster import Cluster, Deployment
 from profiles.load.engine import LoadGenerator
 from profiles.load.payloads import Expected, Payload, encode_payloads, expected_answers
@@ -36,6 +37,7 @@ from registry.records import (
     Equivalence,
     Failure,
     FailurePhase,
+    Fidelity,
     LoadProfile,
     Round,
     RunRecord,
@@ -59,6 +61,8 @@ class Serving:
             neighbours in the batch and so cannot be foretold.
         adaptation: how the candidate's inputs come from the samples.
         baseline: whether others are compared with it, so that it has two slots in a round, for the noise floor.
+        reference: file with the baseline's answers, which a server's own engine is judged by; None where it is not.
+        parity: whether the baseline is of the same source.
     """
 
     candidate: Candidate
@@ -67,6 +71,8 @@ class Serving:
     answers: Mapping[str, NDArray[Any]] | None
     baseline: bool
     adaptation: tuple[Adaptation, ...] = ()
+    reference: Path | None = None
+    parity: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +83,7 @@ class Measured:
     capacities: tuple[Capacity, ...]
     rounds: tuple[Round, ...]
     failures: tuple[Failure, ...]
+    fidelities: tuple[Fidelity, ...] = ()
 
 
 def measure(
@@ -153,6 +160,7 @@ class _Hall:
         self._deployed: dict[str, Deployed] = {}
         self._capacities: dict[str, Capacity] = {}
         self._rounds: list[Round] = []
+        self._fidelities: list[Fidelity] = []
         self._failures: dict[str, Failure] = {}
 
     def attempt(self, serving: Serving, work: Callable[[Serving], str]) -> None:
@@ -196,6 +204,7 @@ class _Hall:
     def find_capacity(self, serving: Serving) -> str:
         """Where the candidate saturates, once it is known to give each request its own answer."""
         self._check_answers(serving)
+        self._judge_answers(serving)
         candidate_id = serving.candidate.id
 
         def search() -> Capacity:
@@ -252,6 +261,30 @@ class _Hall:
             raise CheckFailedError(
                 f"its answers cannot be trusted: {found.reason}", hint="Nothing was measured; burnish check shows more."
             )
+
+    def _judge_answers(self, serving: Serving) -> None:
+        """Finds how true the answers of a server's own engine are, of which nothing is known from ours."""
+        candidate, reference = serving.candidate, serving.reference
+        if not candidate.serving.of_server or reference is None:
+            return
+        samples, parity = str(self._shared["samples"]), serving.parity
+
+        def judge() -> Fidelity:
+            return judge_served(
+                self._workspace,
+                candidate,
+                self._deployment(serving).target,
+                adapt(self._inputs, serving.adaptation),
+                samples_digest=samples,
+                reference=reference,
+                parity=parity,
+                adapted=bool(serving.adaptation),
+            )
+
+        components = components_of(
+            self._workspace, candidate, samples_digest=samples, reference=reference, parity=parity
+        )
+        self._fidelities.append(self._workspace.remember("Fidelity", candidate.name, components, judge)[0])
 
     def _answers_alone(self, serving: Serving, inputs: Mapping[str, NDArray[Any]]) -> Reference:
         """What a model whose answers depend on their neighbours answers without any."""
@@ -318,6 +351,7 @@ class _Hall:
             capacities=tuple(self._capacities.values()),
             rounds=tuple(self._rounds),
             failures=tuple(self._failures.values()),
+            fidelities=tuple(self._fidelities),
         )
 
     def _deployment(self, serving: Serving) -> Deployment:

@@ -14,6 +14,7 @@ from typing import Any
 
 import grpc
 import numpy as np
+import onnxruntime
 import pytest
 
 from optimize import reporting
@@ -25,11 +26,14 @@ from optimize.diagnosis import diagnose
 from optimize.rendering import render_candidate, rendering
 from optimize.reporting import read_campaign
 from optimize.serving import serve_model, serving_profile
+from profiles.deploy import core2_scheduler_pb2 as pb
 from profiles.deploy import scheduler_channel
 from profiles.deploy.scheduler_cluster import OWNER
+from profiles.serving.mlserver import IMPLEMENTATION
 from registry.errors import BurnishError, InputError, UnreachableError
 from registry.ports import Published
 from registry.records import Campaign, Failure
+from registry.selection import fidelity_of
 from tests.doubles.core2 import LOOPBACK, SchedulerDouble, ServerDouble
 from tests.doubles.core2_agent import AgentDouble
 from tests.doubles.kubernetes_api import KubernetesDouble, RefusalError
@@ -49,7 +53,7 @@ variants: [ort-optimized]
 serving: [{server: mlserver, max_batch_size: 4, max_batch_delay_ms: 1}]
 level: brief
 levels: levels.yaml
-limits: {load_timeout_s: 5}
+limits: {load_timeout_s: 60}
 policy:
   constraints: [accuracy_drop <= 0.5]
   objective: minimize size_mb
@@ -210,6 +214,53 @@ def test_what_a_killed_run_left_is_taken_away_by_the_next_and_by_ctrl_c(core2: S
     assert f"took away what a killed run left: {left}" in said
     assert core2.loaded() == ["theirs"]
     core2.forget("theirs")
+
+
+class AsTriton:
+    """Stands for an agent whose Triton has an onnxruntime backend of its own: our runtime opens the model instead."""
+
+    def __init__(self, agent: AgentDouble, folder: Path) -> None:
+        self.http, self.grpc = agent.http, agent.grpc
+        self.configs: list[str] = []
+        self._agent = agent
+        self._folder = folder
+
+    def load(self, model: pb.Model, version: int) -> str:
+        source, folder = Path(model.modelSpec.uri), self._folder / model.meta.name
+        self.configs.append((source / "config.pbtxt").read_text())
+        shutil.copytree(source / "1", folder)
+        parameters = {"uri": "./model.onnx", "extra": {"engine": "onnxruntime"}}
+        settings = {"name": model.meta.name, "implementation": IMPLEMENTATION, "parameters": parameters}
+        (folder / "model-settings.json").write_text(json.dumps(settings))
+        changed = pb.Model()
+        changed.CopyFrom(model)
+        changed.modelSpec.uri = str(folder)
+        return self._agent.load(changed, version)
+
+    def unload(self, model: pb.Model, version: int) -> None:
+        self._agent.unload(model, version)
+
+
+def test_a_backend_of_tritons_own_is_judged_by_what_it_answers(
+    folder: Path, double: SchedulerDouble, agent: AgentDouble, tmp_path: Path
+) -> None:
+    triton = AsTriton(agent, tmp_path / "triton")
+    double.servers = bench(agent=agent) | {"gpu": ServerDouble(frozenset({"onnx"}), agent=triton)}
+    path = write_campaign(folder, scheduler_section(double, servers={"mlserver": "bench", "triton": "gpu"}))
+    own = "{server: triton, backend: onnxruntime, max_batch_size: 4, max_batch_delay_ms: 1}"
+    path.write_text(path.read_text().replace("max_batch_delay_ms: 1}]", f"max_batch_delay_ms: 1}}, {own}]"))
+    campaign = go(folder)
+    assert campaign.failures == ()
+    assert all('backend: "onnxruntime"' in config for config in triton.configs)
+    served = [one for one in campaign.candidates if one.serving.of_server]
+    assert [one.engine_version for one in served] == ["unknown", "unknown"]
+    for candidate in served:
+        found = fidelity_of(candidate, campaign.variants, campaign.fidelities)
+        assert found is not None
+        assert (found.engine_version, found.instruction_set, found.samples) == ("unknown", "unknown", 400)
+        assert found.metrics["accuracy_drop"].value == 0
+        assert found.metrics["cosine"].value > 0.999
+    assert {one.engine_version for one in campaign.fidelities} == {"unknown", onnxruntime.__version__}
 
 
 # --- single models ---------------------------------------------------------------------------------------------------
