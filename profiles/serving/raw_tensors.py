@@ -30,12 +30,15 @@ from mlserver.types import InferenceRequest, InferenceResponse
 logger = logging.getLogger(__name__)
 
 Array = npt.NDArray[Any]
+PlainTensor = tuple[str, str, tuple[int, ...], bytes]
+"""The fields of a `RawTensor`. It can go to another process, whatever that has imported, and to another copy."""
+RawReply = tuple[PlainTensor, ...]
 
 KNOWN_VERSION = "1.7.1"
 TAKES_RAW = "burnish_takes_raw"
 """A runtime whose attribute of this name is `CONTRACT` has a coroutine method ``predict_many``: requests, each an
 ``InferenceRequest`` or a tuple for `RawRequest.of`, to as many replies of the same kind, or errors. A reply to a tuple
-is a tuple of tuples with the fields of a `RawTensor`."""
+is a `RawReply`."""
 CONTRACT = 1
 """The number of what is said in `TAKES_RAW`. It changes with that, and with the fields of `RawRequest` and `RawTensor`:
 copies of one number work together, and those of another leave their tensors to MLServer's own way."""
@@ -83,6 +86,10 @@ class RawTensor(NamedTuple):
             array = np.require(np.frombuffer(self.content, dtype), None, "A")
         return array.reshape(self.shape)
 
+    def plain(self) -> PlainTensor:
+        """The tensor with bytes in place of a view."""
+        return self.name, self.datatype, self.shape, bytes(self.content)
+
     @classmethod
     def of(cls, name: str, datatype: str, array: Array) -> "RawTensor":
         """An array as a tensor."""
@@ -103,13 +110,9 @@ class RawRequest(NamedTuple):
         inputs, outputs = request
         return cls(tuple(RawTensor(*tensor) for tensor in inputs), outputs)
 
-    def portable(self) -> tuple[tuple[tuple[str, str, tuple[int, ...], bytes], ...], tuple[str, ...]]:
-        """The request for another process: plain tuples, with bytes in place of views."""
-        inputs = tuple((name, datatype, shape, bytes(content)) for name, datatype, shape, content in self.inputs)
-        return inputs, self.outputs
-
-
-RawReply = tuple[RawTensor, ...]
+    def portable(self) -> tuple[tuple[PlainTensor, ...], tuple[str, ...]]:
+        """The request for another process."""
+        return tuple(tensor.plain() for tensor in self.inputs), self.outputs
 
 
 def install() -> bool:

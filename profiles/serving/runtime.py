@@ -168,7 +168,7 @@ class SessionRuntime(MLModel):  # type: ignore[misc]  # mlserver is not followed
     def _reply(self, request: RawRequest | InferenceRequest, outputs: Arrays) -> RawReply | InferenceResponse:
         names = _asked(request) or [*outputs]
         if isinstance(request, RawRequest):
-            return tuple(RawTensor.of(name, DATATYPES[outputs[name].dtype], outputs[name]) for name in names)
+            return tuple(RawTensor.of(name, DATATYPES[outputs[name].dtype], outputs[name]).plain() for name in names)
         return InferenceResponse.model_construct(
             model_name=self.name,
             model_version=self.version,
