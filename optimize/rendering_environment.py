@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from profiles.serving.environment_tarball import Environment, check_environment, here, pack_environment
-from registry.errors import InputError
+from registry.errors import InputError, StorageError
 from registry.records import Candidate
 
 PACK = "pack"
@@ -36,6 +36,7 @@ def choose_environment(wanted: str, candidate: Candidate, scratch: Path, *, own_
 
     Raises:
         InputError: the candidate's server has no use for it, or it cannot be made, or is none.
+        StorageError: there is no room for it.
     """
     serving, engine = candidate.serving, candidate.engine.name
     if serving.server != "mlserver":
@@ -51,7 +52,10 @@ def choose_environment(wanted: str, candidate: Candidate, scratch: Path, *, own_
     if wanted != PACK:
         return Chosen(tarball=Path(wanted), found=check_environment(Path(wanted), engine))
     target = scratch / "environment.tar.gz"
-    pack_environment(engine, candidate.engine_version, target)
+    try:
+        pack_environment(engine, candidate.engine_version, target)
+    except OSError as error:
+        raise StorageError(f"the environment cannot be packed: {error}", hint="TMPDIR names another disk.") from error
     return Chosen(tarball=target, found=None)
 
 
