@@ -5,7 +5,6 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from optimize.judging import Judged, choose_served, judge_variants, screen_varia
 from optimize.making import make_sources
 from optimize.making import make_variants as make_all
 from optimize.measuring import Measured, Serving, measure
+from optimize.packages import PackageNotFoundError, version
 from optimize.plan import Observer, Plan, Workspace, plan, plan_id
 from optimize.samples import SampleFile, Samples, check_fit, load_samples, open_samples
 from optimize.tuning import tune_variants
