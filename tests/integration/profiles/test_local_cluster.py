@@ -1,6 +1,7 @@
 """Candidates on a real MLServer and a real Triton server."""
 
 import dataclasses
+import json
 import os
 import signal
 import socket
@@ -313,8 +314,8 @@ def test_a_server_that_is_killed_under_load_is_told_with_its_log(cluster: LocalC
     artifact = write_onnx(mlp(), tmp_path / "files")
     deployment = cluster.deploy(candidate(), artifact, tmp_path / "files", timeout_s=LIMIT_S)
     payloads = encode_payloads({"x": np.ones((4, 8), np.float32)}, target=deployment.target)
-    load = LoadProfile(name="closed", load=ClosedLoop(concurrency=2), warmup_s=0.1, duration_s=3.0)
-    killer = threading.Timer(0.8, os.kill, (processes_of(deployment)[0].pid, signal.SIGKILL))
+    load = LoadProfile(name="closed", load=ClosedLoop(concurrency=2), warmup_s=0.1, duration_s=1.5)
+    killer = threading.Timer(0.6, os.kill, (processes_of(deployment)[0].pid, signal.SIGKILL))
     with LoadGenerator(cpus=tuple(os.sched_getaffinity(0)), work=tmp_path) as generator:
         generator.run(
             deployment.target,
@@ -329,6 +330,25 @@ def test_a_server_that_is_killed_under_load_is_told_with_its_log(cluster: LocalC
         ):
             generator.run(deployment.target, payloads, load, raw_path=tmp_path / "raw.npz", usage=deployment.usage)
     killer.join()
+
+
+def test_a_server_that_is_killed_while_it_loads(cluster: LocalCluster, tmp_path: Path) -> None:
+    artifact = write_onnx(mlp(), tmp_path / "files")
+    servers = tmp_path / "work/servers"
+
+    def kill() -> None:
+        # A worker is still starting when the model is there already, so that loading takes its time.
+        while not list(servers.glob("*/repository/*")):
+            time.sleep(0.005)
+        [record] = servers.glob("*.json")
+        os.kill(json.loads(record.read_text())["server"][0], signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    with pytest.raises(ServerDiedError, match=r"mlserver ended with status 137 while it loaded .*\nIts log ends:\n."):
+        cluster.deploy(candidate(parallel_workers=1), artifact, tmp_path / "files", timeout_s=LIMIT_S)
+    killer.join()
+    assert not list(servers.glob("*.json"))
 
 
 @pytest.mark.parametrize("server", SERVERS)
