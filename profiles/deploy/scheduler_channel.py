@@ -93,7 +93,8 @@ class SchedulerChannel:
             ("grpc.enable_retries", 0),
             ("grpc.use_local_subchannel_pool", 1),
             ("grpc.initial_reconnect_backoff_ms", 100),
-            ("grpc.min_reconnect_backoff_ms", 100),
+            # Also how long gRPC lets a connection take to come about: a handshake over a long way, say.
+            ("grpc.min_reconnect_backoff_ms", 5000),
         ]
         if tls is None:
             self._channel = grpc.insecure_channel(self.address, options=options)

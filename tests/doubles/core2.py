@@ -187,6 +187,10 @@ class SchedulerDouble:
         self._line.open = False
         self._line.cut()
 
+    def be_far(self, late_s: float) -> None:
+        """Every connection takes so long to come about."""
+        self._line.late_s = late_s
+
     def loaded(self) -> list[str]:
         """The names of the models that are there."""
         with self._lock:
@@ -489,6 +493,7 @@ class _Line:
 
     def __init__(self, inner: Callable[[socket.socket], int]) -> None:
         self.open = True
+        self.late_s = 0.0
         self._inner = inner
         self._ends: list[socket.socket] = []
         self._lock = threading.Lock()
@@ -529,6 +534,7 @@ class _Line:
             self._start(self._lead, outside)
 
     def _lead(self, outside: socket.socket) -> None:
+        time.sleep(self.late_s)
         try:
             inside = socket.create_connection((LOOPBACK, self._inner(outside)))
         except OSError:
@@ -564,6 +570,8 @@ class _Mesh:
 
     def __init__(self, double: SchedulerDouble) -> None:
         self._double = double
+        self._channels: dict[int, Any] = {}
+        self._lock = threading.Lock()
         self._rest = ThreadingHTTPServer((LOOPBACK, 0), _handler(double))
         threading.Thread(target=self._rest.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
         self._pool = ThreadPoolExecutor(8, thread_name_prefix="mesh-double")
@@ -584,8 +592,17 @@ class _Mesh:
         self._line.close()
         self._grpc.stop(None).wait()
         self._pool.shutdown()
+        for channel in self._channels.values():
+            channel.close()
         self._rest.shutdown()
         self._rest.server_close()
+
+    def _channel(self, port: int) -> Any:
+        with self._lock:
+            if port not in self._channels:
+                options = [("grpc.enable_http_proxy", 0)]
+                self._channels[port] = grpc.insecure_channel(f"{LOOPBACK}:{port}", options=options)
+            return self._channels[port]
 
     def _choose(self, outside: socket.socket) -> int:
         # What every connection of HTTP/2 begins with.
@@ -609,12 +626,10 @@ class _Mesh:
         request = getattr(service_pb2, f"{method}Request").FromString(body)
         setattr(request, field, internal)
         context.send_initial_metadata((("x-seldon-route", f":{internal}:"),))
-        options = [("grpc.enable_http_proxy", 0)]
-        with grpc.insecure_channel(f"{LOOPBACK}:{agent.grpc}", options=options) as channel:
-            try:
-                return bytes(channel.unary_unary(f"/{V2}/{method}")(request.SerializeToString()))
-            except grpc.RpcError as error:
-                context.abort(error.code(), error.details())
+        try:
+            return bytes(self._channel(agent.grpc).unary_unary(f"/{V2}/{method}")(request.SerializeToString()))
+        except grpc.RpcError as error:
+            context.abort(error.code(), error.details())
         raise AssertionError("unreachable: one of the two has returned or raised")
 
 

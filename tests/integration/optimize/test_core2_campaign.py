@@ -130,7 +130,7 @@ def finished(core2: SchedulerDouble, tmp_path_factory: pytest.TempPathFactory) -
     """A campaign that went well, and is the start of the others: what was made and judged in it is known to them."""
     folder = tmp_path_factory.mktemp("campaign")
     write_onnx(mlp(), folder)
-    x = np.random.default_rng(1).normal(size=(400, FEATURES)).astype(np.float32)
+    x = np.random.default_rng(1).normal(size=(120, FEATURES)).astype(np.float32)
     np.savez(folder / "evaluation.npz", x=x, labels=mlp_answer(x).argmax(axis=1))
     (folder / "levels.yaml").write_text(LEVELS)
     write_campaign(folder, scheduler_section(core2))
@@ -248,18 +248,18 @@ def test_a_backend_of_tritons_own_is_judged_by_what_it_answers(
     double.servers = bench(agent=agent) | {"gpu": ServerDouble(frozenset({"onnx"}), agent=triton)}
     path = write_campaign(folder, scheduler_section(double, servers={"mlserver": "bench", "triton": "gpu"}))
     own = "{server: triton, backend: onnxruntime, max_batch_size: 4, max_batch_delay_ms: 1}"
-    path.write_text(path.read_text().replace("max_batch_delay_ms: 1}]", f"max_batch_delay_ms: 1}}, {own}]"))
+    text = path.read_text().replace("max_batch_delay_ms: 1}]", f"max_batch_delay_ms: 1}}, {own}]")
+    path.write_text(text.replace("[ort-optimized]", "[float32]"))
     campaign = go(folder)
     assert campaign.failures == ()
     assert all('backend: "onnxruntime"' in config for config in triton.configs)
     served = [one for one in campaign.candidates if one.serving.of_server]
-    assert [one.engine_version for one in served] == ["unknown", "unknown"]
-    for candidate in served:
-        found = fidelity_of(candidate, campaign.variants, campaign.fidelities)
-        assert found is not None
-        assert (found.engine_version, found.instruction_set, found.samples) == ("unknown", "unknown", 400)
-        assert found.metrics["accuracy_drop"].value == 0
-        assert found.metrics["cosine"].value > 0.999
+    assert [one.engine_version for one in served] == ["unknown"]
+    found = fidelity_of(served[0], campaign.variants, campaign.fidelities)
+    assert found is not None
+    assert (found.engine_version, found.instruction_set, found.samples) == ("unknown", "unknown", 120)
+    assert found.metrics["accuracy_drop"].value == 0
+    assert found.metrics["cosine"].value > 0.999
     assert {one.engine_version for one in campaign.fidelities} == {"unknown", onnxruntime.__version__}
 
 
@@ -358,6 +358,23 @@ def test_a_server_that_is_not_there(folder: Path, double: SchedulerDouble) -> No
     double.servers["bench"].connected = False
     error = refused(folder, scheduler_section(double))
     assert error.message == "no server is connected to Core 2's scheduler"
+    assert error.exit_code == 4
+
+
+def test_files_of_tls_are_beside_the_campaign(folder: Path, double: SchedulerDouble) -> None:
+    error = refused(folder, scheduler_section(double, tls={"ca": "gone.crt"}))
+    assert str(folder / "gone.crt") in error.message
+    assert error.exit_code == 2
+
+
+def test_a_store_that_is_not_there(folder: Path, double: SchedulerDouble, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("s3fs", reason="the extra s3 is not installed")
+    given = {"ENDPOINT_URL": f"http://{LOOPBACK}:1", "ACCESS_KEY_ID": "me", "SECRET_ACCESS_KEY": TOKEN}
+    for name, value in given.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    error = refused(folder, scheduler_section(double, storage="s3://models", storage_uri="minio://models"))
+    assert "s3://models" in error.message
+    assert TOKEN not in f"{error.message}{error.hint}"
     assert error.exit_code == 4
 
 

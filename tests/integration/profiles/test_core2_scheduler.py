@@ -77,6 +77,22 @@ def test_a_model_is_loaded_waited_for_and_unloaded(double: SchedulerDouble, clie
     assert client.server_status("mlserver")[0].free_bytes == 10_000_000
 
 
+def test_a_connection_that_takes_its_time_is_waited_for(double: SchedulerDouble, client: SchedulerClient) -> None:
+    double.be_far(0.3)
+    assert [server.name for server in client.server_status()] == ["mlserver"]
+
+
+def test_all_models_are_listed(double: SchedulerDouble, client: SchedulerClient) -> None:
+    assert client.models() == {}
+    double.load("theirs", "s3://theirs", **{OWNER: "other"})
+    client.wait_for_model(client.load_model(MODEL), timeout_s=WAIT_S)
+    found = client.models()
+    assert {name: version.state for name, version in found.items()} == dict.fromkeys(
+        ("theirs", "digits"), "ModelAvailable"
+    )
+    assert found["theirs"].parameters == {OWNER: "other"}
+
+
 def test_an_unknown_model_has_no_version_and_nothing_to_unload(client: SchedulerClient) -> None:
     assert client.model("nobody") is None
     client.unload_model("nobody")

@@ -13,7 +13,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from profiles.deploy.placement import Placed, place
+from profiles.deploy.placement import Placed, check_destination, place
 from registry.errors import InputError, UnreachableError
 
 RCLONE = Path(sysconfig.get_path("scripts"), "rclone")
@@ -195,3 +195,35 @@ def test_what_the_store_refuses_is_said_in_one_line(
     assert "hunter2" not in str(raised.value)
     assert raised.value.exit_code == (4 if changed else 2)
     assert not files_of(bucket)
+
+
+# --- before anything is placed --------------------------------------------------------------------------------------
+
+
+def test_a_destination_that_can_be_used_is_looked_at_and_left_alone(bucket: Path) -> None:
+    check_destination(f"s3://models/{bucket.name}")
+    assert not bucket.exists()
+
+
+@pytest.mark.parametrize(
+    ("destination", "change", "error", "words"),
+    [
+        ("s3://nowhere", {}, InputError, "there is no such bucket"),
+        ("s3://models", {"AWS_SECRET_ACCESS_KEY": "wrong-one"}, UnreachableError, "access denied"),
+        ("s3://models", {"AWS_ENDPOINT_URL": "http://127.0.0.1:1"}, UnreachableError, "the store does not answer"),
+    ],
+)
+def test_a_destination_that_cannot_be_used_is_told(
+    bucket: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    destination: str,
+    change: dict[str, str],
+    error: type[Exception],
+    words: str,
+) -> None:
+    for variable, value in change.items():
+        monkeypatch.setenv(variable, value)
+    with pytest.raises(error, match=words) as caught:
+        check_destination(destination)
+    assert SECRET not in str(caught.value)
+    assert "wrong-one" not in str(caught.value)

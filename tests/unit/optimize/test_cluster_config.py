@@ -1,5 +1,6 @@
 """The section ``cluster:``: what it takes, and what it says of the rest, all in one message and without secrets."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -148,3 +149,16 @@ def test_what_was_written_before_is_still_read() -> None:
         {"name": "a", "sources": [{"onnx": "m"}], "samples": {"evaluation": "e"}, "serving": [fields]}
     )
     assert config.serving[0].profile().backend == "python"
+
+
+HOWTO = Path(__file__).parents[3] / "docs" / "howto" / "run-on-core2.md"
+
+
+def test_the_examples_of_the_page_are_campaigns() -> None:
+    whole, section = re.findall(r"```yaml\n(.*?)```", HOWTO.read_text(), re.DOTALL)
+    config = parse_document(whole, CampaignConfig, name="whole")
+    assert isinstance(config.cluster, SchedulerConfig)
+    rest = re.sub(r"^(cluster|serving):\n(?:[ #].*\n|\n)*", "", whole, flags=re.MULTILINE)
+    config = parse_document(rest + section, CampaignConfig, name="section")
+    assert isinstance(config.cluster, KubernetesConfig)
+    assert [entry.profile().backend for entry in config.serving] == ["burnish", "onnxruntime"]
