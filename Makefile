@@ -6,11 +6,11 @@ STAMP := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: help setup demo test quick lint format bench clean
+.PHONY: help setup demo test quick lint format bench image-check clean
 .DEFAULT_GOAL := help
 
 help:  ## Show the targets
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 13
 
 setup: $(STAMP)  ## Create .venv and install the pinned dependencies
 
@@ -32,13 +32,14 @@ test: $(STAMP)  ## Run every test, with the real servers
 quick: $(STAMP)  ## Run the tests of a commit (under 90 s)
 	$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "not slow"
 
-lint: $(STAMP)  ## ruff, mypy strict, import contracts
+lint: $(STAMP)  ## ruff, mypy strict, import contracts, hadolint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	@# What goes beside a self-contained model runs in MLServer's own image, too, which has Python 3.10.
 	$(BIN)/mypy --python-version 3.10 $(foreach name,session raw_tensors runtime triton_model,-m profiles.serving.$(name))
 	$(BIN)/lint-imports
+	$(BIN)/hadolint Dockerfile
 
 format: $(STAMP)  ## Format and fix what ruff can
 	$(BIN)/ruff format .
@@ -46,6 +47,10 @@ format: $(STAMP)  ## Format and fix what ruff can
 
 bench: $(STAMP)  ## Run the benchmarks of benchmarks/, one figure a line
 	$(BIN)/python benchmarks/run_all.py
+
+# Not a test: it downloads some 4 GB anew, and takes minutes.
+image-check: $(STAMP)  ## Install and start what each image has, without a container engine
+	PYTHONPATH=. $(BIN)/python .ci/image_check.py $(TARGETS)
 
 clean:  ## Remove the environment and what runs left here
 	rm -rf $(VENV) burnish-work build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
