@@ -2,8 +2,11 @@
 
 A model that sums its 1x3x224x224 float32 input (602 kB), so that nearly all of the time is the server's. MLServer, with
 the model in its own process and with it in a worker, and Triton with its Python backend stand side by side, started as
-burnish starts them, on one CPU; the load comes from the other CPU. Each round measures each of them, in an order of
-chance: latency at 1 client, rate at 8.
+burnish starts them. Each round measures each of them, in an order of chance: latency at 1 client, rate at 8.
+
+It is done twice. Apart, servers have one CPU and the load has the other, so that the load cannot disturb latency.
+Together, both may use both, as in a pod with more than one CPU: gRPC's thread and the event loop, which take turns on
+one CPU, then run side by side. Limits on latency hold apart, and ratios of rates together.
 """
 
 import hashlib
@@ -126,17 +129,19 @@ def on_cpus(cpus: tuple[int, ...]) -> Iterator[None]:
         os.sched_setaffinity(0, before)
 
 
-def main() -> None:
-    server_cpu, client_cpu = sorted(os.sched_getaffinity(0))[:2]
+Found = dict[str, list[float]]
+
+
+def measured(server_cpus: tuple[int, ...], client_cpus: tuple[int, ...]) -> Found:
+    """Milliseconds over the session alone, rates, and their ratios to Triton's, of each server in each round."""
     order = random.Random(0)
-    say(f"load average at the start: {os.getloadavg()[0]:.2f}")
-    found: dict[str, list[float]] = defaultdict(list)
+    found: Found = defaultdict(list)
     with tempfile.TemporaryDirectory(dir=Path(__file__).parent, prefix="burnish-work-") as folder:
         work = Path(folder)
         artifact = summing_model(work)
         images = np.random.default_rng(0).random((8, *PIXELS), np.float32)
         session = open_session(work / artifact.entry, engine="onnxruntime")
-        with LocalCluster(work, server_cpus=(server_cpu,)) as cluster, LoadGenerator((client_cpu,), work) as generator:
+        with LocalCluster(work, server_cpus=server_cpus) as cluster, LoadGenerator(client_cpus, work) as generator:
             deployed = {
                 name: cluster.deploy(candidate_of(name, serving), artifact, work, timeout_s=START_S)
                 for name, serving in SERVED.items()
@@ -148,7 +153,7 @@ def main() -> None:
             for number in range(ROUNDS):
                 names = list(deployed)
                 order.shuffle(names)
-                with on_cpus((server_cpu,)):
+                with on_cpus(server_cpus):
                     alone = in_process_ms(session, {"image": images[:1]})
                 rates = {}
                 for name in names:
@@ -166,11 +171,21 @@ def main() -> None:
                     + f"; load average {os.getloadavg()[0]:.2f}"
                 )
     say("medians: " + ", ".join(f"{name} {median(values):.4g}" for name, values in found.items()))
+    return found
+
+
+def main() -> None:
+    one, other = sorted(os.sched_getaffinity(0))[:2]
+    say(f"load average at the start: {os.getloadavg()[0]:.2f}")
+    say(f"apart: servers on CPU {one}, the load on CPU {other}")
+    apart = measured((one,), (other,))
+    say(f"together: servers and the load on CPUs {one} and {other}")
+    together = measured((one, other), (one, other))
     finish(
-        figure("runtime_overhead_ms_workers0", median(found["workers0_ms"]), "<= 3.0"),
-        figure("runtime_rate_ratio_workers0", median(found["workers0_ratio"]), ">= 1.0"),
-        figure("runtime_overhead_ms_workers1", median(found["workers1_ms"]), "<= 6.0"),
-        figure("runtime_rate_ratio_workers1", median(found["workers1_ratio"]), ">= 0.25"),
+        figure("runtime_overhead_ms_workers0", median(apart["workers0_ms"]), "<= 3.0"),
+        figure("runtime_rate_ratio_workers0", median(together["workers0_ratio"]), ">= 1.0"),
+        figure("runtime_overhead_ms_workers1", median(apart["workers1_ms"]), "<= 6.0"),
+        figure("runtime_rate_ratio_workers1", median(together["workers1_ratio"]), ">= 0.25"),
     )
 
 

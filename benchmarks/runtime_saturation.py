@@ -1,8 +1,9 @@
 """How near a saturated server with batching comes to the session alone: MiniLM, 64 tokens a text, one thread.
 
 The best batch size is found in process. MLServer with our runtime and Triton with its Python backend then serve the
-model with batches up to that size, one after the other on the same CPU, to twice as many clients from the other CPU.
-Each round measures all three, in an order of chance.
+model with batches up to that size, one after the other, to twice as many clients. Each round measures all three, in an
+order of chance. As in `runtime_overhead` it is done apart (servers on one CPU, where what a server does for a request
+is taken from the session's time) and together, on both CPUs, where the limits hold.
 """
 
 import os
@@ -46,14 +47,15 @@ def rows_per_s(session: Session, samples: Mapping[str, NDArray[Any]], batch: int
     return rows / spent
 
 
-def main() -> None:
-    server_cpu, client_cpu = sorted(os.sched_getaffinity(0))[:2]
-    model, calibration = source()
+Ratios = dict[str, list[float]]
+
+
+def measured(model: Path, calibration: Path, server_cpus: tuple[int, ...], client_cpus: tuple[int, ...]) -> Ratios:
+    """MLServer's rate over the session's and over Triton's, in each round."""
     with np.load(calibration, allow_pickle=False) as archive:
         samples = {name: archive[name] for name in INPUTS}
-    say(f"load average at the start: {os.getloadavg()[0]:.2f}")
-    with on_cpus((server_cpu,)):
-        # Opened here: the engine's threads inherit the CPU.
+    with on_cpus(server_cpus):
+        # Opened here: the engine's threads inherit the CPUs.
         session = open_session(model, engine="onnxruntime")
         alone = {batch: rows_per_s(session, samples, batch, seconds=ALONE_S / 2) for batch in BATCH_SIZES}
     best = max(alone, key=lambda batch: alone[batch])
@@ -70,11 +72,11 @@ def main() -> None:
         "triton": ServingProfile(server="triton", backend="python", **batching),
     }
     load = LoadProfile(name="closed", load=ClosedLoop(concurrency=2 * best), warmup_s=1.5, duration_s=WINDOW_S)
-    ratios: dict[str, list[float]] = defaultdict(list)
+    ratios: Ratios = defaultdict(list)
     order = random.Random(0)
     with tempfile.TemporaryDirectory(dir=Path(__file__).parent, prefix="burnish-work-") as folder:
         work = Path(folder)
-        with LocalCluster(work, server_cpus=(server_cpu,)) as cluster, LoadGenerator((client_cpu,), work) as generator:
+        with LocalCluster(work, server_cpus=server_cpus) as cluster, LoadGenerator(client_cpus, work) as generator:
             deployed = {
                 name: cluster.deploy(candidate_of(name, profile), artifact, model.parent, timeout_s=START_S)
                 for name, profile in served.items()
@@ -85,7 +87,7 @@ def main() -> None:
                 order.shuffle(sides)
                 for side in sides:
                     if side == "session":
-                        with on_cpus((server_cpu,)):
+                        with on_cpus(server_cpus):
                             rates[side] = rows_per_s(session, samples, best, seconds=ALONE_S)
                         continue
                     record = generator.run(deployed[side].target, payloads[side], load, raw_path=work / "window.npz")
@@ -96,6 +98,18 @@ def main() -> None:
                 ratios["triton"].append(rates["mlserver"] / rates["triton"])
                 found = ", ".join(f"{side} {rate:.1f}/s" for side, rate in sorted(rates.items()))
                 say(f"round {number + 1}, batches of {best}: {found}; load average {os.getloadavg()[0]:.2f}")
+    say("medians of MLServer's rate: " + ", ".join(f"{median(of):.3f} of {name}'s" for name, of in ratios.items()))
+    return ratios
+
+
+def main() -> None:
+    one, other = sorted(os.sched_getaffinity(0))[:2]
+    model, calibration = source()
+    say(f"load average at the start: {os.getloadavg()[0]:.2f}")
+    say(f"apart: servers on CPU {one}, the load on CPU {other}")
+    measured(model, calibration, (one,), (other,))
+    say(f"together: servers and the load on CPUs {one} and {other}")
+    ratios = measured(model, calibration, (one, other), (one, other))
     finish(
         figure("runtime_saturation_of_session", median(ratios["session"]), ">= 0.85"),
         figure("runtime_saturation_of_triton", median(ratios["triton"]), ">= 1.0"),
