@@ -383,7 +383,8 @@ def warnings_about(
     if peak_memory_mb(campaign, candidate.id) is None:
         found.append("Its memory was not measured, so that Core 2 counts it as nothing.")
     if asked.for_rate is not None or asked.max_replicas is not None:
-        found.append(f"Replicas are counted by the saturation on {campaign.host.cpu_model}; on other nodes it differs.")
+        where = candidate.cluster or campaign.host.cpu_model
+        found.append(f"Replicas are counted by the saturation on {where}; on other nodes it differs.")
     stock = manifests.STOCK_CAPABILITIES.get(asked.server or "")
     requirements = _requirements(candidate, asked)
     lacking = set(requirements) - (stock or set())

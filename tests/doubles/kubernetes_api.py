@@ -7,6 +7,7 @@ a status that stays as it was for a while after a change. What is to go wrong is
 
 import contextlib
 import copy
+import http.client
 import json
 import ssl
 import threading
@@ -20,6 +21,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Self
 from urllib.parse import parse_qs, urlsplit
+
+from profiles.deploy import core2_scheduler_pb2 as pb
+from tests.doubles.core2 import Agent
 
 LOOPBACK = "127.0.0.1"
 MLOPS = "mlops.seldon.io/v1alpha1"
@@ -82,6 +86,7 @@ class KubernetesDouble:
         late_s: verb -> how long each call of it takes.
         watch_s: longest that a watch lasts.
         expired: how many watches begin from a version that is forgotten.
+        agent: what really loads Models; None where they are only said to be loaded.
         asked: every call, in order: verb, plural, name and query.
     """
 
@@ -101,6 +106,7 @@ class KubernetesDouble:
         self.late_s: dict[str, float] = {}
         self.watch_s = 60.0
         self.expired = 0
+        self.agent: Agent | None = None
         self.asked: list[tuple[str, str, str, dict[str, str]]] = []
         self._certificate = certificate
         self._version = 100
@@ -312,6 +318,8 @@ class KubernetesDouble:
             return
         self._record(key, "DELETED")
         del self._stored[key]
+        if self.agent is not None and key[1] == "models":
+            self.agent.unload(_message(key[2], stored.resource["spec"]), 1)
         self._review_experiments()
 
     def _record(self, key: Key, event: str) -> None:
@@ -346,6 +354,19 @@ class KubernetesDouble:
                 since = version
                 if wanted in {"", name}:
                     yield {"type": event, "object": resource}
+
+    def pass_on(self, name: str, path: str, body: bytes | None) -> tuple[int, bytes]:
+        """What the server behind the agent answers of a Model, by status and body."""
+        if self.agent is None or not self.ready(name):
+            return 404, b""
+        connection = http.client.HTTPConnection(LOOPBACK, self.agent.http)
+        path = path.replace(f"/models/{name}", f"/models/{name}_1")
+        connection.request("POST" if body else "GET", path, body, {"Content-Type": "application/json"})
+        reply = connection.getresponse()
+        try:
+            return reply.status, reply.read()
+        finally:
+            connection.close()
 
     def ready(self, name: str) -> bool:
         """Whether the mesh answers for a model."""
@@ -399,6 +420,8 @@ class KubernetesDouble:
             self._say(key, "ScheduleFailed", NO_SERVER)
         elif spec["storageUri"] in self.failures:
             self._say(key, "ModelFailed", self.failures[spec["storageUri"]])
+        elif self.agent is not None and (failure := self.agent.load(_message(key[2], spec), 1)):
+            self._say(key, "ModelFailed", failure)
         else:
             self._say(key, "ModelAvailable")
         self._review_experiments()
@@ -487,6 +510,16 @@ def _unset(resource: Json, path: tuple[str, ...]) -> None:
     resource.pop(path[-1], None)
 
 
+def _message(name: str, spec: Json) -> pb.Model:
+    """What the operator would tell the scheduler, as far as an agent looks at it."""
+    message = pb.Model(meta=pb.MetaData(name=name))
+    message.modelSpec.uri = spec["storageUri"]
+    message.modelSpec.requirements.extend(spec.get("requirements", []))
+    for parameter in spec.get("parameters", []):
+        message.modelSpec.parameters.add(**parameter)
+    return message
+
+
 def _is_ready(resource: Json) -> bool:
     conditions = resource.get("status", {}).get("conditions", [])
     return any(one["type"] == "Ready" and one["status"] == "True" for one in conditions)
@@ -520,6 +553,13 @@ class _Handler(BaseHTTPRequestHandler):
     def do_PATCH(self) -> None:
         self.handle_call("PATCH")
 
+    def do_POST(self) -> None:
+        # Only the mesh is posted to.
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        name = self.headers.get("seldon-model", "")
+        status, answer = self.double.pass_on(name, self.path, body)
+        self.send(status, answer.decode(), {"x-seldon-route": f":{name}_1:"})
+
     def do_DELETE(self) -> None:
         self.handle_call("DELETE")
 
@@ -528,7 +568,7 @@ class _Handler(BaseHTTPRequestHandler):
         query = {name: values[0] for name, values in parse_qs(address.query).items()}
         length = int(self.headers.get("Content-Length") or 0)
         body = json.loads(self.rfile.read(length)) if length else None
-        if address.path.startswith("/v2/models/"):
+        if address.path.endswith("/ready"):
             self.send(200 if self.double.ready(address.path.split("/")[3]) else 404, "")
             return
         verb = {"PATCH": "patch", "DELETE": "delete"}.get(method, "get" if address.path.count("/") > 6 else "list")

@@ -493,6 +493,17 @@ def kubernetes_section(double: KubernetesDouble, folder: Path, token: str = TOKE
     return {**section, "servers": {"mlserver": "bench"}, **fields}
 
 
+def test_a_campaign_in_kubernetes_comes_to_a_verdict(folder: Path, api: KubernetesDouble, agent: AgentDouble) -> None:
+    api.agent = agent
+    path = write_campaign(folder, kubernetes_section(api, folder))
+    path.write_text(path.read_text().replace("{server: mlserver,", "{server: mlserver, protocol: rest,"))
+    campaign = go(folder)
+    assert campaign.failures == ()
+    assert campaign.verdict.selected is not None
+    assert {one.candidate_id for one in campaign.rounds} == {one.id for one in campaign.candidates}
+    assert api.names() == ["theirs"]
+
+
 def test_an_expired_token_is_told_before_anything_is_made(folder: Path, api: KubernetesDouble) -> None:
     error = refused(folder, kubernetes_section(api, folder, token="old-and-secret"))
     assert "(401)" in error.message
