@@ -48,7 +48,7 @@ format: $(STAMP)  ## Format and fix what ruff can
 bench: $(STAMP)  ## Run the benchmarks of benchmarks/, one figure a line
 	$(BIN)/python benchmarks/run_all.py
 
-# Not a test: it downloads some 4 GB anew, and takes minutes.
+# Not a test: it takes minutes, 12 GB of disk for a while, and downloads some 4 GB that pip has not kept.
 image-check: $(STAMP)  ## Install and start what each image has, without a container engine
 	PYTHONPATH=. $(BIN)/python .ci/image_check.py $(TARGETS)
 
