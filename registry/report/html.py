@@ -248,8 +248,14 @@ def _variant(campaign: Campaign, variant: Variant) -> dict[str, Any]:
         "recipe": " → ".join(stage_words(stage) for stage in variant.recipe.stages) or "as given",
         "digest": variant.artifact.digest[:_SHOWN_DIGITS],
         "timed": ", ".join(timed),
-        "notes": variant.notes,
+        "notes": [*variant.notes, *_answers_notes(campaign, variant)],
     }
+
+
+def _answers_notes(campaign: Campaign, variant: Variant) -> list[str]:
+    """What the judging of its answers noted, once where several batch sizes say the same."""
+    judged = [one for one in campaign.fidelities if one.variant_id == variant.id]
+    return list(dict.fromkeys(f"{engine_words(one.engine)}: {note}" for one in judged for note in one.notes))
 
 
 def _rendered(campaign: Campaign) -> list[tuple[str, str]]:

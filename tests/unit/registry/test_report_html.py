@@ -201,6 +201,14 @@ def test_drawing_leaves_matplotlib_as_it_was() -> None:
     assert dict(mpl.rcParams) == before
 
 
+def test_what_judging_noted_stands_with_the_variant_once() -> None:
+    made = campaigns.campaign()
+    note = "the slice with the largest drop is <night>"
+    judged = [dataclasses.replace(one, notes=(note,)) for one in made.fidelities]
+    page = Page(render_html(dataclasses.replace(made, fidelities=(*judged, *judged))))
+    assert page.text.count(f"onnxruntime: {note}") == len([one for one in judged if one.engine.name == "onnxruntime"])
+
+
 def test_nothing_measured_gives_a_page_without_pictures() -> None:
     made = campaigns.campaign()
     verdict = dataclasses.replace(campaigns.no_winner(), baseline=None, rejections=(), unknown=(), closest=())
