@@ -226,13 +226,14 @@ def _fitting(
 
 def _servings(workspace: Workspace, served: Sequence[Judged], site: Site) -> tuple[list[Serving], list[Failure]]:
     """Every variant worth serving, under every serving profile whose backend runs its engine."""
-    versions = {profile.server: site.server_version(profile.server) for profile in workspace.plan.profiles}
+    used = {profile.server for profile in workspace.plan.profiles}
+    known = {server: (site.server_version(server), site.served_by(server)) for server in used}
     servings: list[Serving] = []
     failures: list[Failure] = []
     for profile in workspace.plan.profiles:
         for one in served:
             fidelity = one.fidelities.get(profile.max_batch_size) or next(iter(one.fidelities.values()))
-            candidate = _candidate(one, profile, fidelity.engine_version, versions[profile.server], site.location)
+            candidate = _candidate(one, profile, fidelity.engine_version, *known[profile.server])
             if profile.of_server and profile.backend != one.engine.name:
                 reason = f"Triton's {profile.backend} backend does not run models for {one.engine.name}"
                 failures.append(Failure(subject=candidate.name, phase="deploy", kind="not_applicable", reason=reason))
@@ -254,7 +255,7 @@ def _servings(workspace: Workspace, served: Sequence[Judged], site: Site) -> tup
 
 
 def _candidate(
-    one: Judged, profile: ServingProfile, engine_version: str, serving_version: str, location: str
+    one: Judged, profile: ServingProfile, engine_version: str, serving_version: str, served_by: str
 ) -> Candidate:
     # A server's own engine is of another version than ours, so that our numbers are not its.
     engine_version = UNKNOWN_VERSION if profile.of_server else engine_version
@@ -265,7 +266,7 @@ def _candidate(
         "serving": to_jsonable(profile),
         "server_version": serving_version,
         # What one cluster gave is not taken for another's.
-        **({"cluster": location} if location else {}),
+        **({"cluster": served_by} if served_by else {}),
     }
     return Candidate(
         id=digest(identity),
@@ -276,7 +277,7 @@ def _candidate(
         engine_version=engine_version,
         serving=profile,
         server_version=serving_version,
-        cluster=location,
+        cluster=served_by,
     )
 
 

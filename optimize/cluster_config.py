@@ -18,7 +18,7 @@ Backend = Literal["burnish", "python", "onnxruntime", "openvino"]
 
 
 def _no_secret(value: Any) -> Any:
-    if isinstance(value, str) and "@" in value:
+    if isinstance(value, str) and "@" in value and not value.startswith(("/", ".", "~")):
         # Of this kind a message does not show the value.
         raise PydanticCustomError(
             "secret",

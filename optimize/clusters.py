@@ -44,7 +44,9 @@ class Site:
 
     Attributes:
         cluster: where candidates are deployed; closed with the site.
-        location: which Core 2 it is, for people and for the journal; empty for this machine.
+        location: which Core 2 it is, for people; empty for this machine.
+        served_by: ``mlserver`` or ``triton`` -> the server there that is used, for people and for the journal, since
+            what one gave is not taken for another's; empty for this machine.
         server_version: ``mlserver`` or ``triton`` -> what is known of its version.
         check: returns where candidates could be deployed, and raises why not.
         clear: takes away what a killed run left there, and returns its names.
@@ -52,6 +54,7 @@ class Site:
 
     cluster: Cluster
     location: str
+    served_by: Callable[[str], str]
     server_version: Callable[[str], str]
     check: Callable[[], None]
     clear: Callable[[], tuple[str, ...]]
@@ -116,7 +119,14 @@ def _on_this_machine(work: Path, local: dict[str, Any]) -> Iterator[Site]:
     from profiles.deploy.local import LocalCluster, server_version
 
     with LocalCluster(work, **local) as cluster:
-        yield Site(cluster=cluster, location="", server_version=server_version, check=lambda: None, clear=tuple)
+        yield Site(
+            cluster=cluster,
+            location="",
+            served_by=lambda _: "",
+            server_version=server_version,
+            check=lambda: None,
+            clear=tuple,
+        )
 
 
 @contextmanager
@@ -162,6 +172,7 @@ def _site(cluster: Core2Cluster, location: str, config: Core2Config, base: Path)
     return Site(
         cluster=cluster,
         location=location,
+        served_by=lambda server: f"{getattr(config.servers, server)} of {location}",
         server_version=cluster.server_version,
         check=check,
         clear=cluster.remove_leftovers,

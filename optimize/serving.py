@@ -189,7 +189,7 @@ def _candidate(stem: str, artifact: Artifact, profile: ServingProfile, precision
         engine_version=UNKNOWN_VERSION if profile.of_server else version(name),
         serving=profile,
         server_version=site.server_version(profile.server),
-        cluster=site.location,
+        cluster=site.served_by(profile.server),
     )
 
 

@@ -487,7 +487,7 @@ class Candidate:
         name: ``<variant>[.<precision>] @ <serving profile's key>``: what people read.
         engine_version: of the engine that serves it; ``unknown`` where that is a server's own, which does not say.
         server_version: of the server, as far as that is known.
-        cluster: the Core 2 that serves it; empty for the campaign's own machine.
+        cluster: the server of a Core 2 that serves it; empty for the campaign's own machine.
     """
 
     id: str

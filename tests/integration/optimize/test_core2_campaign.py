@@ -165,7 +165,7 @@ def test_a_campaign_is_served_measured_recorded_and_rendered(
     folder, campaign = finished
     assert campaign.failures == ()
     assert campaign.verdict.selected is not None
-    assert {one.cluster for one in campaign.candidates} == {f"Core 2 at {LOOPBACK}:{core2.port}"}
+    assert {one.cluster for one in campaign.candidates} == {f"bench of Core 2 at {LOOPBACK}:{core2.port}"}
     assert {one.server_version for one in campaign.candidates} == {"unknown"}
     # On a busy machine runs may be invalid, but there are some, and of the server they know nothing.
     measured = {one.candidate_id: {run.load.name: run for run in one.runs} for one in campaign.rounds}
@@ -176,7 +176,7 @@ def test_a_campaign_is_served_measured_recorded_and_rendered(
     assert core2.loaded() == []
     with closing(sqlite3.connect(folder / "work" / "mlflow.db")) as database:
         recorded = database.execute("select distinct value from params where key = 'served_by'").fetchall()
-    assert recorded == [(f"Core 2 at {LOOPBACK}:{core2.port}",)]
+    assert recorded == [(f"bench of Core 2 at {LOOPBACK}:{core2.port}",)]
     told = render_candidate(folder / "work", None, tmp_path / "out", rendering(storage_uri="s3://models"))
     assert "manifests/model.yaml" in told["files"]
 
@@ -188,6 +188,12 @@ def test_the_same_command_again_deploys_nothing(
     again = go(folder)
     assert again.verdict == finished[1].verdict
     assert core2.methods().count("LoadModel") == before
+    # What one server gave is not taken for another's.
+    core2.servers["other"] = ServerDouble(frozenset({"sklearn"}))
+    write_campaign(folder, scheduler_section(core2, servers={"mlserver": "other"}))
+    assert {one.phase for one in go(folder).failures} == {"deploy"}
+    assert core2.methods().count("LoadModel") > before
+    del core2.servers["other"]
 
 
 def test_what_a_killed_run_left_is_taken_away_by_the_next_and_by_ctrl_c(core2: SchedulerDouble, folder: Path) -> None:
@@ -557,7 +563,9 @@ def test_a_resource_that_somebody_else_changed_is_a_recorded_failure(folder: Pat
     first, second = campaign.failures
     assert "somebody else changed it at the time of patch Model" in first.reason
     assert second.phase == "measure"  # it was served, and the double's mesh answers no request
-    assert {one.cluster for one in campaign.candidates} == {f"Core 2 2.10 in the namespace seldon of {api.url}"}
+    assert {one.cluster for one in campaign.candidates} == {
+        f"bench of Core 2 2.10 in the namespace seldon of {api.url}"
+    }
     assert api.names() == ["theirs"]
 
 

@@ -48,6 +48,7 @@ def test_a_scheduler_and_kubernetes_are_read() -> None:
     found = parsed(f"{KUBERNETES}, storage: shelf, storage_uri: /mnt/models, secret: rclone, context: staging").cluster
     assert isinstance(found, KubernetesConfig)
     assert found.storage_in(Path("/campaigns")) == "/campaigns/shelf"
+    assert found.storage_in(Path("/elsewhere")) == "/elsewhere/shelf"
     assert found.memory_of(candidate(), artifact("x", 10)) == 10
 
 
@@ -91,6 +92,12 @@ def test_a_password_is_refused_and_not_shown(key: str) -> None:
     message = refused(f"kind: scheduler, {', '.join(f'{name}: {value!r}' for name, value in fields.items())}")
     assert "a user or password does not belong into a file" in message
     assert "hush" not in message
+
+
+def test_an_at_in_the_name_of_a_folder_is_none() -> None:
+    found = parsed(f"{SCHEDULER}, storage: /srv/models@2").cluster
+    assert isinstance(found, SchedulerConfig)
+    assert found.storage_in(Path("/campaigns")) == "/srv/models@2"
 
 
 def test_a_password_of_the_tracking_store_is_not_shown() -> None:
