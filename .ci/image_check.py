@@ -7,6 +7,7 @@ exercised is said at the end. Nothing of it stays.
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -80,7 +81,8 @@ class ImageError(Exception):
     """An image would not do what it is for."""
 
 
-def choose_python() -> Path:
+@functools.cache
+def interpreter() -> Path:
     """An interpreter that the image's user may read, if there is one: then its processes run as that user."""
     minor = f"python3.{sys.version_info.minor}"
     own, system = Path(sys.base_prefix, "bin", minor), Path("/usr/bin", minor)
@@ -109,7 +111,7 @@ def main() -> None:
             work=work,
             build_arguments={"PIP_EXTRA_INDEX_URL": os.environ.get("PIP_EXTRA_INDEX_URL", "")},
             say=say,
-            python=PYTHON,
+            python=interpreter(),
         )
         for name in names:
             findings += check(name, builder, work)
@@ -139,7 +141,7 @@ def check(name: str, builder: Builder, work: Path) -> list[str]:
         check_job(image)
     if strays := sorted(files_of(image) - before):
         raise ImageError(f"{name} wrote where its user may not: {', '.join(map(str, strays[:5]))}")
-    left = [f"the base image, in whose place stood {PYTHON} and this host's libraries"]
+    left = [f"the base image, in whose place stood {interpreter()} and this host's libraries"]
     if not user_of(image):
         left.append(f"the user {image.user}, in whose place stood the one who ran this")
     if name == "job-gpu":
@@ -174,21 +176,22 @@ def check_serve(image: Image, packages: dict[str, str], samples: Path) -> None:
         for engine in ("onnxruntime", "openvino"):
             folder = samples / engine
             artifact = (write_onnx if engine == "onnxruntime" else write_openvino)(mlp(), folder)
-            place(artifact, folder, models, engine)
-            grpc.load_model(engine)
+            model = f"mlp-{engine}"
+            place(artifact, folder, models / model, engine)
+            grpc.load_model(model)
             session = open_session(folder / artifact.entry, engine=engine, precision="float32")
             expected = session.run({"x": features})["logits"]
             np.testing.assert_allclose(expected, mlp_answer(features), **CLOSE)
             for protocol, client in (("grpc", grpc), ("rest", http)):
-                np.testing.assert_allclose(ask(client, engine, features), expected, **CLOSE)
+                np.testing.assert_allclose(ask(client, model, features), expected, **CLOSE)
                 say(f"{engine} over {protocol}: {len(features)} answers, as in process")
-            grpc.unload_model(engine)
+            grpc.unload_model(model)
 
 
-def place(artifact: Artifact, source: Path, models: Path, name: Literal["onnxruntime", "openvino"]) -> None:
+def place(artifact: Artifact, source: Path, target: Path, engine: Literal["onnxruntime", "openvino"]) -> None:
     """Puts the model's folder where an agent of Core 2 would."""
-    asked = candidate(engine=EngineSpec(name=name, precision="float32"))
-    write_folder(model_folder(asked, artifact, model_name=name), source, models / name)
+    asked = candidate(engine=EngineSpec(name=engine, precision="float32"))
+    write_folder(model_folder(asked, artifact, model_name=target.name), source, target)
 
 
 @contextlib.contextmanager
@@ -319,7 +322,7 @@ def user_of(image: Image) -> dict[str, Any]:
 
     Nor where the interpreter is one that others cannot read.
     """
-    if os.geteuid() != 0 or not readable(PYTHON):
+    if os.geteuid() != 0 or not readable(interpreter()):
         return {}
     for path in (image.path("."), *image.path(".").rglob("*")):
         os.chown(path, int(image.user or 0), 0, follow_symlinks=False)
@@ -386,9 +389,6 @@ def say(text: str) -> None:
     """Writes a line at once."""
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
-
-
-PYTHON = choose_python()
 
 
 if __name__ == "__main__":
