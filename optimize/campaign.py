@@ -115,7 +115,7 @@ def _look_at_cluster(workspace: Workspace) -> None:
         return
     observer.phase("Looking at the cluster", 1)
     with _site(workspace) as site:
-        site.check()
+        site.check(workspace.plan.profiles)
         left = site.clear()
     removed = f"; took away what a killed run left: {', '.join(left)}" if left else ""
     observer.done(site.location, f"is ready{removed}")
@@ -186,7 +186,7 @@ def _campaign(workspace: Workspace) -> Campaign:
         servings, unfit = _servings(workspace, served, site)
         measured = measure(workspace, site.cluster, servings, evaluation.inputs, evaluation.digest)
         if not measured.deployed:
-            site.check()  # where all failed, the cluster may be why
+            site.check(workspace.plan.profiles)  # where all failed, the cluster may be why
     return _assembled(
         workspace,
         started_at=started_at,

@@ -1,7 +1,7 @@
 """Where candidates are served: from the section ``cluster:`` of a campaign file to an adapter of the port."""
 
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from profiles.deploy.cluster import Cluster
 from profiles.deploy.core2_candidates import Core2Options
 from profiles.deploy.placement import check_destination, place
 from profiles.deploy.storage_uris import fetched_as
-from registry.records import Artifact
+from registry.records import Artifact, ServingProfile
 
 OWNER = "owner"
 """File of the working folder: the name that its models carry on a Core 2, the same in each run and nobody else's."""
@@ -28,7 +28,7 @@ OWNER = "owner"
 class Core2Cluster(Cluster, Protocol):
     """What both adapters of Core 2 can do beside serving candidates."""
 
-    def check_ready(self) -> None:
+    def check_ready(self, profiles: Collection[ServingProfile] = ()) -> None:
         """Returns where candidates could be deployed; raises as `deploy` would."""
 
     def remove_leftovers(self) -> tuple[str, ...]:
@@ -48,7 +48,7 @@ class Site:
         served_by: ``mlserver`` or ``triton`` -> the server there that is used, for people and for the journal, since
             what one gave is not taken for another's; empty for this machine.
         server_version: ``mlserver`` or ``triton`` -> what is known of its version.
-        check: returns where candidates could be deployed, and raises why not.
+        check: returns where candidates with these serving profiles could be deployed, and raises why not.
         clear: takes away what a killed run left there, and returns its names.
     """
 
@@ -56,7 +56,7 @@ class Site:
     location: str
     served_by: Callable[[str], str]
     server_version: Callable[[str], str]
-    check: Callable[[], None]
+    check: Callable[[Collection[ServingProfile]], None]
     clear: Callable[[], tuple[str, ...]]
 
 
@@ -124,7 +124,7 @@ def _on_this_machine(work: Path, local: dict[str, Any]) -> Iterator[Site]:
             location="",
             served_by=lambda _: "",
             server_version=server_version,
-            check=lambda: None,
+            check=lambda _: None,
             clear=tuple,
         )
 
@@ -165,8 +165,8 @@ def _by_kubernetes(config: KubernetesConfig, base: Path, owner: str) -> Iterator
 
 
 def _site(cluster: Core2Cluster, location: str, config: Core2Config, base: Path) -> Site:
-    def check() -> None:
-        cluster.check_ready()
+    def check(profiles: Collection[ServingProfile]) -> None:
+        cluster.check_ready(profiles)
         check_destination(config.storage_in(base))
 
     return Site(

@@ -59,7 +59,7 @@ def _cluster(file: Path) -> dict[str, str]:
             TemporaryDirectory(prefix="burnish-doctor-") as work,
             open_file(file, work=Path(work), purpose="doctor") as site,
         ):
-            site.check()
+            site.check(())
             versions = {server: site.server_version(server) for server in ("mlserver", "triton")}
             return {"where": site.location or "this machine", "candidates": "can be deployed", **versions}
     except BurnishError as error:

@@ -65,9 +65,9 @@ class Core2Options:
     secret: str | None = None
     unload_s: float = UNLOAD_S
 
-    def requirements_of(self, candidate: Candidate) -> tuple[str, ...]:
-        """The capabilities that a candidate's server must have, all of them."""
-        return {**REQUIREMENTS, **self.requirements}[candidate.serving.backend]
+    def needed_by(self, backend: str) -> tuple[str, ...]:
+        """The capabilities that a server must have for a backend, all of them."""
+        return {**REQUIREMENTS, **self.requirements}[backend]
 
     def folder_of(self, candidate: Candidate, artifact: Artifact) -> tuple[str, ModelFolder]:
         """A candidate's name as a model, and its folder.

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,12 +16,13 @@ from profiles.deploy.kubernetes_resources import (
     ResourceState,
     image_of,
     labels_on,
+    lacking_in,
     read_state,
 )
 from profiles.serving.core2.manifests import Manifest, labels_of, render_model
 from profiles.serving.core2.schema import MLOPS, NEWEST, Core2Version, check_manifest
 from registry.errors import BurnishError, InputError, ServerDiedError
-from registry.records import Artifact, Candidate, Target
+from registry.records import Artifact, Candidate, ServingProfile, Target
 
 # The client is here too: who serves on Kubernetes needs both.
 __all__ = ["KubernetesClient", "KubernetesCluster", "KubernetesDeployment"]
@@ -192,20 +193,33 @@ class KubernetesCluster:
         """
         return tuple(self._client.dry_run(self._marked(manifest)) for manifest in manifests)
 
-    def check_ready(self) -> None:
+    def check_ready(self, profiles: Collection[ServingProfile] = ()) -> None:
         """Returns where candidates could be deployed: what is told here costs nothing yet, and changes nothing.
 
+        Args:
+            profiles: how candidates will be served, to see whether the Servers can.
+
         Raises:
-            InputError: there is no such namespace, no Server of a name that the options give, or a Model is refused.
+            InputError: there is no such namespace, no Server of a name that the options give, it is known not to have
+                a capability, or a Model is refused.
             UnreachableError: the API server or the mesh does not answer, or this account may not do it.
         """
         self._mesh.check()
-        for wanted in self._options.servers.values():
-            if self._client.read("Server", wanted) is None:
+        for server, name in self._options.servers.items():
+            found = self._client.read("Server", name)
+            if found is None:
                 known = ", ".join(sorted(str(one["metadata"]["name"]) for one in self._client.list_all("Server")))
                 raise InputError(
-                    f"there is no Server {wanted!r} in {self._client.namespace}", hint=f"There are: {known or 'none'}."
+                    f"there is no Server {name!r} in {self._client.namespace}", hint=f"There are: {known or 'none'}."
                 )
+            for backend in sorted({profile.backend for profile in profiles if profile.server == server}):
+                if lacking := lacking_in(found, self._options.needed_by(backend)):
+                    raise InputError(
+                        f"the Server {name} has no capability {', '.join(lacking)}, which the backend {backend} needs",
+                        hint="`burnish render --with-server IMAGE` writes a Server that has it; or say in requirements "
+                        "what this one calls it.",
+                    )
+            self.server_version(server)
         probe: Manifest = {
             "apiVersion": MLOPS,
             "kind": "Model",
@@ -355,5 +369,5 @@ class KubernetesCluster:
             secret_name=options.secret,
             version=self._version,
         )
-        manifest["spec"]["requirements"] = list(options.requirements_of(candidate))
+        manifest["spec"]["requirements"] = list(options.needed_by(candidate.serving.backend))
         return manifest

@@ -25,11 +25,11 @@ from profiles.deploy.kubernetes_resources import (
     Applied,
     Change,
     ResourceState,
-    capabilities_of,
     changes_between,
     conditions_of,
     is_stale,
     labels_on,
+    lacking_in,
     read_state,
 )
 from profiles.serving.core2.manifests import Manifest
@@ -401,7 +401,7 @@ class KubernetesClient:
         if wanted and wanted not in servers:
             return f"There is no Server {wanted!r}; there are: {', '.join(sorted(servers)) or 'none'}."
         asked = {name: one for name, one in servers.items() if not wanted or name == wanted}
-        able = sorted(name for name, one in asked.items() if set(needed) <= capabilities_of(one))
+        able = sorted(name for name, one in asked.items() if not lacking_in(one, needed))
         if not able:
             return f"No Server has all of these capabilities: {', '.join(needed)}."
         ready = [name for name in able if read_state(servers[name]).ready]

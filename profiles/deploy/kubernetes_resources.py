@@ -5,7 +5,7 @@ the state, ``reason`` the free text. It also never says which generation a statu
 resource that was changed may be of before the change; see `is_stale`.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -163,12 +163,19 @@ def labels_on(resource: Mapping[str, Any]) -> Mapping[str, str]:
     return (resource.get("metadata") or {}).get("labels") or {}
 
 
-def capabilities_of(server: Mapping[str, Any]) -> set[str]:
-    """What a Server can run: its own list, or its configuration's with what it adds."""
+def capabilities_of(server: Mapping[str, Any]) -> set[str] | None:
+    """What a Server can run: its own list, or its configuration's with what it adds; None where that is not known."""
     spec = server.get("spec") or {}
-    own = spec.get("capabilities")
-    stock = STOCK_CAPABILITIES.get(str(spec.get("serverConfig")), frozenset())
-    return set(own) if own else set(stock) | set(spec.get("extraCapabilities") or [])
+    if own := spec.get("capabilities"):
+        return set(own)
+    stock = STOCK_CAPABILITIES.get(str(spec.get("serverConfig")))
+    return None if stock is None else set(stock) | set(spec.get("extraCapabilities") or [])
+
+
+def lacking_in(server: Mapping[str, Any], needed: Collection[str]) -> list[str]:
+    """The capabilities that a Server is known not to have."""
+    known = capabilities_of(server)
+    return [] if known is None else sorted(set(needed) - known)
 
 
 def image_of(resource: Mapping[str, Any] | None, server: str) -> str | None:

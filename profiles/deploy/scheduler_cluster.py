@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Self
 
@@ -10,7 +11,7 @@ from profiles.deploy.core2_messages import AVAILABLE, GOING, Core2Model, ModelVe
 from profiles.deploy.scheduler import SchedulerClient
 from profiles.serving.core2.sizing import counted_copies
 from registry.errors import BurnishError, InputError, ServerDiedError, UnreachableError
-from registry.records import Artifact, Candidate, Target
+from registry.records import Artifact, Candidate, ServingProfile, Target
 
 logger = logging.getLogger(__name__)
 
@@ -137,8 +138,11 @@ class Core2SchedulerCluster:
             self, candidate, target=target, rendered=rendered, uri=uri, found=found, load_time_s=took_s
         )
 
-    def check_ready(self) -> None:
+    def check_ready(self, profiles: Collection[ServingProfile] = ()) -> None:
         """Returns where candidates could be deployed: what is told here costs nothing yet.
+
+        Args:
+            profiles: how candidates will be served; what servers can, the scheduler does not tell.
 
         Raises:
             InputError: there is no server of a name that the options give.
@@ -248,7 +252,7 @@ class Core2SchedulerCluster:
         return Core2Model(
             name=name,
             uri=uri,
-            requirements=options.requirements_of(candidate),
+            requirements=options.needed_by(candidate.serving.backend),
             # Core 2 multiplies it by the copies.
             memory_bytes=options.memory_bytes(candidate, artifact) // counted_copies(serving),
             server=options.servers.get(serving.server),

@@ -488,7 +488,8 @@ def test_a_connection_that_is_lost_in_each_call(folder: Path, double: SchedulerD
 def api() -> Iterator[KubernetesDouble]:
     with KubernetesDouble() as double:
         double.token = TOKEN
-        double.put("servers", "bench", {"serverConfig": "mlserver"})
+        double.put("servers", "bench", {"serverConfig": "mlserver", "extraCapabilities": ["burnish"]})
+        double.put("servers", "stock", {"serverConfig": "mlserver"})
         double.put("models", "theirs", {"storageUri": "s3://theirs"})
         yield double
 
@@ -522,6 +523,7 @@ def test_an_expired_token_is_told_before_anything_is_made(folder: Path, api: Kub
     [
         ({}, RefusalError(403, "Forbidden", "no"), "this account may not patch models", 4),
         ({"servers": {"mlserver": "gone"}}, None, "there is no Server 'gone' in seldon", 2),
+        ({"servers": {"mlserver": "stock"}}, None, "the Server stock has no capability burnish", 2),
         ({"context": "elsewhere"}, None, "there is no Server 'bench' in nowhere", 2),
         ({"context": "nobody"}, None, "the configuration of Kubernetes cannot be used", 2),
         ({"kubeconfig": "gone.yaml"}, None, "there is no kubeconfig at", 2),
