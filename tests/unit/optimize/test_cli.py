@@ -107,6 +107,22 @@ def test_doctor_says_what_the_host_has(monkeypatch, capsys):
     assert {"mlserver", "triton"} <= set(findings["servers"])
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("doctor", "--cluster", "gone.yaml"), "there is no file gone.yaml"),
+        (("check", "127.0.0.1:1", "--model", "m", "--cluster", "gone.yaml"), "--cluster is for a candidate"),
+        (("serve", "model.onnx", "--cluster", "gone.yaml"), "there is no file gone.yaml"),
+        (("serve", "model.onnx", "--server", "triton", "--backend", "onnxruntime"), "has the python backend alone"),
+    ],
+)
+def test_a_cluster_that_cannot_be(monkeypatch, capsys, tmp_path: Path, arguments: tuple[str, ...], words: str):
+    monkeypatch.chdir(tmp_path)
+    write_onnx(mlp(), tmp_path)
+    assert burnish(monkeypatch, *arguments, "--json") == 2
+    assert words in json.loads(capsys.readouterr().out)["error"]["message"]
+
+
 def test_a_namesake_of_a_package_is_refused(monkeypatch, capsys, tmp_path: Path):
     import profiles
 
