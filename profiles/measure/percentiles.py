@@ -6,10 +6,12 @@ percentile is a value that was measured.
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from profiles.measure.early_stopping import requests_needed, upper_bound
 from registry.records import Estimate
 
 # Ten values beyond the percentile: p99 is printed from 1,000 requests on, p90 from 100 on. The p50 asks for ten on
@@ -18,6 +20,10 @@ EARNED: Mapping[int, int] = {50: 20, 90: 100, 95: 200, 99: 1000}
 # One run of several says something of its own from a third of that on (three values beyond the percentile).
 EARNED_IN_RUN: Mapping[int, int] = {percentile: math.ceil(count / 3) for percentile, count in EARNED.items()}
 CONFIDENCE = 0.95
+# Above this share of saturation a tail has no upper end: waits reach over whole windows, and so over runs, of which
+# even long ones then seldom show the tail (at 0.9 of an M/M/1 queue five runs of 2,000 requests miss the p99 in one
+# interval of four). A tail begins above the median.
+MOST_UTILISATION = 0.85
 
 
 def nearest_rank(values: NDArray[np.float64] | Sequence[float], percentile: float) -> float:
@@ -41,6 +47,44 @@ def is_earned(percentile: int, count: int, *, in_run: bool = False) -> bool:
     """
     needed = EARNED_IN_RUN if in_run else EARNED
     return percentile in needed and count >= needed[percentile]
+
+
+def estimate_percentile(
+    runs_ms: Sequence[NDArray[np.float64]], percentile: int, *, utilisation: float | None = None
+) -> Estimate | None:
+    """The percentile of what runs have in common, in ms, with an upper end that limits may be held against.
+
+    The value is that of all requests together, the interval Student's over the runs. Its upper end is no lower than
+    what that many requests can tell at all (`profiles.measure.early_stopping`), and is not known above
+    `MOST_UTILISATION`. From as many requests as decide on a limit, but do not earn the percentile, only the upper end
+    is told, as value and end at once.
+
+    Args:
+        runs_ms: the latencies of each run; a run that is too short for the percentile is left out.
+        percentile: one of those in `EARNED`.
+        utilisation: the rate as a share of the saturation point, where that is known.
+
+    Returns:
+        None where there are fewer requests than decide on a limit.
+    """
+    counted = [values for values in runs_ms if is_earned(percentile, len(values), in_run=True)]
+    requests = sum(map(len, counted))
+    if not counted or requests < min(EARNED[percentile], requests_needed(percentile, 1)):
+        return None
+    pooled = np.concatenate(counted)
+    each = [nearest_rank(values, percentile) for values in counted]
+    found = estimate_over_runs(each, nearest_rank(pooled, percentile), "ms")
+    earned = is_earned(percentile, requests)
+    if percentile > 50 and utilisation is not None and round(utilisation, 6) > MOST_UTILISATION:
+        method = f"{found.method}, no upper end near saturation"
+        return replace(found, high=None, method=method) if earned else None
+    bound = upper_bound(pooled, percentile)
+    if found.high is None or bound is None:
+        return found if earned else None
+    high = max(found.high, bound)
+    if earned:
+        return replace(found, high=high)
+    return replace(found, value=high, low=None, high=high, method=f"upper end, {found.method}")
 
 
 def estimate_over_runs(

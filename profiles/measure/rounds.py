@@ -22,7 +22,7 @@ from profiles.load.transports import Status
 from profiles.measure.capacity import estimate_saturation
 from profiles.measure.compare import SMALLEST_FLOOR, compare_pairs, noise_floor
 from profiles.measure.levels import Level
-from profiles.measure.percentiles import estimate_over_runs, is_earned, nearest_rank
+from profiles.measure.percentiles import estimate_over_runs, estimate_percentile, is_earned, nearest_rank
 from registry.errors import InputError
 from registry.records import (
     Capacity,
@@ -229,7 +229,10 @@ def reduce_rounds(
     if times:
         metrics["load_time_s"] = estimate_over_runs(times, None, "s")
     whole = Measurement(candidate_id=candidate_id, load=None, metrics=metrics, invalid_runs=len(closed) - len(valid))
-    return (whole, *(_at_load(candidate_id, load, runs, raw_root, level) for load, runs in sorted(of_load.items())))
+    return (
+        whole,
+        *(_at_load(candidate_id, load, runs, capacity, raw_root, level) for load, runs in sorted(of_load.items())),
+    )
 
 
 def compare_rounds(
@@ -324,33 +327,31 @@ def _over_runs(runs: Sequence[RunRecord], names: Mapping[str, tuple[str, str]]) 
     return estimates
 
 
-def _at_load(candidate_id: str, load: str, runs: Sequence[RunRecord], raw_root: Path, level: Level) -> Measurement:
+def _at_load(
+    candidate_id: str, load: str, runs: Sequence[RunRecord], capacity: Capacity, raw_root: Path, level: Level
+) -> Measurement:
     valid = [run for run in runs if run.valid]
     arrays = [load_arrays(raw_root / run.raw, run.raw_sha256) for run in valid]
     latencies = [_latencies(run, stored) for run, stored in zip(valid, arrays, strict=True)]
     services = [_services(stored) for stored in arrays]
+    utilisation = _utilisation(runs[0].load.load, capacity)
     metrics = {
         f"latency_p{percentile}_ms": estimate
         for percentile in level.percentiles
-        if (estimate := _percentile(latencies, percentile)) is not None
+        if (estimate := estimate_percentile(latencies, percentile, utilisation=utilisation)) is not None
     }
-    service = _percentile(services, 50)
+    service = estimate_percentile(services, 50)
     if service is not None:
         metrics["service_p50_ms"] = service
     metrics |= _over_runs(valid, {"throughput_rps": ("throughput_rps", "1/s"), **_RESOURCES})
     return Measurement(candidate_id=candidate_id, load=load, metrics=metrics, invalid_runs=len(runs) - len(valid))
 
 
-def _percentile(runs_ms: Sequence[NDArray[np.float64]], percentile: int) -> Estimate | None:
-    """The pooled percentile with its interval over runs; None where the requests do not earn it."""
-    counted = [values for values in runs_ms if is_earned(percentile, len(values), in_run=True)]
-    if not counted:
+def _utilisation(load: ClosedLoop | OpenLoop, capacity: Capacity) -> float | None:
+    """The rate as a share of the saturation point; None where one of the two is not known."""
+    if isinstance(load, ClosedLoop) or capacity.saturation_rps is None:
         return None
-    pooled = np.concatenate(counted)
-    if not is_earned(percentile, len(pooled)):
-        return None
-    each = [nearest_rank(values, percentile) for values in counted]
-    return estimate_over_runs(each, nearest_rank(pooled, percentile), "ms")
+    return load.rate_rps / capacity.saturation_rps
 
 
 def _latencies(run: RunRecord, stored: Mapping[str, NDArray[np.int64]]) -> NDArray[np.float64]:
