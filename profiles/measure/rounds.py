@@ -231,7 +231,10 @@ def reduce_rounds(
     whole = Measurement(candidate_id=candidate_id, load=None, metrics=metrics, invalid_runs=len(closed) - len(valid))
     return (
         whole,
-        *(_at_load(candidate_id, load, runs, capacity, raw_root, level) for load, runs in sorted(of_load.items())),
+        *(
+            _at_load(candidate_id, load, runs, capacity, raw_root=raw_root, level=level)
+            for load, runs in sorted(of_load.items())
+        ),
     )
 
 
@@ -328,7 +331,7 @@ def _over_runs(runs: Sequence[RunRecord], names: Mapping[str, tuple[str, str]]) 
 
 
 def _at_load(
-    candidate_id: str, load: str, runs: Sequence[RunRecord], capacity: Capacity, raw_root: Path, level: Level
+    candidate_id: str, load: str, runs: Sequence[RunRecord], capacity: Capacity, *, raw_root: Path, level: Level
 ) -> Measurement:
     valid = [run for run in runs if run.valid]
     arrays = [load_arrays(raw_root / run.raw, run.raw_sha256) for run in valid]
