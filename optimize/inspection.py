@@ -54,9 +54,9 @@ def _describe_onnx(model: Path) -> dict[str, Any]:
 
 
 def _describe_openvino(model: Path) -> dict[str, Any]:
-    import openvino
+    from profiles.serving.session import import_engine
 
-    nodes = openvino.Core().read_model(str(model)).get_ops()
+    nodes = import_engine("openvino").Core().read_model(str(model)).get_ops()
     constants = [node for node in nodes if node.get_type_name() == "Constant"]
     operators = Counter(node.get_type_name() for node in nodes)
     return {

@@ -20,7 +20,7 @@ from optimize.engines.local import Limits, run_in_child
 from optimize.fidelity import thread_limits
 from optimize.samples import load_samples
 from optimize.screening import time_runs
-from profiles.serving.session import GRAPH_LEVELS
+from profiles.serving.session import GRAPH_LEVELS, import_engine
 from registry import codec
 from registry.errors import StageError
 from registry.records import Adaptation, EngineGraph, EngineSpec, Estimate, OperatorShare
@@ -386,9 +386,7 @@ def _product_macs(first: Shape, output: Shape, *, transposed: bool = False) -> i
 def _profile_openvino(
     entry: Path, spec: EngineSpec, batch: Mapping[str, Any], *, threads: int, budget_s: float, work: Path
 ) -> _Profile:
-    from optimize.stages.openvino import import_openvino
-
-    openvino = import_openvino()
+    openvino = import_engine("openvino")
     settings: dict[str, Any] = {
         "NUM_STREAMS": "1",
         "INFERENCE_NUM_THREADS": threads,

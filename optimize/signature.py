@@ -109,10 +109,11 @@ _OPENVINO_DTYPES = {
 
 
 def _openvino_signature(entry: Path) -> Signature:
+    from profiles.serving.session import import_engine
     from registry.errors import MissingExtraError
 
     try:
-        import openvino
+        openvino = import_engine("openvino")
     except ImportError as error:
         raise MissingExtraError("reading an OpenVINO model", extra="openvino") from error
     try:
@@ -120,7 +121,7 @@ def _openvino_signature(entry: Path) -> Signature:
     except RuntimeError as error:
         raise InputError(f"{entry.name} is not an OpenVINO model: {error}") from error
 
-    def spec(port: "openvino.Output") -> TensorSpec:
+    def spec(port: Any) -> TensorSpec:
         kind = port.get_element_type().get_type_name()
         shape = tuple(dim.get_length() if dim.is_static else None for dim in port.get_partial_shape())
         return TensorSpec(name=port.get_any_name(), dtype=_OPENVINO_DTYPES.get(kind, kind), shape=shape)

@@ -164,9 +164,9 @@ class StageContract:
 def run_model(model: StageInput | StageResult, feeds: Arrays) -> list[NDArray[Any]]:
     """The outputs of a model in the engine of its format, on one thread, in float32 where it can choose."""
     if model.format == "openvino":
-        from optimize.stages.openvino import import_openvino
+        from profiles.serving.session import import_engine
 
-        openvino = import_openvino()
+        openvino = import_engine("openvino")
         config = {"INFERENCE_NUM_THREADS": 1, "INFERENCE_PRECISION_HINT": "f32"}
         compiled = openvino.Core().compile_model(str(model.folder / model.entry), "CPU", config)
         answer = compiled(dict(feeds))

@@ -1,11 +1,8 @@
 """Stages for OpenVINO: ONNX to its intermediate representation (IR), and that to int8 through nncf."""
 
-import contextlib
-import importlib
 import logging
-import os
 import re
-from collections.abc import Container, Iterator
+from collections.abc import Container
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +11,7 @@ from pydantic import Field
 from optimize.calibration import whole_batches
 from optimize.protobuf_wire import contents, mapped
 from optimize.stages.base import Context, Stage, StageInput, StageParams, StageResult
+from profiles.serving.session import import_engine
 from registry.errors import MissingExtraError, NotApplicableError
 
 ENTRY = "model.xml"
@@ -131,20 +129,9 @@ class OpenVinoInt8(Stage):
         return self.written(context, ENTRY, f"{done} FakeQuantize nodes, {kind}")
 
 
-def import_openvino() -> Any:
-    """The package ``openvino``, imported without its telemetry.
-
-    Raises:
-        ImportError: it is not installed.
-    """
-    with _without_telemetry():
-        return importlib.import_module("openvino")
-
-
 def _import(package: str, stage: str) -> Any:
     try:
-        with _without_telemetry():
-            return importlib.import_module(package)
+        return import_engine(package)
     except ImportError as error:
         missing = MissingExtraError(stage, extra="openvino")
         raise NotApplicableError(missing.message, hint=missing.hint) from error
@@ -172,22 +159,6 @@ def _onnx_names(path: Path) -> set[str]:
             for node in contents(data, graph, _NODE)
             for begin, end in contents(data, node, _NODE_OUTPUT, _NODE_NAME)
         }
-
-
-@contextlib.contextmanager
-def _without_telemetry() -> Iterator[None]:
-    """OpenVINO and nncf report their use over the network at import, except where these variables are set."""
-    wanted = {"CI": "true", "NNCF_CI": "1"}
-    before = {name: os.environ.get(name) for name in wanted}
-    os.environ.update(wanted)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 def _attends(model: Any) -> bool:

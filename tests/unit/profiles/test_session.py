@@ -1,3 +1,5 @@
+import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -5,7 +7,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from profiles.serving.session import Session, SessionError, _ort_providers, open_session
+from profiles.serving.session import Session, SessionError, _ort_providers, import_engine, open_session
 from tests.doubles.models import mlp, mlp_answer, two_inputs, write_onnx, write_openvino
 
 ENGINES = ["onnxruntime", "openvino"]
@@ -160,3 +162,20 @@ def test_an_answer_may_be_empty(tmp_path: Path, engine: str) -> None:
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
     got = opened(model, tmp_path, engine).run({"x": np.zeros(3, np.float32)})
     assert got["where"].shape == (1, 0)
+
+
+@pytest.mark.parametrize("before", [None, "yes"])
+def test_an_engine_is_imported_without_its_telemetry(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str | None
+) -> None:
+    """By the variables that OpenVINO and nncf look at, which are then as they were."""
+    (tmp_path / "engine_that_looks.py").write_text("import os\nseen = os.environ['CI'], os.environ['NNCF_CI']\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "engine_that_looks", raising=False)
+    monkeypatch.delenv("NNCF_CI", raising=False)
+    if before is None:
+        monkeypatch.delenv("CI", raising=False)
+    else:
+        monkeypatch.setenv("CI", before)
+    assert import_engine("engine_that_looks").seen == ("true", "1")
+    assert (os.environ.get("CI"), os.environ.get("NNCF_CI")) == (before, None)
