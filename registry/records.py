@@ -479,6 +479,50 @@ class ServingProfile:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ServingPoint:
+    """A serving profile that a search served and measured.
+
+    Attributes:
+        score: what was measured, larger being better; None where it failed.
+        reason: why the search looked at it.
+        failure: why it has no score, or empty.
+    """
+
+    profile: ServingProfile
+    score: Estimate | None
+    reason: str
+    failure: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServingSearch:
+    """What the search for a serving profile came to.
+
+    Attributes:
+        space: how many profiles there were to choose from.
+        points: those that were looked at, in their order.
+        best: the one with the highest score, or None where all failed.
+        maxima: number of workers or instances, as text -> the best with so many.
+        bounded_out: profiles that were never served, because in process they are slower than the best is served.
+        stopped: why: no other was expected to pay, the budget (``points``, ``minutes``), or nothing was left.
+        sentence: all of this in one sentence.
+    """
+
+    space: int
+    points: tuple[ServingPoint, ...]
+    best: ServingPoint | None
+    maxima: Mapping[str, ServingPoint]
+    bounded_out: int
+    stopped: Literal["nothing_pays", "points", "minutes", "exhausted"]
+    sentence: str
+
+    @property
+    def share(self) -> float:
+        """The share of the profiles that was looked at, 0 to 1."""
+        return len(self.points) / self.space
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
     """A variant in an engine under a serving profile: what is deployed and measured.
 

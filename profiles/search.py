@@ -1,0 +1,453 @@
+"""The search for a serving profile: which of many to serve and measure, until the next one cannot pay.
+
+What the session does in process bounds what serving can give: a profile never answers more rows a second than its
+lanes (workers or instances) times what one session does in batches that large. Whatever cannot come above the best
+that was measured is never served.
+
+Among the rest a model of the surface picks. It is a Gaussian process on the logarithm of the score (Rasmussen and
+Williams, "Gaussian Processes for Machine Learning", 2006, algorithm 2.1): a share of the in-process bound, effects of
+each axis that multiply, and effects of axes together (additive kernels: Duvenaud, Nickisch and Rasmussen, NIPS 2011).
+As some points are too few to fit its scales to, several are kept and weighted by how likely they make what was seen.
+The point with the largest expected improvement is next (Jones, Schonlau and Welch, "Efficient Global Optimization",
+1998). The search is over when the upper end of what any other point is expected to give would not pay.
+
+Nothing here serves or measures; `optimize.serving_search` does, and the benchmark that replays recorded surfaces.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from registry.errors import BurnishError, InputError, StorageError
+from registry.records import Estimate, Screening, ServingPoint, ServingProfile, ServingSearch
+
+Floats = NDArray[np.float64]
+Measure = Callable[[ServingProfile], Estimate]
+
+BATCH_SIZES = (1, 2, 4, 8, 16, 32)
+DELAYS_MS = (0.0, 0.5, 1.0, 2.0, 5.0)
+# A gain below this share of the best is not worth another point.
+PAYS = 0.02
+# One-sided 95 % of a normal distribution.
+UPPER_END = 1.645
+# What a window of load repeats itself to, at best, and what is taken for a measure that says nothing of its interval.
+LEAST_NOISE, USUAL_NOISE = 0.01, 0.03
+# In-process times are medians with an interval; a server's hour may be a better one.
+BOUND_MARGIN = 1.1
+FEWEST = 4
+
+
+# --- the space -------------------------------------------------------------------------------------------------
+
+
+def lanes(profile: ServingProfile) -> int:
+    """How many requests or batches are computed at the same time: Triton's instances, MLServer's workers."""
+    return profile.instances if profile.server == "triton" else max(1, profile.parallel_workers)
+
+
+def search_space(
+    *,
+    cores: int,
+    servers: Sequence[Literal["mlserver", "triton"]] = ("mlserver", "triton"),
+    protocols: Sequence[Literal["grpc", "rest"]] = ("grpc", "rest"),
+    batch_sizes: Sequence[int] = BATCH_SIZES,
+    delays_ms: Sequence[float] = DELAYS_MS,
+    lane_counts: Sequence[int] = (),
+    threads: Sequence[int] = (),
+) -> tuple[ServingProfile, ...]:
+    """All profiles of the axes that can be served and differ.
+
+    Lanes times threads are never more than the cores. A delay is only where there is batching, and MLServer batches
+    only with one.
+
+    Args:
+        cores: that the server may use.
+        servers: to choose from, each with our backend.
+        protocols: to choose from.
+        batch_sizes: largest batches; 1 is without batching.
+        delays_ms: longest waits for company.
+        lane_counts: MLServer's workers and Triton's instances; 0, which only MLServer knows, is the model in the server
+            process. Those up to the number of cores where none are given.
+        threads: of each session; 1, 2, 4, ... up to the cores where none are given.
+
+    Raises:
+        InputError: an axis has a value that no profile takes, or nothing can be served on so few cores.
+    """
+    if cores < 1 or min((*batch_sizes, *threads, 1)) < 1 or min((*delays_ms, *lane_counts, 0)) < 0:
+        raise InputError(
+            "cores, batch sizes and threads are 1 or more, and delays and lanes 0 or more, not "
+            f"{cores}, {list(batch_sizes)}, {list(threads)}, {list(delays_ms)} and {list(lane_counts)}"
+        )
+    powers = tuple(2**power for power in range(cores.bit_length()))
+    found: dict[str, ServingProfile] = {}
+    for server, protocol, most, delay, lane, thread in product(
+        servers, protocols, batch_sizes, delays_ms, lane_counts or (0, *powers), threads or powers
+    ):
+        batches = most > 1
+        if max(1, lane) * thread > cores or (server == "triton" and lane == 0):
+            continue
+        if batches and server == "mlserver" and delay == 0:
+            continue
+        profile = ServingProfile(
+            server=server,
+            backend="burnish" if server == "mlserver" else "python",
+            protocol=protocol,
+            max_batch_size=most,
+            max_batch_delay_ms=delay if batches else 0.0,
+            instances=lane if server == "triton" else 1,
+            parallel_workers=lane if server == "mlserver" else 0,
+            threads=thread,
+        )
+        found.setdefault(profile.key, profile)
+    if not found:
+        raise InputError(
+            f"no serving profile is left to search on {cores} cores",
+            hint="Lanes times threads must not be more than the cores, and MLServer batches only with a delay.",
+        )
+    return tuple(found.values())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InProcessCurve:
+    """What one session does in process.
+
+    Attributes:
+        rows_per_s: (batch size, threads) -> rows a second.
+    """
+
+    rows_per_s: Mapping[tuple[int, int], float]
+
+    def rate(self, profile: ServingProfile) -> float | None:
+        """Rows a second of the profile's lanes in process, in the best batches up to its largest; None where unknown.
+
+        A batch size that was not timed is taken for the next larger one that was.
+        """
+        sizes = sorted(size for size, threads in self.rows_per_s if threads == profile.threads)
+        if not sizes:
+            return None
+        reach = next((size for size in sizes if size >= profile.max_batch_size), sizes[-1])
+        return lanes(profile) * max(self.rows_per_s[size, profile.threads] for size in sizes if size <= reach)
+
+    def bound(self, profile: ServingProfile) -> float:
+        """What serving by the profile cannot exceed; infinite where that is not known, as of a server's own engine."""
+        rate = None if profile.of_server else self.rate(profile)
+        return math.inf if rate is None else BOUND_MARGIN * rate
+
+
+def curve_of(screenings: Iterable[Screening]) -> InProcessCurve:
+    """The curve that the screenings of a variant in one engine are, one for each number of threads.
+
+    Each time counts by the lower end of its interval: the curve is there to bound.
+    """
+    rates = {}
+    for screening in screenings:
+        for name, estimate in screening.metrics.items():
+            size = int(name.rpartition("_")[2])
+            milliseconds = estimate.value if estimate.low is None else estimate.low
+            rates[size, screening.threads] = 1000 * size / milliseconds
+    return InProcessCurve(rows_per_s=rates)
+
+
+def highest_bound(space: Sequence[ServingProfile], curve: InProcessCurve) -> float:
+    """What no profile of the space can exceed: a variant for which it is below another's score is never served."""
+    return max(curve.bound(profile) for profile in space)
+
+
+# --- the model of the surface ----------------------------------------------------------------------------------
+
+# Standard deviations, in log units, of an axis' effect and of the axes together, and how many steps of an axis are
+# alike. All combinations are kept, and weighted.
+_EFFECTS = (0.03, 0.1, 0.25, 0.5)
+_TOGETHER = (0.01, 0.05, 0.15)
+_STEPS = (1.0, 2.5)
+# How much of a factor in the in-process bound is expected to show in the score: 0 is nothing of it, 1 all of it.
+_SHARE, _SHARE_SD = 0.5, 0.4
+_LEVEL_SD = 3.0
+
+
+class Surface:
+    """What the scores seen so far say of all profiles of a space.
+
+    Args:
+        space: the profiles.
+        curve: of the session in process, or None where the bound says nothing of the score.
+    """
+
+    def __init__(self, space: Sequence[ServingProfile], curve: InProcessCurve | None) -> None:
+        axes = np.array([_axes(profile) for profile in space])
+        apart = (axes[:, None, :] - axes[None, :, :]) ** 2
+        # Axis by axis, and all axes at once, by how many steps are alike.
+        self._alike = {
+            steps: (np.exp(-0.5 * apart / steps**2).sum(axis=2), np.exp(-0.5 * apart.sum(axis=2) / steps**2))
+            for steps in _STEPS
+        }
+        rates = [None if curve is None else curve.rate(profile) for profile in space]
+        known = [rate for rate in rates if rate is not None]
+        middle = float(np.median(known)) if known else 1.0
+        self._bound = np.log(np.array([middle if rate is None else rate for rate in rates]) / middle)
+        self._slope = _LEVEL_SD**2 + _SHARE_SD**2 * np.outer(self._bound, self._bound)
+
+    def predict(self, seen: Mapping[int, tuple[float, float]]) -> tuple[Floats, Floats]:
+        """Mean and standard deviation of the logarithm of each profile's score.
+
+        Args:
+            seen: place in the space -> logarithm of the score, and the standard deviation of its noise.
+        """
+        places = list(seen)
+        values = np.array([seen[place][0] for place in places])
+        noise: Floats = np.square([seen[place][1] for place in places], dtype=np.float64)
+        center = float(values.mean()) if places else 0.0
+        found = [
+            self._posterior(places, values - center, noise, self._covariance(*scales))
+            for scales in product(_EFFECTS, _TOGETHER, _STEPS)
+        ]
+        evidence = np.array([one[2] for one in found])
+        weights = np.exp(evidence - evidence.max())
+        weights /= weights.sum()
+        means, variances = np.array([one[0] for one in found]), np.array([one[1] for one in found])
+        mean = weights @ means
+        variance = weights @ (variances + (means - mean) ** 2)
+        return mean + center, np.sqrt(variance)
+
+    def _posterior(
+        self, places: list[int], values: Floats, noise: Floats, covariance: Floats
+    ) -> tuple[Floats, Floats, float]:
+        """Mean, variance and log evidence by one set of scales."""
+        from scipy.linalg import cho_factor, cho_solve
+
+        prior = _SHARE * self._bound
+        if not places:
+            return prior, np.diag(covariance).copy(), 0.0
+        among = covariance[np.ix_(places, places)] + np.diag(noise)
+        factor = cho_factor(among, lower=True)
+        residual = values - prior[places]
+        weights = cho_solve(factor, residual)
+        across = covariance[:, places]
+        mean = prior + across @ weights
+        variance = np.diag(covariance) - np.einsum("ij,ji->i", across, cho_solve(factor, across.T))
+        evidence = -0.5 * residual @ weights - np.log(np.diag(factor[0])).sum()
+        return mean, np.maximum(variance, 1e-9), float(evidence)
+
+    def _covariance(self, effect: float, together: float, steps: float) -> Floats:
+        each, all_axes = self._alike[steps]
+        summed: Floats = self._slope + effect**2 * each + together**2 * all_axes
+        return summed
+
+
+def _axes(profile: ServingProfile) -> list[float]:
+    """The profile as a point; a step of 1 is a doubling, and names are far apart."""
+    return [
+        5.0 * (profile.server == "triton"),
+        5.0 * profile.of_server,
+        5.0 * (profile.protocol == "rest"),
+        5.0 * (profile.server == "mlserver" and profile.parallel_workers == 0),
+        math.log2(lanes(profile)) * 1.5,
+        math.log2(profile.threads) * 1.5,
+        math.log2(profile.max_batch_size),
+        math.log2(1 + 2 * profile.max_batch_delay_ms),
+    ]
+
+
+def _kinds(profile: ServingProfile) -> tuple[str, ...]:
+    """What no other profile's score can stand in for, so that a search looks at each once."""
+    apart = profile.server == "mlserver" and profile.parallel_workers == 0
+    return (
+        profile.server,
+        profile.protocol,
+        "the server process" if apart else f"workers or instances {lanes(profile)}",
+        f"threads {profile.threads}",
+        "batches" if profile.max_batch_size > 1 else "no batches",
+    )
+
+
+def expected_improvement(mean: Floats, sd: Floats, best: float) -> Floats:
+    """By how much each is expected to come above ``best``, where what comes below counts 0."""
+    from scipy.stats import norm
+
+    above = mean - best
+    gain: Floats = above * norm.cdf(above / sd) + sd * norm.pdf(above / sd)
+    return gain
+
+
+# --- the search ------------------------------------------------------------------------------------------------
+
+
+def search_serving(
+    space: Sequence[ServingProfile],
+    measure: Measure,
+    *,
+    curve: InProcessCurve | None = None,
+    points: int,
+    start: Sequence[ServingProfile] = (),
+    pays: float = PAYS,
+    seed: int = 0,
+    out_of_time: Callable[[], bool] = lambda: False,
+) -> ServingSearch:
+    """Looks for the profile with the highest score, and says at which it looked and why it stopped.
+
+    The same answers give the same search, so that one whose answers are remembered goes on where it was stopped.
+
+    Args:
+        space: the profiles to choose from.
+        measure: serves a profile and returns its score, above 0, larger being better. A `BurnishError` is a point that
+            failed; others, and `StorageError`, end the search.
+        curve: of the session in process, where the score is rows a second at most: it bounds what is worth a look.
+        points: most points to look at.
+        start: profiles to look at first (those that are served already, say); those outside of the space are left out.
+        pays: a gain below this share is not worth another point.
+        seed: decides between points that promise the same.
+        out_of_time: asked before each point.
+
+    Raises:
+        InputError: the space is empty, or not even one point may be looked at.
+        ValueError: a score is not above 0.
+    """
+    if not space or points < 1:
+        raise InputError(f"a search needs a space and one point or more, not {len(space)} profiles and {points} points")
+    walk = _Walk(space, curve, pays=pays, seed=seed)
+    stopped: Literal["nothing_pays", "points", "minutes", "exhausted"] = "points"
+    while len(walk.looked) < points:
+        if out_of_time():
+            stopped = "minutes"
+            break
+        step = walk.next(start)
+        if step is None:
+            stopped = "exhausted" if len(walk.looked) == len(space) else "nothing_pays"
+            break
+        place, reason = step
+        walk.look(place, reason, measure)
+    return walk.outcome(stopped)
+
+
+class _Walk:
+    """A search under way."""
+
+    def __init__(
+        self, space: Sequence[ServingProfile], curve: InProcessCurve | None, *, pays: float, seed: int
+    ) -> None:
+        self.looked: dict[int, ServingPoint] = {}
+        self._space = space
+        self._surface = Surface(space, curve)
+        self._bounds = np.log([math.inf if curve is None else curve.bound(profile) for profile in space])
+        self._pays = math.log1p(pays)
+        self._turn = np.random.default_rng(seed).permutation(len(space))
+
+    def look(self, place: int, reason: str, measure: Measure) -> None:
+        profile = self._space[place]
+        score, failure = None, ""
+        try:
+            score = measure(profile)
+        except StorageError:
+            raise  # no fault of the profile
+        except BurnishError as error:
+            failure = error.message
+        if score is not None and score.value <= 0:
+            raise ValueError(f"a score is above 0, not {score.value} ({profile.key})")
+        self.looked[place] = ServingPoint(profile=profile, score=score, reason=reason, failure=failure)
+
+    def next(self, start: Sequence[ServingProfile]) -> tuple[int, str] | None:
+        """The place to look at next, and why; None where none pays."""
+        for profile in start:
+            if profile in self._space and self._space.index(profile) not in self.looked:
+                return self._space.index(profile), "it was named"
+        mean, sd = self._surface.predict(self._seen())
+        best = self._best(mean)
+        rest = [place for place in range(len(self._space)) if place not in self.looked]
+        alive = [place for place in rest if self._bounds[place] > best + self._pays]
+        if (first := self._uncovered(alive, mean) or self._uncounted(rest, mean)) is not None:
+            return first
+        if not alive:
+            return None
+        gain = expected_improvement(mean, sd, best)
+        place = self._largest(alive, gain)
+        upper = np.minimum(mean + UPPER_END * sd, self._bounds)
+        if len(self.looked) >= FEWEST and max(upper[alive]) <= best + self._pays:
+            return None
+        return place, f"expected {math.exp(mean[place]):.4g}, at most {math.exp(upper[place]):.4g}"
+
+    def _uncovered(self, alive: Sequence[int], mean: Floats) -> tuple[int, str] | None:
+        """The place that is first of most kinds, the most promising of them; None where each kind was looked at."""
+        known = {kind for place in self.looked for kind in _kinds(self._space[place])}
+        news = {place: [kind for kind in _kinds(self._space[place]) if kind not in known] for place in alive}
+        most = max(map(len, news.values()), default=0)
+        if most == 0:
+            return None
+        place = self._largest([place for place, new in news.items() if len(new) == most], mean)
+        return place, f"the first with {', '.join(news[place])}"
+
+    def _uncounted(self, rest: Sequence[int], mean: Floats) -> tuple[int, str] | None:
+        """The most promising with as many lanes as none looked at has: the guide asks for its rate, pay or not."""
+        counted = {lanes(self._space[place]) for place in self.looked}
+        others = [place for place in rest if lanes(self._space[place]) not in counted]
+        if not others:
+            return None
+        place = self._largest(others, mean)
+        return place, f"the first with workers or instances {lanes(self._space[place])}"
+
+    def outcome(self, stopped: Literal["nothing_pays", "points", "minutes", "exhausted"]) -> ServingSearch:
+        """What came of it; the best is the one that the model, with all that was seen, has for the best."""
+        mean, _ = self._surface.predict(self._seen())
+        good = [place for place, point in self.looked.items() if point.score is not None]
+        best = self._looked_at(max(good, key=lambda place: mean[place], default=None))
+        below = self._best(mean) + self._pays
+        bounded = sum(
+            bool(self._bounds[place] <= below) for place in range(len(self._space)) if place not in self.looked
+        )
+        maxima = {}
+        for count in sorted({lanes(self._space[place]) for place in good}):
+            alike = [place for place in good if lanes(self._space[place]) == count]
+            maxima[count] = self.looked[max(alike, key=lambda place: mean[place])]
+        return ServingSearch(
+            space=len(self._space),
+            points=tuple(self.looked.values()),
+            best=best,
+            maxima={str(count): point for count, point in maxima.items()},
+            bounded_out=bounded,
+            stopped=stopped,
+            sentence=_told(len(self._space), tuple(self.looked.values()), best, bounded, stopped),
+        )
+
+    def _looked_at(self, place: int | None) -> ServingPoint | None:
+        return None if place is None else self.looked[place]
+
+    def _seen(self) -> dict[int, tuple[float, float]]:
+        """Logarithms and noise; a point that failed counts as half of the worst, so that its like are passed over."""
+        seen = {place: _logarithm(point.score) for place, point in self.looked.items() if point.score is not None}
+        worst = min((value for value, _ in seen.values()), default=0.0)
+        failed = {place: (worst - math.log(2), 0.3) for place, point in self.looked.items() if point.score is None}
+        return seen | (failed if seen else {})
+
+    def _best(self, mean: Floats) -> float:
+        good = [mean[place] for place, point in self.looked.items() if point.score is not None]
+        return float(max(good, default=-math.inf))
+
+    def _largest(self, places: Sequence[int], of: Floats) -> int:
+        """The place with the largest value; chance decides between equals."""
+        return max(places, key=lambda place: (round(float(of[place]), 9), int(self._turn[place])))
+
+
+def _logarithm(score: Estimate) -> tuple[float, float]:
+    if score.low is None or score.high is None or score.low <= 0:
+        return math.log(score.value), USUAL_NOISE
+    return math.log(score.value), max(LEAST_NOISE, math.log(score.high / score.low) / (2 * 1.96))
+
+
+_STOPPED = {
+    "nothing_pays": "no other is expected to pay",
+    "points": "which is the budget",
+    "minutes": "in the minutes of the budget",
+    "exhausted": "which are all",
+}
+
+
+def _told(space: int, looked: Sequence[ServingPoint], best: ServingPoint | None, bounded: int, stopped: str) -> str:
+    share = f"looked at {len(looked)} of {space} serving profiles ({100 * len(looked) / space:.0f} %)"
+    never = f"; {bounded} were never served, since in process they are too slow" if bounded else ""
+    if best is None or best.score is None:
+        return f"no profile could be served: {share}, {_STOPPED[stopped]}{never}"
+    return f"{best.profile.key} with {best.score.value:.4g} {best.score.unit}: {share}, {_STOPPED[stopped]}{never}"
