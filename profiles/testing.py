@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from profiles.load.arrivals import schedule_ns
+from profiles.load.arrivals import schedule_blocks
 from profiles.load.payloads import HEADER_LENGTH, encode_payloads
 from profiles.load.recording import NS_PER_S, Recording, Trace
 from profiles.load.transports import Status, Transport, make_transport
@@ -132,7 +132,8 @@ def simulate(law: Law, profile: LoadProfile) -> Recording:
         sent, done = _simulate_closed(law, profile.load.concurrency, length_s)
     else:
         load = profile.load
-        sent = schedule_ns(load.rate_rps, length_s, arrivals=load.arrivals, seed=profile.seed) / NS_PER_S
+        blocks = schedule_blocks(load, profile.warmup_s, profile.duration_s, seed=profile.seed)
+        sent = np.concatenate([np.empty(0, np.int64), *blocks]) / NS_PER_S
         done = np.array([at + law.delay_s(at) for at in sent.tolist()])
     late = done - sent > profile.timeout_s
     trace = Trace(

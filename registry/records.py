@@ -584,11 +584,38 @@ class OpenLoop:
     Attributes:
         rate_rps: mean arrivals a second.
         arrivals: exponential gaps, or equal ones.
+        ramp_from_rps: the warm-up rises linearly from this rate to ``rate_rps``; None for a warm-up at ``rate_rps``.
     """
 
     rate_rps: float
     arrivals: Literal["poisson", "constant"] = "poisson"
+    ramp_from_rps: float | None = None
     kind: Literal["open"] = "open"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Replay:
+    """Arrivals as they were recorded; they do not wait for answers. The warm-up has their mean rate, evenly spaced.
+
+    Attributes:
+        file: text with one arrival a line, in seconds from any origin.
+        sha256: SHA-256 (hex) of that file.
+        count: arrivals in it.
+        span_s: from the first to the last, as recorded.
+        speed: how many times faster than recorded they come.
+    """
+
+    file: str
+    sha256: str
+    count: int
+    span_s: float
+    speed: float = 1.0
+    kind: Literal["replay"] = "replay"
+
+    @property
+    def rate_rps(self) -> float:
+        """Mean arrivals a second, as they are offered."""
+        return self.count * self.speed / max(self.span_s, 1e-9)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -605,7 +632,7 @@ class LoadProfile:
     """
 
     name: str
-    load: ClosedLoop | OpenLoop
+    load: ClosedLoop | OpenLoop | Replay
     warmup_s: float
     duration_s: float
     timeout_s: float = 10.0

@@ -14,10 +14,13 @@ class Usage:
     Attributes:
         cpu_s: CPU seconds of all its processes, user and system, since they started.
         rss_mb: resident memory of all its processes now, in MB of 10^6 bytes.
+        instance: what tells this life of the server from the next, after a restart or an eviction; empty where that
+            is not known.
     """
 
     cpu_s: float
     rss_mb: float
+    instance: str = ""
 
 
 class Deployment(Protocol):

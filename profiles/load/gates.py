@@ -15,6 +15,8 @@ SENT_SHARE = 0.99
 ERROR_SHARE = 0.001
 IN_FLIGHT_SHARE = 0.02
 STEAL_SHARE = 0.02
+OPEN_CEILING_SHARE = 0.70
+CLOSED_CEILING_SHARE = 0.90
 
 
 def lateness(lateness_p99_ms: float, latency_p50_ms: float) -> GateFinding | None:
@@ -97,3 +99,36 @@ def steal(share: float) -> GateFinding | None:
     if share <= STEAL_SHARE:
         return None
     return GateFinding(gate="steal", observed=f"{share:.1%} of CPU time", limit=f"{STEAL_SHARE:.0%}")
+
+
+def throttling(periods: int) -> GateFinding | None:
+    """A finding where the CPU limit of the control group held its processes up: the limit was measured, not them."""
+    if periods == 0:
+        return None
+    return GateFinding(gate="throttled", observed=f"{periods} periods at the control group's CPU limit", limit="0")
+
+
+def restarts(instances: tuple[str, str] | None) -> GateFinding | None:
+    """A finding where the server was another when the window ended than when it began: restarted, or evicted.
+
+    Args:
+        instances: what tells one life of the server from the next, at both ends; None where nobody knows.
+    """
+    if instances is None or instances[0] == instances[1]:
+        return None
+    return GateFinding(gate="restarted", observed=f"{instances[0]}, then {instances[1]}", limit="one server throughout")
+
+
+def ceiling(rate_rps: float, ceiling_rps: float, *, closed: bool) -> GateFinding | None:
+    """A finding where the rate is so near to what the client has of a server that does nothing that it measures itself.
+
+    Args:
+        rate_rps: offered; in a closed loop, what came back.
+        ceiling_rps: of a closed loop against the null server, with requests of the same protocol and size.
+        closed: as for `client_cpu`: 90 % of the ceiling in a closed loop, 70 % in an open one.
+    """
+    limit = CLOSED_CEILING_SHARE if closed else OPEN_CEILING_SHARE
+    if rate_rps <= limit * ceiling_rps:
+        return None
+    observed = f"{rate_rps:.0f}/s of {ceiling_rps:.0f}/s that the client can"
+    return GateFinding(gate="ceiling", observed=observed, limit=f"{limit:.0%}")

@@ -15,14 +15,13 @@ from typing import Any
 import numpy as np
 
 from profiles.load.alarm import Alarm
-from profiles.load.arrivals import schedule_ns
+from profiles.load.arrivals import schedule_blocks
 from profiles.load.payloads import Payload
 from profiles.load.recording import NS_PER_S, Trace
 from profiles.load.transports import Reply, Status, Transport
 from registry.errors import UnreachableError
-from registry.records import ClosedLoop, LoadProfile, OpenLoop
+from registry.records import ClosedLoop, LoadProfile, OpenLoop, Replay
 
-LEAD_NS = 5_000_000
 # A connection that is refused fails in microseconds; without a pause a closed loop would spin on it.
 RETRY_PAUSE_S = 0.02
 HOPELESS_ERRORS = 50
@@ -68,13 +67,13 @@ class Offered:
 
 @dataclass(slots=True)
 class _Log:
-    """Times by request, in flat arrays: 29 bytes a request, appended as they are due."""
+    """Times by request, in flat arrays: 27 bytes a request, appended as they are due."""
 
     intended: "array[int]" = field(default_factory=lambda: array("q"))
     sent: "array[int]" = field(default_factory=lambda: array("q"))
     done: "array[int]" = field(default_factory=lambda: array("q"))
     status: "array[int]" = field(default_factory=lambda: array("b"))
-    payload: "array[int]" = field(default_factory=lambda: array("i"))
+    payload: "array[int]" = field(default_factory=lambda: array("H"))
 
     def append(self, due_ns: int, payload: int, status: int) -> int:
         """Books a request; returns its index."""
@@ -86,13 +85,13 @@ class _Log:
         return len(self.status) - 1
 
     def trace(self) -> Trace:
-        """All of it as numpy arrays."""
+        """All of it as numpy arrays, which are views: nothing can be appended any more."""
         return Trace(
-            intended_ns=np.array(self.intended, dtype=np.int64),
-            sent_ns=np.array(self.sent, dtype=np.int64),
-            done_ns=np.array(self.done, dtype=np.int64),
-            status=np.array(self.status, dtype=np.int8),
-            payload=np.array(self.payload, dtype=np.int32),
+            intended_ns=np.frombuffer(self.intended, dtype=np.int64),
+            sent_ns=np.frombuffer(self.sent, dtype=np.int64),
+            done_ns=np.frombuffer(self.done, dtype=np.int64),
+            status=np.frombuffer(self.status, dtype=np.int8),
+            payload=np.frombuffer(self.payload, dtype=np.uint16),
         )
 
 
@@ -101,8 +100,10 @@ class Window:
 
     Args:
         transport: open, and known to answer.
-        payloads: rotated in an order of chance.
+        payloads: rotated in an order of chance; at most 65,536.
         profile: what to offer.
+        lane: which share of an open loop's arrivals this window sends, see `schedule_blocks`.
+        lanes: how many shares there are.
         keep: most replies to keep for checking, and most first ones of connections.
         on_begin: called when the window begins.
         on_end: called when it ends, before the last answers.
@@ -114,6 +115,8 @@ class Window:
         payloads: tuple[Payload, ...],
         profile: LoadProfile,
         *,
+        lane: int = 0,
+        lanes: int = 1,
         keep: int = 0,
         on_begin: Callable[[], None] = lambda: None,
         on_end: Callable[[], None] = lambda: None,
@@ -121,12 +124,15 @@ class Window:
         self._transport = transport
         self._payloads = payloads
         self._profile = profile
+        self._lane, self._lanes = lane, lanes
         self._keep = keep
         self._on_begin = on_begin
         self._on_end = on_end
         self._timeout_ns = int(profile.timeout_s * NS_PER_S)
         self._log = _Log()
-        self._rotation = itertools.cycle(np.random.default_rng(profile.seed).permutation(len(payloads)).tolist())
+        self._rotation = itertools.cycle(
+            np.random.default_rng((profile.seed, lane)).permutation(len(payloads)).tolist()
+        )
         self._tasks: set[asyncio.Task[None]] = set()
         self._in_flight = 0
         self._samples: list[tuple[int, int]] = []
@@ -138,14 +144,16 @@ class Window:
         self._refused_since_ns = 0
         self._bug: BaseException | None = None
 
-    async def run(self) -> Offered:
+    async def run(self, begin_ns: int) -> Offered:
         """Offers the load and waits for its answers, at most the timeout beyond the window's end.
+
+        Args:
+            begin_ns: when the warm-up begins, on ``time.perf_counter_ns``.
 
         Raises:
             UnreachableError: the server is gone: connections fail without one success for a second.
         """
         self._alarm = Alarm(asyncio.get_running_loop())
-        begin_ns = time.perf_counter_ns() + LEAD_NS
         self._start_ns = begin_ns + int(self._profile.warmup_s * NS_PER_S)
         self._end_ns = self._start_ns + int(self._profile.duration_s * NS_PER_S)
         self._next_kept_ns = self._start_ns
@@ -153,7 +161,7 @@ class Window:
         watch = [marking, asyncio.create_task(self._sample())]
         try:
             load = self._profile.load
-            await (self._closed(load) if isinstance(load, ClosedLoop) else self._open(load, begin_ns))
+            await (self._closed(load, begin_ns) if isinstance(load, ClosedLoop) else self._open(load, begin_ns))
             await self._drain()
             self._check_hope()
             await marking  # the last answer may come before the window's end
@@ -174,12 +182,12 @@ class Window:
 
     # --- the two loads ---
 
-    async def _open(self, load: OpenLoop, begin_ns: int) -> None:
-        length_s = (self._end_ns - begin_ns) / NS_PER_S
-        due = schedule_ns(load.rate_rps, length_s, arrivals=load.arrivals, seed=self._profile.seed)
-        unread = 0
-        # A flat array: a list of Python's integers would take five times the memory.
-        for due_ns in array("q", (due + begin_ns).tobytes()):
+    async def _open(self, load: OpenLoop | Replay, begin_ns: int) -> None:
+        profile, unread = self._profile, 0
+        blocks = schedule_blocks(
+            load, profile.warmup_s, profile.duration_s, seed=profile.seed, lane=self._lane, lanes=self._lanes
+        )
+        for due_ns in (due for block in blocks for due in (block + begin_ns).tolist()):
             if due_ns > time.perf_counter_ns():
                 await self._alarm.until(due_ns)
                 unread = 0
@@ -203,7 +211,8 @@ class Window:
         finally:
             self._in_flight -= 1
 
-    async def _closed(self, load: ClosedLoop) -> None:
+    async def _closed(self, load: ClosedLoop, begin_ns: int) -> None:
+        await self._alarm.until(begin_ns)
         for _ in range(load.concurrency):
             self._start(self._keep_sending())
         while self._tasks:
@@ -302,7 +311,7 @@ class Window:
         """Counts what is in flight at instants of chance, which see averages as time does (PASTA)."""
         await asyncio.sleep(max(0.0, (self._start_ns - time.perf_counter_ns()) / NS_PER_S))
         mean_s = max(0.005, self._profile.duration_s / SAMPLES_A_WINDOW)
-        chance = np.random.default_rng(self._profile.seed)
+        chance = np.random.default_rng((self._profile.seed, self._lane))
         while (now_ns := time.perf_counter_ns()) < self._end_ns:
             self._samples.append((now_ns, self._transport.in_flight))
             await asyncio.sleep(chance.exponential(mean_s))

@@ -2,6 +2,9 @@
 
 Jobs come as JSON lines on stdin, events go as JSON lines to stdout; arrays go to the path the job names. When stdin
 closes, because the parent closed it or died, the process ends, whatever it is doing.
+
+A job goes through these events: ``prepared`` (connected, and answered once), then the parent says when to begin (one
+time for all workers, on the machine's monotonic clock), ``begin`` and ``end`` of the window, ``done``; or ``failed``.
 """
 
 import asyncio
@@ -16,14 +19,16 @@ import time
 from pathlib import Path
 from typing import Any, TextIO
 
+import numpy as np
+
 from profiles.load.payloads import Payload
 from profiles.load.priority import go_first
-from profiles.load.recording import save_arrays
+from profiles.load.recording import save_columns
 from profiles.load.transports import Reply, Status, Transport, make_transport
 from profiles.load.window import Kept, Offered, Window
 from registry.codec import from_jsonable
 from registry.errors import BurnishError, StorageError, UnreachableError
-from registry.records import ClosedLoop, LoadProfile, OpenLoop, Target
+from registry.records import ClosedLoop, LoadProfile, OpenLoop, Replay, Target
 
 FIRST_ANSWER_S = 30.0
 CONNECT_S = 10.0
@@ -44,7 +49,7 @@ def main() -> None:
     while True:
         job = json.loads(jobs.get())
         try:
-            _say(events, {"event": "done", **asyncio.run(_serve(job, events))})
+            _say(events, {"event": "done", **asyncio.run(_serve(job, jobs, events))})
         except BurnishError as error:
             _say(events, {"event": "failed", "kind": error.kind, "message": error.message, "hint": error.hint})
 
@@ -67,7 +72,7 @@ def _read_jobs(jobs: "queue.SimpleQueue[str]") -> None:
     os._exit(0)
 
 
-async def _serve(job: dict[str, Any], events: TextIO) -> dict[str, Any]:
+async def _serve(job: dict[str, Any], jobs: "queue.SimpleQueue[str]", events: TextIO) -> dict[str, Any]:
     target = from_jsonable(Target, job["target"])
     profile = from_jsonable(LoadProfile, job["profile"])
     payloads = _read_payloads(job["payloads"])
@@ -76,12 +81,23 @@ async def _serve(job: dict[str, Any], events: TextIO) -> dict[str, Any]:
     try:
         await transport.open(CONNECT_S)
         first = await _first_answer(transport, payloads, target, max(FIRST_ANSWER_S, profile.timeout_s))
-        window = Window(transport, payloads, profile, keep=job["keep"], on_begin=witness.begin, on_end=witness.end)
+        window = Window(
+            transport,
+            payloads,
+            profile,
+            lane=job["lane"],
+            lanes=job["lanes"],
+            keep=job["keep"],
+            on_begin=witness.begin,
+            on_end=witness.end,
+        )
         gc.collect()
         gc.freeze()
         gc.disable()
         try:
-            offered = await window.run()
+            _say(events, {"event": "prepared"})
+            begin = json.loads(await asyncio.to_thread(jobs.get))
+            offered = await window.run(begin["begin_ns"])
         finally:
             gc.enable()
             gc.unfreeze()
@@ -90,7 +106,7 @@ async def _serve(job: dict[str, Any], events: TextIO) -> dict[str, Any]:
     return _report(job, offered, (Kept(payload=0, reply=first), *offered.firsts), witness)
 
 
-def _connections(load: ClosedLoop | OpenLoop) -> int:
+def _connections(load: ClosedLoop | OpenLoop | Replay) -> int:
     """Connections of gRPC: one a loop up to 16, eight for an open loop, so that none carries many streams."""
     return min(load.concurrency, 16) if isinstance(load, ClosedLoop) else 8
 
@@ -117,18 +133,20 @@ class _Witness:
         self._events = events
         self.client_cpu = 0.0
         self.steal = 0.0
-        self._at: tuple[int, int, tuple[int, int]] | None = None
+        self.throttled = 0
+        self._at: tuple[int, int, tuple[int, int], int] | None = None
 
     def begin(self) -> None:
-        self._at = (time.perf_counter_ns(), time.process_time_ns(), machine_ticks())
+        self._at = (time.perf_counter_ns(), time.process_time_ns(), machine_ticks(), throttled_periods())
         _say(self._events, {"event": "begin"})
 
     def end(self) -> None:
         assert self._at is not None
-        wall_ns, cpu_ns, (stolen, total) = self._at
+        wall_ns, cpu_ns, (stolen, total), throttled = self._at
         self.client_cpu = (time.process_time_ns() - cpu_ns) / max(1, time.perf_counter_ns() - wall_ns)
         stolen_now, total_now = machine_ticks()
         self.steal = (stolen_now - stolen) / max(1, total_now - total)
+        self.throttled = throttled_periods() - throttled
         _say(self._events, {"event": "end"})
 
 
@@ -142,6 +160,21 @@ def machine_ticks() -> tuple[int, int]:
     return ticks[7], sum(ticks)
 
 
+def throttled_periods(root: Path = Path("/sys/fs/cgroup")) -> int:
+    """In how many periods so far the CPU limit of this process's control group held it up; 0 where there is none.
+
+    Args:
+        root: where control groups are mounted: those of version 2, or of version 1 with its ``cpu`` controller.
+    """
+    for path in (root / "cpu.stat", root / "cpu,cpuacct" / "cpu.stat", root / "cpu" / "cpu.stat"):
+        try:
+            stat = dict(line.split()[:2] for line in path.read_text(encoding="ascii").splitlines())
+            return int(stat["nr_throttled"])
+        except (OSError, ValueError, KeyError):
+            continue
+    return 0
+
+
 def _read_payloads(job: dict[str, Any]) -> tuple[Payload, ...]:
     content = Path(job["path"]).read_bytes()
     return tuple(
@@ -150,16 +183,10 @@ def _read_payloads(job: dict[str, Any]) -> tuple[Payload, ...]:
 
 
 def _report(job: dict[str, Any], offered: Offered, firsts: tuple[Kept, ...], witness: _Witness) -> dict[str, Any]:
-    recording = offered.trace.window(
-        offered.start_ns,
-        offered.end_ns,
-        samples=offered.samples,
-        client_cpu=witness.client_cpu,
-        steal=witness.steal,
-        first_error=offered.first_error,
-    )
+    trace, window = offered.trace, (offered.start_ns, offered.end_ns)
+    first, beyond = np.searchsorted(trace.intended_ns, window)
     try:
-        save_arrays(Path(job["raw"]), recording)
+        save_columns(Path(job["raw"]), trace.inside(*window), int(beyond - first))
         replies = _write_replies(Path(job["replies"]), (*offered.kept, *firsts))
     except OSError as error:
         raise StorageError(
@@ -170,19 +197,11 @@ def _report(job: dict[str, Any], offered: Offered, firsts: tuple[Kept, ...], wit
         "replies": replies[: len(offered.kept)],
         "firsts": replies[len(offered.kept) :],
         "recording": {
-            name: getattr(recording, name)
-            for name in (
-                "window_s",
-                "answered",
-                "answered_share",
-                "in_flight_start",
-                "in_flight_end",
-                "sampled",
-                "recorded",
-                "client_cpu",
-                "steal",
-                "first_error",
-            )
+            **trace.counts(*window, offered.samples),
+            "client_cpu": witness.client_cpu,
+            "steal": witness.steal,
+            "throttled": witness.throttled,
+            "first_error": offered.first_error,
         },
     }
 

@@ -32,6 +32,7 @@ from registry.records import (
     LoadProfile,
     Measurement,
     OpenLoop,
+    Replay,
     Round,
     RunRecord,
 )
@@ -335,7 +336,7 @@ def _at_load(
 ) -> Measurement:
     valid = [run for run in runs if run.valid]
     arrays = [load_arrays(raw_root / run.raw, run.raw_sha256) for run in valid]
-    latencies = [_latencies(run, stored) for run, stored in zip(valid, arrays, strict=True)]
+    latencies = [_latencies(stored) for stored in arrays]
     services = [_services(stored) for stored in arrays]
     utilisation = _utilisation(runs[0].load.load, capacity)
     metrics = {
@@ -350,16 +351,16 @@ def _at_load(
     return Measurement(candidate_id=candidate_id, load=load, metrics=metrics, invalid_runs=len(runs) - len(valid))
 
 
-def _utilisation(load: ClosedLoop | OpenLoop, capacity: Capacity) -> float | None:
+def _utilisation(load: ClosedLoop | OpenLoop | Replay, capacity: Capacity) -> float | None:
     """The rate as a share of the saturation point; None where one of the two is not known."""
     if isinstance(load, ClosedLoop) or capacity.saturation_rps is None:
         return None
     return load.rate_rps / capacity.saturation_rps
 
 
-def _latencies(run: RunRecord, stored: Mapping[str, NDArray[np.int64]]) -> NDArray[np.float64]:
+def _latencies(stored: Mapping[str, NDArray[np.int64]]) -> NDArray[np.float64]:
     status = stored["status"].astype(np.int8)
-    return latency_ms(stored["intended_ns"], stored["done_ns"], status, run.load.timeout_s)
+    return latency_ms(stored["intended_ns"], stored["done_ns"], status)
 
 
 def _services(stored: Mapping[str, NDArray[np.int64]]) -> NDArray[np.float64]:
@@ -378,7 +379,7 @@ def _values(
             if run.load.name.removesuffix(AGAIN) == CLOSED:
                 metrics = {"max_throughput_rps": run.metrics["throughput_rps"]}
             else:
-                latencies = _latencies(run, load_arrays(raw_root / run.raw, run.raw_sha256))
+                latencies = _latencies(load_arrays(raw_root / run.raw, run.raw_sha256))
                 metrics = {
                     f"latency_p{percentile}_ms": nearest_rank(latencies, percentile)
                     for percentile in level.percentiles

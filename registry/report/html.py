@@ -8,7 +8,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from registry.records import Campaign, ClosedLoop, Comparison, Judgement, LoadProfile, Variant
+from registry.records import Campaign, ClosedLoop, Comparison, Judgement, LoadProfile, Replay, Variant
 from registry.report import numbers, pictures
 from registry.report.table import Row, engine_words, latency_name, printable, rows, serving_words
 from registry.tracked import stage_words
@@ -224,6 +224,8 @@ def _load_words(profile: LoadProfile) -> str:
     window = f"{numbers.plain(profile.duration_s)} s after {numbers.plain(profile.warmup_s)} s of warm-up"
     if isinstance(profile.load, ClosedLoop):
         return f"{profile.name}: closed loop, {profile.load.concurrency} outstanding, {window}"
+    if isinstance(profile.load, Replay):
+        return f"{profile.name}: recorded arrivals, {window}"
     arrivals = "Poisson arrivals" if profile.load.arrivals == "poisson" else "evenly spaced arrivals"
     return f"{profile.name}: open loop, {arrivals}, {window}"
 

@@ -116,8 +116,8 @@ def test_overload_drops_and_ends_in_bounded_time(generator: LoadGenerator, tmp_p
     assert time.monotonic() - began < 6
     assert record.errors["dropped"] > 20
     assert {"errors", "offered"} <= gates(record)
-    # A dropped request is a miss: it counts at least the timeout.
-    assert record.metrics["latency_max_ms"] >= 300
+    # A dropped request is a miss: nobody knows what its latency would have been.
+    assert not {"latency_max_ms", "latency_p90_ms"} & set(record.metrics)
     assert record.ok + sum(record.errors.values()) == record.scheduled
 
 
@@ -255,9 +255,7 @@ def test_no_process_is_left(tmp_path: Path) -> None:
 
 def test_the_process_ends_with_the_pipe_to_it(tmp_path: Path) -> None:
     with LoadGenerator(None, tmp_path) as generator:
-        generator._start()
-        process = generator._process
-        assert process is not None
+        process = generator._workers[0].start()
         assert process.stdin is not None
         process.stdin.close()
         assert process.wait(timeout=5) == 0
