@@ -1,7 +1,8 @@
 """Serving candidates and measuring them in interleaved rounds, each result committed before the next begins."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from profiles.deploy.cluster import Cluster, Deployment
 from profiles.load.engine import LoadGenerator
 from profiles.load.payloads import Expected, Payload, encode_payloads, expected_answers
 from profiles.measure.capacity import find_capacity
+from profiles.measure.compare import looks_at
 from profiles.measure.equivalence import MOST_ROWS, Reference, check_equivalence
-from profiles.measure.rounds import AGAIN, Slot, measure_in_round, round_order
+from profiles.measure.rounds import AGAIN, Slot, measure_in_round, round_order, undecided
 from registry.codec import digest
 from registry.errors import (
     BurnishError,
@@ -97,7 +99,8 @@ def measure(
 
     All candidates stay deployed through all rounds, so that rounds alternate quickly; each waits idle while another is
     measured. Where the campaign's limits say ``deployed: one``, each is deployed for its turn alone. Servers and load
-    generator are pinned to CPUs of their own.
+    generator are pinned to CPUs of their own. Candidates that in an objective are neither certainly another than the
+    baseline nor its like go on with it for more rounds, where the level has more.
 
     Args:
         workspace: the plan, and where results go.
@@ -121,9 +124,13 @@ def measure(
         workspace.observer.phase("Measuring", len(servings) + len(slots) * plan.level.rounds)
         for serving in servings:
             hall.attempt(serving, hall.find_capacity)
-        for number in range(plan.level.rounds):
-            for position, slot in enumerate(round_order(plan.config.seed, number, slots)):
-                hall.attempt(hall.servings[slot.candidate_id], hall.in_slot(slot, number, position))
+        hall.play(slots, range(plan.level.rounds))
+        for played, look in pairwise(looks_at(plan.level.rounds, plan.level.most_rounds)):
+            slots = hall.undecided(slots)
+            if not slots:
+                break
+            workspace.observer.phase("Measuring what is undecided", len(slots) * (look - played))
+            hall.play(slots, range(played, look))
     return hall.measured()
 
 
@@ -299,11 +306,30 @@ class _Hall:
             limits=limits_of(self._workspace),
         )
 
-    def in_slot(self, slot: Slot, number: int, position: int) -> Callable[[Serving], str]:
-        """The work of measuring the slot's candidate in it."""
-        return lambda serving: self._measure_round(serving, slot, number, position)
+    def play(self, slots: Sequence[Slot], numbers: Iterable[int]) -> None:
+        """Measures these slots in rounds of these numbers."""
+        together = sorted({slot.candidate_id for slot in slots})
+        for number in numbers:
+            for position, slot in enumerate(round_order(self._plan.config.seed, number, slots)):
+                self.attempt(self.servings[slot.candidate_id], self._in_slot(slot, number, position, together))
 
-    def _measure_round(self, serving: Serving, slot: Slot, number: int, position: int) -> str:
+    def undecided(self, slots: Sequence[Slot]) -> list[Slot]:
+        """The slots of candidates that the rounds so far leave open in an objective, and of their baselines."""
+        wanted = [(objective.metric, objective.load) for objective in self._plan.policy.objectives]
+        left: set[str] = set()
+        standing = [one for identity, one in self.servings.items() if identity not in self._failures]
+        for baseline in (one.candidate for one in standing if one.baseline):
+            alike = {one.candidate.id for one in standing if one.candidate.serving == baseline.serving}
+            rounds = [one for one in self._rounds if one.candidate_id in alike]
+            found = undecided(baseline.id, rounds, wanted, raw_root=self._plan.work, level=self._plan.level)
+            left |= {baseline.id, *found} if found else set()
+        return [slot for slot in slots if slot.candidate_id in left]
+
+    def _in_slot(self, slot: Slot, number: int, position: int, together: list[str]) -> Callable[[Serving], str]:
+        """The work of measuring the slot's candidate in it."""
+        return lambda serving: self._measure_round(serving, slot, number, position, together=together)
+
+    def _measure_round(self, serving: Serving, slot: Slot, number: int, position: int, *, together: list[str]) -> str:
         candidate_id = serving.candidate.id
         components = {
             "candidate": candidate_id,
@@ -311,7 +337,7 @@ class _Hall:
             # Pairs are compared because they stand close together in time: runs of a round with other candidates in
             # it, perhaps of another day, are no pairs of this one's. Planned candidates count, failed or not. A round
             # that a kill has parted in two stays one; the drift between its halves is what its noise floor is for.
-            "candidates": sorted(self.servings),
+            "candidates": together,
             "loads": list(self._loads),
             "round": number,
             **self._shared,

@@ -22,6 +22,31 @@ LARGEST_FLOOR = 0.10
 FEWEST_TO_PERMUTE, MOST_TO_PERMUTE = 6, 15
 
 
+def looks_at(first: int, most: int) -> tuple[int, ...]:
+    """After how many rounds it is looked whether more are needed: the first number, halfway to the last, the last."""
+    return tuple(sorted({first, (first + most + 1) // 2, most}))
+
+
+def spent_at(rounds: int, first: int, most: int, alpha: float = 1 - CONFIDENCE) -> float:
+    """The chance to declare a difference that is none which the look after so many rounds may take.
+
+    Who looks again and again, and stops at what he likes, errs more often than each look says. So the chance is shared
+    out among the looks in proportion to the rounds that each adds; as shares add up to ``alpha``, so at most do the
+    errors, however the looks depend on each other. (Alpha spending with a linear function: Lan and DeMets, "Discrete
+    sequential boundaries for clinical trials", 1983; each share tested by itself, after Bonferroni.)
+
+    Args:
+        rounds: played so far.
+        first: rounds before the first look.
+        most: rounds before the last one.
+        alpha: the chance over all looks.
+    """
+    places = looks_at(first, most)
+    place = max((index for index, look in enumerate(places) if look <= rounds), default=0)
+    before = places[place - 1] if place else 0
+    return alpha * (places[place] - before) / places[-1]
+
+
 def larger_is_better(metric: str) -> bool:
     """Whether more of the metric is faster: true for rates, false for times and costs."""
     return metric.endswith("_rps")

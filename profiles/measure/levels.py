@@ -7,7 +7,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field
 
 from registry.documents import load_document
-from registry.errors import InputError
+from registry.errors import DocumentError, InputError
 
 LIBRARY = Path(__file__).parents[1] / "library" / "levels.yaml"
 
@@ -22,6 +22,7 @@ class Level:
         screen_s: in-process timing of each variant, at each batch size.
         served: how many of the best screened variants are served beside the baseline; None for all.
         rounds: in each every candidate is measured once.
+        most_rounds: as many are played by candidates of which fewer do not say whether they differ from the baseline.
         reruns: how often an invalid window is measured again.
         a_a: whether the baseline has two slots in each round, for the noise floor.
         warmup_s: sent before each window, not recorded.
@@ -42,6 +43,7 @@ class Level:
     screen_s: float
     served: int | None
     rounds: int
+    most_rounds: int
     reruns: int
     a_a: bool
     warmup_s: float
@@ -70,6 +72,7 @@ class _LevelModel(BaseModel):
     screen_s: float = Field(gt=0)
     served: int | None = Field(ge=1)
     rounds: int = Field(ge=1)
+    most_rounds: int = Field(ge=1)
     reruns: int = Field(ge=0)
     a_a: bool
     warmup_s: float = Field(ge=0)
@@ -96,9 +99,15 @@ def load_levels(path: Path = LIBRARY) -> dict[str, Level]:
     """The levels of a file, by name; those that ship with burnish unless another file is named.
 
     Raises:
-        DocumentError: the file is not a list of levels.
+        DocumentError: the file is not a list of levels, or one has more rounds than it may have.
     """
     document = load_document(path, _LevelsModel)
+    for model in document.levels:
+        if model.most_rounds < model.rounds:
+            raise DocumentError(
+                f"{path}: the level {model.name} has {model.rounds} rounds and at most {model.most_rounds}",
+                hint="most_rounds is at least rounds.",
+            )
     return {model.name: Level(**model.model_dump()) for model in document.levels}
 
 

@@ -24,6 +24,7 @@ CONFIDENCE = 0.95
 # even long ones then seldom show the tail (at 0.9 of an M/M/1 queue five runs of 2,000 requests miss the p99 in one
 # interval of four). A tail begins above the median.
 MOST_UTILISATION = 0.85
+_MISSES = "runs with the percentile among their misses"
 
 
 def nearest_rank(values: NDArray[np.float64] | Sequence[float], percentile: float) -> float:
@@ -60,21 +61,27 @@ def estimate_percentile(
     is told, as value and end at once.
 
     Args:
-        runs_ms: the latencies of each run; a run that is too short for the percentile is left out.
+        runs_ms: the latencies of each run, infinite where a request was missed; a run that is too short for the
+            percentile is left out.
         percentile: one of those in `EARNED`.
         utilisation: the rate as a share of the saturation point, where that is known.
 
     Returns:
-        None where there are fewer requests than decide on a limit.
+        None where there are fewer requests than decide on a limit, or where so many were missed that the percentile is
+        among them.
     """
     counted = [values for values in runs_ms if is_earned(percentile, len(values), in_run=True)]
     requests = sum(map(len, counted))
     if not counted or requests < min(EARNED[percentile], requests_needed(percentile, 1)):
         return None
     pooled = np.concatenate(counted)
+    value = nearest_rank(pooled, percentile)
     each = [nearest_rank(values, percentile) for values in counted]
-    found = estimate_over_runs(each, nearest_rank(pooled, percentile), "ms")
     earned = is_earned(percentile, requests)
+    if not math.isfinite(max(value, *each)):
+        told = Estimate(value=value, low=None, high=None, runs=len(each), method=_MISSES, unit="ms")
+        return told if earned and math.isfinite(value) else None
+    found = estimate_over_runs(each, value, "ms")
     if percentile > 50 and utilisation is not None and round(utilisation, 6) > MOST_UTILISATION:
         method = f"{found.method}, no upper end near saturation"
         return replace(found, high=None, method=method) if earned else None
@@ -82,6 +89,8 @@ def estimate_percentile(
     if found.high is None or bound is None:
         return found if earned else None
     high = max(found.high, bound)
+    if not math.isfinite(high):
+        return replace(found, high=None, method=f"{found.method}, no upper end for misses") if earned else None
     if earned:
         return replace(found, high=high)
     return replace(found, value=high, low=None, high=high, method=f"upper end, {found.method}")

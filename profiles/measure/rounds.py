@@ -5,6 +5,7 @@ chance gave (`round_order`); what came of a slot (`measure_in_round`) is committ
 last round `reduce_rounds` gives each candidate's measurements and `compare_rounds` its comparisons with the baseline.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -19,10 +20,12 @@ from profiles.load.engine import LoadGenerator
 from profiles.load.payloads import Expected, Payload
 from profiles.load.recording import NS_PER_MS, latency_ms, load_arrays
 from profiles.load.transports import Status
+from profiles.measure.breakdown import read_counts, times_over_runs, with_breakdown
 from profiles.measure.capacity import estimate_saturation
-from profiles.measure.compare import SMALLEST_FLOOR, compare_pairs, noise_floor
+from profiles.measure.compare import compare_pairs, noise_floor, spent_at
 from profiles.measure.levels import Level
 from profiles.measure.percentiles import estimate_over_runs, estimate_percentile, is_earned, nearest_rank
+from profiles.measure.resources import RESOURCES, GpuProbe, PackageEnergy, ResourceMeter, peak_over_runs
 from registry.errors import InputError
 from registry.records import (
     Capacity,
@@ -106,6 +109,8 @@ def measure_in_round(
     folder: Path,
     expected: Expected | None = None,
     again: bool = False,
+    gpus: GpuProbe | None = None,
+    package: PackageEnergy | None = None,
 ) -> Round:
     """What one candidate gives in one slot of a round: a closed-loop run at its best concurrency, and one at each load.
 
@@ -128,6 +133,8 @@ def measure_in_round(
         expected: the reference's answers, to check replies under load.
         again: whether it is the candidate's second slot; its runs are named with `AGAIN`, and give the noise floor
             together with those of the first.
+        gpus: reads those that the server uses; None where there are none.
+        package: the energy of this machine's CPU; None where it is not asked for.
 
     Raises:
         UnreachableError: the server refused, or stopped answering.
@@ -136,15 +143,20 @@ def measure_in_round(
     """
 
     def run(profile: LoadProfile, path: Path) -> RunRecord:
-        return generator.run(
+        meter = ResourceMeter(deployment.usage, gpus=gpus, package=package)
+        # The server is asked before and after the load, so that no answer to us stands in a window's way.
+        before = read_counts(deployment.statistics)
+        record = generator.run(
             deployment.target,
             payloads,
             profile,
             raw_path=path,
             raw_root=raw_root,
-            usage=deployment.usage,
+            usage=meter.read,
             expected=expected,
         )
+        after = read_counts(deployment.statistics)
+        return with_breakdown(meter.completed(record), before, after, raw_root=raw_root)
 
     suffix = AGAIN if again else ""
     runs = []
@@ -201,6 +213,7 @@ def reduce_rounds(
     raw_root: Path,
     level: Level,
     load_time_s: float | Sequence[float] | None = None,
+    first_request_ms: float | None = None,
 ) -> tuple[Measurement, ...]:
     """What the valid runs of one candidate say together.
 
@@ -211,10 +224,12 @@ def reduce_rounds(
         raw_root: the campaign's folder.
         level: says which percentiles may be reported.
         load_time_s: how long the model took to be ready, at each deployment where there were several.
+        first_request_ms: how long it then took for its first request.
 
     Returns:
-        One measurement that belongs to no load (``max_throughput_rps``, ``saturation_rps``, ``cpu_s_per_1k``,
-        ``rss_mb``, ``load_time_s``), and one a load with its latencies. A metric is left out where no valid run has
+        One measurement that belongs to no load (``max_throughput_rps``, ``saturation_rps``, ``load_time_s``,
+        ``first_request_ms``, ``peak_rss_mb`` and `RESOURCES` at the closed-loop maximum), and one a load with its
+        latencies, where its time went, and its resources. A metric is left out where no valid run has
         it, or too few requests are behind it. Runs of an A/A pair's second half are not among them.
 
     Raises:
@@ -223,12 +238,17 @@ def reduce_rounds(
     of_load = _runs_by_load(candidate_id, rounds)
     closed = of_load.pop(CLOSED, [])
     valid = [run for run in closed if run.valid]
-    metrics = _over_runs(valid, {"throughput_rps": ("max_throughput_rps", "1/s"), **_RESOURCES})
+    metrics = _over_runs(valid, {"throughput_rps": ("max_throughput_rps", "1/s"), **RESOURCES})
+    # What spoils a window's times does not spoil this.
+    if (peak := peak_over_runs(run for one in rounds if one.candidate_id == candidate_id for run in one.runs)) is not None:
+        metrics["peak_rss_mb"] = peak
     if (saturation := estimate_saturation(capacity)) is not None:
         metrics["saturation_rps"] = saturation
     times = [load_time_s] if isinstance(load_time_s, int | float) else list(load_time_s or ())
     if times:
         metrics["load_time_s"] = estimate_over_runs(times, None, "s")
+    if first_request_ms is not None:
+        metrics["first_request_ms"] = estimate_over_runs([first_request_ms], None, "ms")
     whole = Measurement(candidate_id=candidate_id, load=None, metrics=metrics, invalid_runs=len(closed) - len(valid))
     return (
         whole,
@@ -240,37 +260,42 @@ def reduce_rounds(
 
 
 def compare_rounds(
-    baseline_id: str, rounds: Sequence[Round], *, raw_root: Path, level: Level
+    baseline_id: str, rounds: Sequence[Round], *, raw_root: Path, level: Level, a_a_id: str | None = None
 ) -> tuple[Comparison, ...]:
     """Every other candidate against the baseline, in ``max_throughput_rps`` and the latencies at each load.
 
     Pairs are those of rounds in which both have a valid run with the metric. The noise floor of a metric is the
-    largest difference between the baseline's two runs of the same round, at least 2 %.
+    largest difference between two runs of the same thing in the same round, at least 2 %. Where the level allows more
+    rounds for what is undecided, each look at the rounds spends a part of the chance to err (`spent_at`).
 
     Args:
         baseline_id: the candidate that the others are held against.
         rounds: of the campaign.
         raw_root: the campaign's folder.
-        level: says which percentiles count.
+        level: says which percentiles count, and when the rounds are looked at.
+        a_a_id: the candidate that has two slots in each round, which is not compared itself; the baseline if None.
 
     Raises:
         InputError: arrays of a run are missing or damaged, or are not those that were measured.
     """
     values = dict(_values(rounds, raw_root, level))
+    twice = a_a_id or baseline_id
     numbers = sorted({number for _, number, _ in values})
-    others = sorted({identity for identity, _, _ in values} - {baseline_id})
+    others = sorted({identity for identity, _, _ in values} - {baseline_id, twice})
     loads = sorted({load for _, _, load in values if not load.endswith(AGAIN)})
+    confidence = {other: 1 - spent_at(_played(other, rounds), level.rounds, level.most_rounds) for other in others}
 
-    def pairs(one: str, one_load: str, load: str, metric: str) -> list[tuple[float, float]]:
-        both = ((values.get((one, n, one_load), {}), values.get((baseline_id, n, load), {})) for n in numbers)
-        return [(mine[metric], base[metric]) for mine, base in both if mine.get(metric, 0) > 0 < base.get(metric, 0)]
+    def pairs(one: tuple[str, str], other: tuple[str, str], metric: str) -> list[tuple[float, float]]:
+        """Values of two (candidate, load) in the rounds that both have part in."""
+        each = ([values.get((identity, n, load), {}).get(metric) for identity, load in (one, other)] for n in numbers)
+        return [(first, second) for first, second in each if first is not None and second is not None]
 
     comparisons = []
     for load in loads:
         for metric in _compared(load, level):
-            floor = noise_floor(pairs(baseline_id, load + AGAIN, load, metric))
+            floor = noise_floor(pairs((twice, load + AGAIN), (twice, load), metric))
             for other in others:
-                found = pairs(other, load, load, metric)
+                found = pairs((other, load), (baseline_id, load), metric)
                 if found:
                     comparisons.append(
                         compare_pairs(
@@ -279,16 +304,40 @@ def compare_rounds(
                             baseline_id=baseline_id,
                             metric=metric,
                             load=None if load == CLOSED else load,
-                            noise_floor=max(floor, SMALLEST_FLOOR),
+                            noise_floor=floor,
+                            confidence=confidence[other],
                         )
                     )
     return tuple(comparisons)
 
 
+def undecided(
+    baseline_id: str,
+    rounds: Sequence[Round],
+    wanted: Iterable[tuple[str, str | None]],
+    *,
+    raw_root: Path,
+    level: Level,
+) -> frozenset[str]:
+    """Candidates of which these rounds do not say whether they differ from the baseline in what is wanted.
+
+    Args:
+        baseline_id: the candidate that the others are held against.
+        rounds: so far.
+        wanted: (metric, load it belongs to or None) of each comparison that must be decided; those that are no
+            comparisons of rounds are passed over.
+        raw_root: the campaign's folder.
+        level: as for `compare_rounds`.
+
+    Raises:
+        InputError: arrays of a run are missing or damaged, or are not those that were measured.
+    """
+    keys = set(wanted)
+    told = compare_rounds(baseline_id, rounds, raw_root=raw_root, level=level)
+    return frozenset(one.candidate_id for one in told if (one.metric, one.load) in keys and one.word == "undecided")
+
+
 # --- names and seeds ---------------------------------------------------------------------------------------------
-
-_RESOURCES = {"cpu_s_per_1k": ("cpu_s_per_1k", "s"), "rss_mb": ("rss_mb", "MB")}
-
 
 def _window_seed(seed: int, number: int, name: str, again: bool) -> int:
     """The same for all candidates, another for each round, load and half of an A/A pair."""
@@ -303,6 +352,11 @@ def _slug(name: str) -> str:
 def _closed_rps(concurrency: int, capacity: Capacity) -> float:
     """The ladder's throughput at the nearest concurrency that was tried and is not higher."""
     return max((rps for tried, rps in capacity.ladder if tried <= concurrency), default=0.0)
+
+
+def _played(candidate_id: str, rounds: Iterable[Round]) -> int:
+    """How many rounds the candidate has had part in."""
+    return len({one.number for one in rounds if one.candidate_id == candidate_id})
 
 
 def _compared(load: str, level: Level) -> list[str]:
@@ -347,7 +401,7 @@ def _at_load(
     service = estimate_percentile(services, 50)
     if service is not None:
         metrics["service_p50_ms"] = service
-    metrics |= _over_runs(valid, {"throughput_rps": ("throughput_rps", "1/s"), **_RESOURCES})
+    metrics |= _over_runs(valid, {"throughput_rps": ("throughput_rps", "1/s"), **RESOURCES}) | times_over_runs(valid)
     return Measurement(candidate_id=candidate_id, load=load, metrics=metrics, invalid_runs=len(runs) - len(valid))
 
 
@@ -385,4 +439,6 @@ def _values(
                     for percentile in level.percentiles
                     if is_earned(percentile, len(latencies), in_run=True)
                 }
-            yield (one.candidate_id, one.number, run.load.name), metrics
+            # What a ratio can be taken of: a percentile among misses is infinite.
+            usable = {name: value for name, value in metrics.items() if 0 < value < math.inf}
+            yield (one.candidate_id, one.number, run.load.name), usable

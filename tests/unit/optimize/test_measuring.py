@@ -52,6 +52,7 @@ class FakeDeployment:
     load_time_s: float
     rendered: dict[str, str] = field(default_factory=lambda: {"settings.json": "{}"})
     ended: bool = False
+    statistics: None = None
 
     @property
     def target(self) -> Target:
@@ -240,6 +241,56 @@ def test_every_candidate_is_measured_and_the_baseline_twice(tmp_path: Path, gene
     # Nothing of the first round is said to be "done again" in the second.
     assert session.told.notes == []
     assert reduced(tmp_path, found)
+
+
+def rates(generator: SimulatedGenerator, monkeypatch: pytest.MonkeyPatch, **of: list[float]) -> None:
+    """Has each model answer at these rates, one after the other, in closed loops of rounds."""
+    run, left = generator.run, {model: itertools.cycle(rps) for model, rps in of.items()}
+
+    def at_its_rate(target: Target, payloads: Any, profile: LoadProfile, **given: Any) -> RunRecord:
+        record = run(target, payloads, profile, **given)
+        if not profile.name.startswith("closed"):
+            return record
+        return replace(record, metrics={**record.metrics, "throughput_rps": next(left[target.model])})
+
+    monkeypatch.setattr(generator, "run", at_its_rate)
+
+
+def test_only_what_is_undecided_goes_on_for_more_rounds(
+    tmp_path: Path, generator: SimulatedGenerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates(generator, monkeypatch, base=[100.0], fast=[300.0], same=[100.0], wavers=[90.0, 115.0])
+    session, level = Session(tmp_path, generator), replace(QUICK, rounds=3, most_rounds=6)
+    found = session.measure(BASE, FAST, serving("same"), serving("wavers"), level=level)
+    slots = [one.candidate_id for one in found.rounds]
+    assert {name: slots.count(name) for name in slots} == {"base": 12, "fast": 3, "same": 3, "wavers": 6}
+    words = {
+        one.candidate_id: (one.word, one.ratio.runs)
+        for one in compare_rounds("base", found.rounds, raw_root=tmp_path, level=level)
+        if one.metric == "max_throughput_rps"
+    }
+    assert words == {"fast": ("faster", 3), "same": ("equivalent", 3), "wavers": ("undecided", 6)}
+    # What was measured is known, and so is what was undecided of it.
+    generator.windows.clear()
+    assert Session(tmp_path, generator).measure(BASE, FAST, serving("same"), serving("wavers"), level=level) == found
+    assert generator.windows == []
+
+
+def test_rounds_end_where_a_failure_leaves_nothing_undecided(
+    tmp_path: Path, generator: SimulatedGenerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates(generator, monkeypatch, base=[100.0], wavers=[90.0, 115.0])
+
+    def die(model: str, profile: LoadProfile) -> None:
+        if model == "wavers" and len(generator.windows) > 30:
+            raise ServerDiedError("gone")
+
+    generator.before = die
+    found = Session(tmp_path, generator).measure(
+        BASE, serving("wavers"), level=replace(QUICK, rounds=6, most_rounds=12)
+    )
+    assert [failure.subject for failure in found.failures] == ["wavers @ fake"]
+    assert max(one.number for one in found.rounds) == 5
 
 
 def test_the_baselines_two_slots_do_not_always_touch(tmp_path: Path, generator: SimulatedGenerator) -> None:

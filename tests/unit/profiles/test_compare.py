@@ -2,8 +2,9 @@ import math
 
 import numpy as np
 import pytest
+from scipy import stats
 
-from profiles.measure.compare import compare_pairs, noise_floor, sign_flip_p
+from profiles.measure.compare import compare_pairs, looks_at, noise_floor, sign_flip_p, spent_at
 from registry.records import Comparison
 
 
@@ -97,3 +98,92 @@ def test_interleaved_pairs_find_a_real_difference_under_drift() -> None:
         times = np.exp(drift + chance.normal(0, 0.02, 20)).reshape(10, 2)
         found += compare([(1.15 * a, b) for a, b in times]).word == "faster"
     assert found >= 95
+
+
+def test_looks_are_few_and_share_out_the_chance_to_err() -> None:
+    assert looks_at(5, 10) == (5, 8, 10)
+    assert looks_at(3, 3) == (3,)
+    assert looks_at(5, 6) == (5, 6)
+    assert spent_at(3, 3, 3) == pytest.approx(0.05)
+    spent = [spent_at(rounds, 5, 10) for rounds in (5, 8, 10)]
+    assert spent == pytest.approx([0.025, 0.015, 0.010])
+    assert spent_at(2, 5, 10) == spent_at(6, 5, 10) == spent[0]  # rounds between looks are looked at as before
+
+
+def campaigns(chance: np.random.Generator, count: int, variants: int, rho: float) -> np.ndarray:
+    """(campaigns, 10 rounds, baseline twice and the variants) values of the same thing on a machine that drifts.
+
+    With ``rho`` 1 the drift is a random walk of 1 % a slot; else it comes back, as an autoregressive process. Each run
+    has 2 % of noise besides, and slots are in an order of chance.
+    """
+    slots = 2 + variants
+    steps = chance.normal(0, 0.01, (count, 10 * slots))
+    drift = np.zeros_like(steps)
+    for place in range(1, 10 * slots):
+        drift[:, place] = rho * drift[:, place - 1] + steps[:, place]
+    values = np.exp(drift + chance.normal(0, 0.02, steps.shape)).reshape(count, 10, slots)
+    return chance.permuted(values, axis=2)
+
+
+def look_by_look(values: np.ndarray, variant: int, *, a_a: bool) -> str:
+    """The word for one variant, with more rounds only while it is undecided."""
+    word = "undecided"
+    for rounds in looks_at(5, 10):
+        base, again, mine = values[:rounds, 0], values[:rounds, 1], values[:rounds, 2 + variant]
+        word = compare_pairs(
+            list(zip(mine, base, strict=True)),
+            candidate_id="c", baseline_id="b", metric="max_throughput_rps", load=None,
+            noise_floor=noise_floor(list(zip(again, base, strict=True))) if a_a else 0.0,
+            confidence=1 - spent_at(rounds, 5, 10),
+        ).word  # fmt: skip
+        if word != "undecided":
+            break
+    return word
+
+
+@pytest.mark.parametrize("rho", [1.0, 0.9])
+@pytest.mark.parametrize("a_a", [True, False])
+def test_a_a_with_more_rounds_while_undecided_declares_a_difference_in_at_most_five_percent(
+    rho: float, a_a: bool
+) -> None:
+    # Without a noise floor the shares alone have to hold the errors down.
+    values = campaigns(np.random.default_rng(21), 200, 1, rho)
+    words = [look_by_look(one, 0, a_a=a_a) for one in values]
+    assert sum(word in {"faster", "slower"} for word in words) <= 10
+
+
+def test_looking_again_at_the_full_chance_would_err_too_often() -> None:
+    values = campaigns(np.random.default_rng(22), 600, 1, 1.0)
+    logs = np.log(values[:, :, 2] / values[:, :, 0])
+
+    def declared(rounds: int, alpha: float) -> np.ndarray:
+        part = logs[:, :rounds]
+        spread = part.std(axis=1, ddof=1) / math.sqrt(rounds)
+        return np.abs(part.mean(axis=1)) > stats.t.ppf(1 - alpha / 2, rounds - 1) * spread
+
+    at_once = np.any([declared(rounds, 0.05) for rounds in looks_at(5, 10)], axis=0).mean()
+    shared = np.any([declared(rounds, spent_at(rounds, 5, 10)) for rounds in looks_at(5, 10)], axis=0).mean()
+    assert shared <= 0.05 < at_once
+
+
+def test_a_campaign_of_four_like_variants_declares_any_difference_in_at_most_five_percent() -> None:
+    values = campaigns(np.random.default_rng(23), 200, 4, 1.0)
+    declared = sum(
+        any(look_by_look(one, variant, a_a=True) in {"faster", "slower"} for variant in range(4)) for one in values
+    )
+    assert declared <= 10
+
+
+def test_more_rounds_find_what_fewer_leave_open() -> None:
+    values = campaigns(np.random.default_rng(24), 100, 1, 1.0)
+    values[:, :, 2] *= 1.12
+    at_first = sum(
+        compare_pairs(
+            list(zip(one[:5, 2], one[:5, 0], strict=True)),
+            candidate_id="c", baseline_id="b", metric="max_throughput_rps", load=None,
+            noise_floor=noise_floor(list(zip(one[:5, 1], one[:5, 0], strict=True))),
+            confidence=1 - spent_at(5, 5, 10),
+        ).word == "faster"
+        for one in values
+    )  # fmt: skip
+    assert sum(look_by_look(one, 0, a_a=True) == "faster" for one in values) > at_first

@@ -53,3 +53,10 @@ def test_a_file_that_is_not_levels_is_refused(tmp_path: Path) -> None:
     path.write_text(shipped.replace("ladder_s: 0.4", "laddder_s: 0.4"), encoding="utf-8")
     with pytest.raises(DocumentError, match="laddder_s"):
         load_levels(path)
+
+
+def test_a_level_with_fewer_rounds_at_most_than_at_first_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "levels.yaml"
+    path.write_text(LIBRARY.read_text(encoding="utf-8").replace("most_rounds: 10", "most_rounds: 4"), encoding="utf-8")
+    with pytest.raises(DocumentError, match="5 rounds and at most 4"):
+        load_levels(path)
