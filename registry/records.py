@@ -556,6 +556,8 @@ class Target:
         headers: sent with each request (routing on Core 2); never credentials in a log.
         tls: whether the connection is encrypted, and the server's certificate verified.
         binary: whether a REST endpoint takes binary tensors (Triton does, MLServer does not).
+        packed: whether over gRPC each tensor travels as one BYTES element that holds all its values, which only a
+            model that knows of it can read.
     """
 
     url: str
@@ -564,6 +566,7 @@ class Target:
     headers: Mapping[str, str] = field(default_factory=dict)
     tls: bool = False
     binary: bool = False
+    packed: bool = False
 
 
 # --- measuring -------------------------------------------------------------------------------------------------
@@ -650,6 +653,39 @@ class GateFinding:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Breakdown:
+    """Where the time of the requests of one window went: means in ms a request; None where nobody tells.
+
+    The client's times are those of the window; the server's counts take in the warm-up before it, at the same load. So
+    a part that is found by difference may be off by what the two differ in, and may come out negative; then a note
+    says so.
+
+    Attributes:
+        requests: that the server counted; 0 where it does not tell.
+        lateness_ms: from when a request was due to when the client sent it.
+        service_ms: from then to its answer, as the client sees it.
+        network_ms: of that, outside of the server's own count: the wire, the protocol, the client's own work.
+        server_ms: what the server counts for a request as a whole.
+        queue_ms: of that, waiting for its turn or for company in a batch.
+        compute_ms: of that, the model. A request in a batch takes as long as its batch.
+        batch_rows: rows of a run of the model, on average.
+        by_difference: which of these are differences of others, and hold whatever else is in between.
+        notes: what is not known, or contradicts itself.
+    """
+
+    requests: int
+    lateness_ms: float
+    service_ms: float
+    network_ms: float | None = None
+    server_ms: float | None = None
+    queue_ms: float | None = None
+    compute_ms: float | None = None
+    batch_rows: float | None = None
+    by_difference: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RunRecord:
     """One measured window.
 
@@ -661,10 +697,12 @@ class RunRecord:
         window_s: the length of the window as it was.
         metrics: of this run alone: ``throughput_rps``, ``latency_p50_ms``, ``latency_p90_ms``, ``latency_p99_ms``
             (those that the sample earns), ``service_p50_ms``, ``lateness_p99_ms``, ``client_cpu``, ``rss_mb``,
-            ``cpu_s_per_1k``.
+            ``cpu_s_per_1k``; where known ``peak_rss_mb``, ``cpu_joules_per_1k``, ``gpu_joules_per_1k``,
+            ``gpu_memory_mb`` and ``gpu_utilisation``.
         findings: the gates it failed; a run with any is invalid.
         raw: path inside the campaign's folder of the compressed arrays (intended, sent, done in ns, status).
         raw_sha256: SHA-256 (hex) of that file; empty in records from before it was kept.
+        breakdown: where the time went, as far as the server tells; None in records from before it was asked.
     """
 
     load: LoadProfile
@@ -676,6 +714,7 @@ class RunRecord:
     findings: tuple[GateFinding, ...]
     raw: str
     raw_sha256: str = ""
+    breakdown: Breakdown | None = None
 
     @property
     def valid(self) -> bool:
@@ -730,11 +769,13 @@ class Deployed:
     Attributes:
         load_time_s: from the request to load the model, on a server that runs, to its readiness.
         rendered: path -> text of the files that were rendered for it.
+        first_request_ms: the very first inference, over a connection that was open; None where it was not timed.
     """
 
     candidate_id: str
     load_time_s: float
     rendered: Mapping[str, str]
+    first_request_ms: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -803,6 +844,48 @@ class Comparison:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Depth:
+    """How long a model takes when it is asked at one of several places on the way to it.
+
+    Attributes:
+        name: of the place: ``server``, ``agent``, ``mesh``.
+        url: of the place.
+        service_p50_ms: median service time there, over rounds.
+        added_ms: what is more there than at the place before, by the difference of each round; None of the innermost.
+        invalid_runs: windows left out, and counted.
+    """
+
+    name: str
+    url: str
+    service_p50_ms: Estimate | None
+    added_ms: Estimate | None
+    invalid_runs: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HardwareProfile:
+    """A machine as it is paid for.
+
+    Attributes:
+        name: what people call it.
+        cores: CPUs that the price is of.
+        gpus: GPUs that the price is of.
+        price_per_hour: of the whole machine; None where it is not known.
+        currency: of the price, such as ``EUR``.
+        price_source: who says so.
+        price_date: when that was read, ISO 8601.
+    """
+
+    name: str
+    cores: int
+    gpus: int = 0
+    price_per_hour: float | None = None
+    currency: str = ""
+    price_source: str = ""
+    price_date: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Host:
     """The machine a number belongs to. Ratios hold only within one fingerprint.
 
@@ -833,9 +916,10 @@ class Constraint:
         text: as the user wrote it.
         metric: the metric's name.
         op: which side of the limit passes.
-        limit: in the metric's unit; for ``relative`` a fraction of the baseline's value.
-        relative: whether the limit is relative to the baseline.
+        limit: in the metric's unit; for ``relative`` a fraction of the reference's value.
+        relative: whether the limit is relative to a reference.
         load: the load the metric must be measured at, or None for a metric that has none.
+        reference: what a relative limit refers to: the campaign's baseline, or the champion that serves now.
     """
 
     text: str
@@ -844,23 +928,30 @@ class Constraint:
     limit: float
     relative: bool = False
     load: str | None = None
+    reference: Literal["baseline", "champion"] = "baseline"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Objective:
-    """What is to be made large or small among those that pass."""
+    """What is to be made large or small among those that pass.
+
+    Attributes:
+        weight: above 0, where objectives are weighed against each other; None where they count in their order.
+    """
 
     text: str
     direction: Literal["maximize", "minimize"]
     metric: str
     load: str | None = None
+    weight: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Policy:
-    """The user's constraints, and objectives in falling order of weight.
+    """The user's constraints and objectives.
 
     Attributes:
+        objectives: in the order they count, or each with a weight.
         signature: whether a candidate may take or give other tensors than the baseline: ``same`` refuses it, since who
             calls the model would have to change, too.
     """
@@ -936,6 +1027,7 @@ class Campaign:
         versions: package -> version. Never environment variables.
         artifacts: variant id -> folder of its files on this machine.
         samples_name: name of the file that held the evaluation samples, without its folder; empty where none did.
+        hardware: the machine that costs are counted for; None where the user names none.
     """
 
     id: str
@@ -962,3 +1054,4 @@ class Campaign:
     artifacts: Mapping[str, str]
     verdict: Verdict
     samples_name: str = ""
+    hardware: HardwareProfile | None = None

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 from registry.records import Artifact, Candidate, Target
 
@@ -16,11 +16,32 @@ class Usage:
         rss_mb: resident memory of all its processes now, in MB of 10^6 bytes.
         instance: what tells this life of the server from the next, after a restart or an eviction; empty where that
             is not known.
+        peak_rss_mb: the most that each of its processes has had resident since it started (``VmHWM``), summed: no
+            less than what they had together at any time, since they need not have peaked at once. None where the
+            kernel does not tell.
+        pids: of its processes.
     """
 
     cpu_s: float
     rss_mb: float
     instance: str = ""
+    peak_rss_mb: float | None = None
+    pids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Statistics:
+    """Where a server tells how long it took for the requests to a model.
+
+    Attributes:
+        server: whose statistics they are: Triton's statistics extension, or MLServer's Prometheus metrics.
+        address: ``host:port`` of Triton's REST, or of MLServer's metrics.
+        model: its name there.
+    """
+
+    server: Literal["mlserver", "triton"]
+    address: str
+    model: str
 
 
 class Deployment(Protocol):
@@ -41,6 +62,10 @@ class Deployment(Protocol):
     @property
     def rendered(self) -> dict[str, str]:
         """Path in its folder -> text of the files that were rendered for it, as Core 2 would fetch them."""
+
+    @property
+    def statistics(self) -> Statistics | None:
+        """Where its server tells of its own times; None where that cannot be asked from here."""
 
     def usage(self) -> Usage | None:
         """What it has used so far; None where that cannot be known from here.

@@ -64,6 +64,10 @@ class KubernetesDeployment:
         self.load_time_s = load_time_s
         self._cluster = cluster
 
+    @property
+    def statistics(self) -> None:
+        """Nothing: the mesh leads to the model alone, not to what its server tells of itself."""
+
     def usage(self) -> None:
         """Returns where it is still served as it was; what it uses, its Model does not say.
 

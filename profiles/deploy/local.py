@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from profiles.deploy.cluster import Usage
+from profiles.deploy.cluster import Statistics, Usage
 from profiles.deploy.local_installation import ServerHere, available_servers, server_version
 from profiles.deploy.local_ports import LOOPBACK, Ports, choose_ports
 from profiles.deploy.local_process import GRACE_S, PortTakenError, ServerProcess
@@ -63,6 +63,13 @@ class LocalDeployment:
         self.target = _target(candidate, process.ports, fetched.rewritten.model)
         self._process = process
         self._alone = alone
+
+    @property
+    def statistics(self) -> Statistics:
+        """Where the server tells of its own times."""
+        server = self.candidate.serving.server
+        port = self.ports.http if server == "triton" else self.ports.metrics
+        return Statistics(server=server, address=f"{LOOPBACK}:{port}", model=self.target.model)
 
     def usage(self) -> Usage:
         """CPU time and resident memory of the server and all its processes, without the supervisor's.

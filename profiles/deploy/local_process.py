@@ -35,6 +35,19 @@ _REASON = re.compile(r"(?:SessionError|RuntimeError): (.+)")
 _PORT_TAKEN = re.compile(r"already in use|failed to bind|errno 98", re.IGNORECASE)
 
 
+def peak_rss_bytes(pid: int) -> int | None:
+    """The most memory that a process has had resident since it started; None where the kernel does not tell.
+
+    Source: ``VmHWM`` in proc_pid_status(5).
+    """
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return None
+    found = (line.split() for line in lines if line.startswith("VmHWM:"))
+    return next((int(words[1]) * 1024 for words in found), None)
+
+
 class PortTakenError(BurnishError):
     """A port that was free a moment ago is not; another may be tried."""
 
@@ -179,7 +192,13 @@ class ServerProcess:
                 # Children that have ended count with the parent that waited for them.
                 cpu_s += sum(process.cpu_times()[:4])
                 rss += process.memory_info().rss
-        return Usage(cpu_s=cpu_s, rss_mb=rss / 1e6)
+        peaks = [peak for process in processes if (peak := peak_rss_bytes(process.pid)) is not None]
+        return Usage(
+            cpu_s=cpu_s,
+            rss_mb=rss / 1e6,
+            peak_rss_mb=sum(peaks) / 1e6 if peaks else None,
+            pids=tuple(process.pid for process in processes),
+        )
 
     def tell_to_end(self) -> None:
         """Tells the server to end; does not wait."""

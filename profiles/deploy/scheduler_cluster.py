@@ -52,6 +52,10 @@ class Core2Deployment:
         self.load_time_s = load_time_s
         self._cluster = cluster
 
+    @property
+    def statistics(self) -> None:
+        """Nothing: the mesh leads to the model alone, not to what its server tells of itself."""
+
     def usage(self) -> None:
         """Returns where it is still served as it was; what it uses, the scheduler does not know.
 

@@ -48,6 +48,7 @@ class FakeDeployment:
     candidate: Candidate
     target: Target
     load_time_s: float = 1.0
+    statistics: None = None
 
     def usage(self) -> Usage:
         return Usage(cpu_s=0.0, rss_mb=0.0)
