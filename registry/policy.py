@@ -2,19 +2,21 @@
 
 ::
 
-    constraint = metric ("<=" | ">=" | "<" | ">") number ["%"] ["rel"] ["at" load]
-    objective  = ("maximize" | "minimize") metric ["at" load]
+    constraint = metric ("<=" | ">=" | "<" | ">") number ["%"] ["rel" ["vs" ("baseline" | "champion")]] ["at" load]
+    objective  = ("maximize" | "minimize") metric ["at" load] ["weight" number]
     load       = number ["%"] "saturation" | number "rps" | "concurrency" whole number
 
 ``accuracy_drop <= 0.01`` is in the metric's unit, ``accuracy_drop <= 1% rel`` a fraction of the baseline's accuracy; so
 it is with ``slice_drop_max``, the drop of the slice of samples that lost most. A latency has a load (0.8 of saturation
-where none is written), and nothing else has one. Several objectives count in their order.
+where none is written), and nothing else has one. Several objectives count in their order, or by their weights where
+each has one. The whole language is described in ``docs/reference/policy.md``.
 """
 
 import difflib
+import itertools
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import Final, Literal, NoReturn, cast
 
@@ -59,8 +61,14 @@ METRICS: Final[dict[str, Metric]] = {
     "max_throughput_rps": _metric("1/s", "maximum throughput", larger_is_better=True),
     "saturation_rps": _metric("1/s", "saturation", larger_is_better=True),
     "rss_mb": _metric("MB", "resident memory"),
+    "peak_rss_mb": _metric("MB", "peak of resident memory"),
     "load_time_s": _metric("s", "load time"),
+    "first_request_ms": _metric("ms", "first request"),
     "cpu_s_per_1k": _metric("s", "CPU time per 1,000 requests"),
+    "cost_per_million": _metric("price", "cost per million requests"),
+    "cpu_joules_per_1k": _metric("J", "energy of the CPU per 1,000 requests"),
+    "gpu_joules_per_1k": _metric("J", "energy of the GPU per 1,000 requests"),
+    "gpu_memory_mb": _metric("MB", "GPU memory"),
     "size_mb": _metric("MB", "size"),
     "latency_p50_ms": _metric("ms", "p50", needs_load=True),
     "latency_p90_ms": _metric("ms", "p90", needs_load=True),
@@ -71,6 +79,12 @@ METRICS: Final[dict[str, Metric]] = {
 
 DEFAULT_LOAD: Final = "0.8 saturation"
 
+# Of a model with several outputs these are known for each, too: cosine.logits.
+_EACH_OUTPUT: Final = frozenset({"cosine", "worst_cosine", "snr_db", "p99_error", "mismatch_share", "max_abs_error"})
+# A drop is counted from the baseline; its part is of an accuracy, not of a drop.
+DROPS: Final = ("accuracy_drop", "slice_drop_max")
+# Values in these units may be zero or less, so that no ratio of two of them says anything; accuracy is the exception.
+_NO_RATIO_UNITS: Final = frozenset({"fraction", "1", "dB"})
 _OPERATORS = ("<=", ">=", "<", ">")
 _BETTER = {True: "maximize", False: "minimize"}
 _TOKEN = re.compile(
@@ -89,22 +103,36 @@ def parse_policy(
 
     Args:
         constraints: one line each, such as ``latency_p90_ms <= 50 at 0.8 saturation``.
-        objective: one line, such as ``maximize max_throughput_rps``, or several in falling order of weight.
+        objective: one line, such as ``maximize max_throughput_rps``, or several: in the order they count, or each with
+            a weight.
         signature: whether a candidate's inputs and outputs may differ from the baseline's.
 
     Raises:
-        PolicyError: a line is not understood; the message shows it with a mark under the wrong word.
+        PolicyError: a line is not understood, or two of them contradict each other; the message shows the lines with a
+            mark under the wrong word.
     """
     lines = [objective] if isinstance(objective, str) else list(objective)
     if not lines:
         raise PolicyError(
             "the policy has no objective", hint="Say what to make best, for example: maximize max_throughput_rps"
         )
+    limits = [_constraint(_Line(line)) for line in constraints]
+    _check_together(limits)
     return Policy(
-        constraints=tuple(_constraint(_Line(line)) for line in constraints),
-        objectives=tuple(_objective(_Line(line)) for line in lines),
+        constraints=tuple(one.constraint for one in limits),
+        objectives=_weighed([_Line(line) for line in lines]),
         signature=signature,
     )
+
+
+def metric_of(name: str) -> Metric | None:
+    """What the policy knows of a metric, or of ``<metric>.<output>``; None of an unknown one."""
+    whole, dot, output = name.partition(".")
+    if not dot:
+        return METRICS.get(name)
+    if whole not in _EACH_OUTPUT or not output:
+        return None
+    return replace(METRICS[whole], label=f"{METRICS[whole].label} of {output}")
 
 
 def loads_named(policy: Policy) -> tuple[str, ...]:
@@ -155,28 +183,86 @@ class _Line:
 
     def refuse(self, problem: str, token: _Token, *, hint: str | None = None) -> NoReturn:
         """Raises a PolicyError that shows the line and marks the word."""
-        mark = " " * token.start + "^" * (token.end - token.start)
-        raise PolicyError(f"{problem}\n  {self.text}\n  {mark}", hint=hint)
+        raise PolicyError(f"{problem}\n{self.marked(token)}", hint=hint)
+
+    def marked(self, token: _Token) -> str:
+        """The line, and below it a mark under the word."""
+        return f"  {self.text}\n  {' ' * token.start}{'^' * (token.end - token.start)}"
 
 
-def _constraint(line: _Line) -> Constraint:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Limit:
+    """A constraint, and where its number stands."""
+
+    constraint: Constraint
+    line: _Line
+    number: _Token
+
+
+def _constraint(line: _Line) -> _Limit:
     name, metric = _known_metric(line)
     operator = line.take("operator")
     if operator is None or operator.text not in _OPERATORS:
         wrong = operator or line.token
         near = {"≤": "<=", "≥": ">=", "=<": "<=", "=>": ">="}.get(wrong.text)
         line.refuse("expected <=, >=, < or > after the metric", wrong, hint=f"Did you mean {near}?" if near else None)
+    number = line.token
     limit, relative = _limit(line, metric)
+    reference = _reference(line, name, relative=relative)
     load = _load_of(line, name, metric)
     _end_of(line, metric)
-    return Constraint(
+    constraint = Constraint(
         text=line.text,
         metric=name,
         op=cast(Literal["<=", ">=", "<", ">"], operator.text),
         limit=limit,
         relative=relative,
         load=load,
+        reference=reference,
     )
+    return _Limit(constraint=constraint, line=line, number=number)
+
+
+def _check_together(limits: Sequence[_Limit]) -> None:
+    """Refuses an upper and a lower limit on the same thing that nothing lies between.
+
+    Raises:
+        PolicyError: both lines, with a mark under each number.
+    """
+    for one, other in itertools.combinations(limits, 2):
+        if _same_scale(one.constraint, other.constraint) and _exclude_each_other(one.constraint, other.constraint):
+            shown = f"{one.line.marked(one.number)}\n{other.line.marked(other.number)}"
+            raise PolicyError(
+                f"no value of {one.constraint.metric} meets both of these limits\n{shown}",
+                hint="Leave one of them out, or move it.",
+            )
+
+
+def _same_scale(one: Constraint, other: Constraint) -> bool:
+    fields = ("metric", "load", "relative", "reference")
+    return all(getattr(one, name) == getattr(other, name) for name in fields)
+
+
+def _exclude_each_other(one: Constraint, other: Constraint) -> bool:
+    upper, lower = (one, other) if one.op in {"<=", "<"} else (other, one)
+    if upper.op not in {"<=", "<"} or lower.op not in {">=", ">"}:
+        return False
+    touching = lower.limit == upper.limit and (lower.op, upper.op) == (">=", "<=")
+    return lower.limit >= upper.limit and not touching
+
+
+def _weighed(lines: Sequence[_Line]) -> tuple[Objective, ...]:
+    """The objectives of the lines; each of them has a weight, or none has."""
+    objectives = tuple(_objective(line) for line in lines)
+    weighed = [objective.weight is not None for objective in objectives]
+    if any(weighed) and not all(weighed):
+        line = lines[weighed.index(False)]
+        line.refuse(
+            "other objectives have a weight, and this one has none",
+            line.token,
+            hint="Give each objective a weight, or none, so that they count in their order.",
+        )
+    return objectives
 
 
 def _objective(line: _Line) -> Objective:
@@ -190,10 +276,32 @@ def _objective(line: _Line) -> Objective:
     if direction.text != better:
         line.refuse(f"{name} is better the other way", direction, hint=f"Write: {better} {name}")
     load = _load_of(line, name, metric)
+    weight = _weight(line, name, metric)
     _end_of(line, metric)
     return Objective(
-        text=line.text, direction=cast(Literal["maximize", "minimize"], direction.text), metric=name, load=load
+        text=line.text,
+        direction=cast(Literal["maximize", "minimize"], direction.text),
+        metric=name,
+        load=load,
+        weight=weight,
     )
+
+
+def _weight(line: _Line, name: str, metric: Metric) -> float | None:
+    word = line.take("word", "weight")
+    if word is None:
+        return None
+    if metric.unit in _NO_RATIO_UNITS and name != "accuracy":
+        line.refuse(
+            f"weights weigh ratios, and {name} may be zero, which has none",
+            word,
+            hint="Put a limit on it instead, or leave out all weights, so that the objectives count in their order.",
+        )
+    number = line.token
+    value = _value(line, number) if line.take("number") else 0.0
+    if not value > 0:
+        line.refuse("a weight is a number above 0", number)
+    return value
 
 
 def _known_metric(line: _Line) -> tuple[str, Metric]:
@@ -201,11 +309,12 @@ def _known_metric(line: _Line) -> tuple[str, Metric]:
     name = line.take("word")
     if name is None:
         line.refuse("expected a metric", token, hint=f"The metrics are: {', '.join(METRICS)}.")
-    if name.text not in METRICS:
+    metric = metric_of(name.text)
+    if metric is None:
         near = _nearest(name.text, METRICS)
         hint = _did_you_mean(near) or f"The metrics are: {', '.join(METRICS)}."
         line.refuse(f"unknown metric {name.text!r}", name, hint=hint)
-    return name.text, METRICS[name.text]
+    return name.text, metric
 
 
 def _limit(line: _Line, metric: Metric) -> tuple[float, bool]:
@@ -222,6 +331,31 @@ def _limit(line: _Line, metric: Metric) -> tuple[float, bool]:
             hint=f"Write {number.text}% rel for a part of the baseline's value.",
         )
     return _value(line, number, percent=percent is not None), relative
+
+
+def _reference(line: _Line, name: str, *, relative: bool) -> Literal["baseline", "champion"]:
+    against = line.take("word", "vs")
+    if against is None:
+        return "baseline"
+    if not relative:
+        line.refuse(
+            "only a limit that is a part of something is held against something",
+            against,
+            hint="Write it with rel, for example: 105% rel vs champion",
+        )
+    token = line.token
+    if line.take("word", "baseline"):
+        return "baseline"
+    if line.take("word", "champion") is None:
+        near = _nearest(token.text, ["baseline", "champion"])
+        line.refuse("expected baseline or champion after vs", token, hint=_did_you_mean(near))
+    if name in DROPS:
+        line.refuse(
+            f"{name} is counted from the baseline, not from the champion",
+            token,
+            hint="Hold the accuracy itself against the champion's: accuracy >= 99% rel vs champion",
+        )
+    return "champion"
 
 
 def _value(line: _Line, number: _Token, *, percent: bool = False) -> float:
@@ -276,8 +410,9 @@ def _end_of(line: _Line, metric: Metric) -> None:
     token = line.token
     if token.kind == "word" and token.text.lower() in {metric.unit.lower(), "ms", "s", "mb", "rps"}:
         line.refuse(f"a limit is in {metric.unit}, as the metric's name says", token, hint="Leave out the unit.")
-    if token.kind == "word" and token.text.lower().startswith("rel"):
-        line.refuse(f"unexpected {token.text!r}", token, hint=_did_you_mean("rel"))
+    for word in ("rel", "weight"):
+        if token.kind == "word" and token.text.lower().startswith(word):
+            line.refuse(f"unexpected {token.text!r}", token, hint=_did_you_mean(word))
     line.expect_end("the line should end here")
 
 

@@ -32,8 +32,11 @@ def text(estimate: Estimate | None) -> str:
     """Value, interval and unit: ``33.1 [32.0, 34.2] ms``, ``1.118 MB``, ``not known``."""
     if estimate is None:
         return NOT_KNOWN
-    unit = _UNIT_WORDS.get(estimate.unit, f" {estimate.unit}")
-    return " ".join(part for part in (number(estimate), interval(estimate)) if part) + unit
+    unit = _UNIT_WORDS.get(estimate.unit)
+    places = decimals(estimate)
+    ends = _interval(estimate, places)
+    value = _fixed(estimate.value, _at_least_whole(places, estimate))
+    return f"{value}{' ' if ends else ''}{ends}{f' {estimate.unit}' if unit is None else unit}"
 
 
 def short(estimate: Estimate | None) -> str:
@@ -69,26 +72,36 @@ def decimals(estimate: Estimate) -> int:
     So many that the half width of the interval shows `INTERVAL_FIGURES`, but the largest number in it no more than
     `MOST_FIGURES`. What was counted shows whole, or `DEFAULT_FIGURES` of a fraction.
     """
-    ends = [abs(end) for end in (estimate.low, estimate.value, estimate.high) if end is not None]
-    most = MOST_FIGURES - 1 - _magnitude(max(ends))
-    width = half_width(estimate)
-    if estimate.method == "exact" and float(estimate.value).is_integer():
+    low, value, high = estimate.low, estimate.value, estimate.high
+    counted = estimate.method == "exact"
+    if counted and float(value).is_integer():
         return 0
-    if estimate.method == "exact" or width is None:
-        return min(_MOST_DECIMALS, DEFAULT_FIGURES - 1 - _magnitude(estimate.value))
+    width = half_width(estimate)
+    if counted or width is None:
+        return min(_MOST_DECIMALS, DEFAULT_FIGURES - 1 - _magnitude(value))
+    largest = max(abs(value), abs(value if low is None else low), abs(value if high is None else high))
+    most = MOST_FIGURES - 1 - _magnitude(largest)
     earned = INTERVAL_FIGURES - 1 - _magnitude(width) if width > _SMALLEST_WIDTH else most
     return min(_MOST_DECIMALS, earned, most)
 
 
 def _value_decimals(estimate: Estimate) -> int:
     """As `decimals`, but an interval far wider than the value does not round the value's whole part away."""
-    return max(decimals(estimate), min(0, INTERVAL_FIGURES - 1 - _magnitude(estimate.value)))
+    return _at_least_whole(decimals(estimate), estimate)
+
+
+def _at_least_whole(places: int, estimate: Estimate) -> int:
+    return places if places >= 0 else max(places, min(0, INTERVAL_FIGURES - 1 - _magnitude(estimate.value)))
 
 
 def half_width(estimate: Estimate) -> float | None:
     """How far the interval reaches from the value, on its longer side; None where no end is known."""
-    ends = [abs(end - estimate.value) for end in (estimate.low, estimate.high) if end is not None]
-    return max(ends) if ends else None
+    low, high = estimate.low, estimate.high
+    below = None if low is None else abs(low - estimate.value)
+    above = None if high is None else abs(high - estimate.value)
+    if below is None or above is None:
+        return above if below is None else below
+    return max(below, above)
 
 
 def _interval(estimate: Estimate, places: int) -> str:

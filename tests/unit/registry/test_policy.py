@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from registry.errors import PolicyError
-from registry.policy import DEFAULT_LOAD, METRICS, loads_named, parse_policy
+from registry.policy import DEFAULT_LOAD, METRICS, loads_named, metric_of, parse_policy
 from registry.records import Constraint, Objective, Policy
 
 GOAL = "maximize max_throughput_rps"
@@ -104,6 +104,13 @@ def test_loads_are_named_once_in_order():
         ("accuracy_drop <=", None, ["expected a number"]),
         ("", None, ["expected a metric"]),
         ("<= 3", "<=", ["expected a metric"]),
+        ("rss_mb <= 600 vs champion", "vs", ["only a limit that is a part", "105% rel vs champion"]),
+        ("rss_mb <= 110% rel vs campion", "campion", ["expected baseline or champion", "Did you mean champion?"]),
+        ("rss_mb <= 110% rel vs", None, ["expected baseline or champion after vs"]),
+        ("rss_mb <= 110% rel champion", "champion", ["should end here"]),
+        ("accuracy_drop <= 1% rel vs champion", "champion", ["from the baseline", "accuracy >= 99% rel vs champion"]),
+        ("rss_mb.logits <= 3", "rss_mb.logits", ["unknown metric"]),
+        ("cosine. >= 0.9", "cosine.", ["unknown metric"]),
     ],
 )
 def test_the_wrong_word_is_marked(text, wrong, parts):
@@ -129,12 +136,84 @@ def test_the_wrong_word_is_marked(text, wrong, parts):
         ("maximize throughput", ["unknown metric 'throughput'", "Did you mean max_throughput_rps?"]),
         ("minimize size_mb at 100 rps", ["belongs to no load"]),
         ("minimize rss_mb rss_mb", ["should end here"]),
+        ("minimize rss_mb weight", ["a weight is a number above 0"]),
+        ("minimize rss_mb weight 0", ["a weight is a number above 0"]),
+        ("minimize rss_mb weight -1", ["a weight is a number above 0"]),
+        ("minimize rss_mb weight 2%", ["should end here, but '%' follows"]),
+        ("minimize rss_mb weights 2", ["unexpected 'weights'", "Did you mean weight?"]),
+        ("minimize accuracy_drop weight 2", ["accuracy_drop may be zero", "Put a limit on it"]),
     ],
 )
 def test_objectives_that_are_refused(text, parts):
     message = refused(text, objective=True)
     for part in parts:
         assert part in message
+
+
+@pytest.mark.parametrize(
+    ("text", "limit", "reference", "load"),
+    [
+        ("rss_mb <= 110% rel vs champion", 1.1, "champion", None),
+        ("rss_mb <= 110% rel vs baseline", 1.1, "baseline", None),
+        ("latency_p99_ms <= 1 rel vs champion at 100 rps", 1.0, "champion", "100 rps"),
+        ("accuracy >= 99% rel vs champion", 0.99, "champion", None),
+    ],
+)
+def test_a_limit_is_held_against_the_baseline_or_the_champion(text, limit, reference, load):
+    read = constraint(text)
+    assert (read.limit, read.relative, read.reference, read.load) == (limit, True, reference, load)
+
+
+def test_a_metric_of_one_output_is_known():
+    assert constraint("cosine.logits >= 0.999").metric == "cosine.logits"
+    known = metric_of("cosine.logits")
+    assert known is not None
+    assert known.label == "cosine of logits"
+
+
+def test_objectives_may_have_weights():
+    policy = parse_policy([], ["maximize max_throughput_rps weight 2", "minimize latency_p90_ms at 10 rps weight .5"])
+    assert [objective.weight for objective in policy.objectives] == [2.0, 0.5]
+    assert policy.objectives[1].load == "10 rps"
+    with pytest.raises(PolicyError, match="this one has none\n  minimize rss_mb\n {17}\\^"):
+        parse_policy([], ["maximize max_throughput_rps weight 2", "minimize rss_mb"])
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("rss_mb <= 600", "rss_mb >= 700"),
+        ("rss_mb < 600", "rss_mb >= 600"),
+        ("rss_mb > 600", "rss_mb <= 600"),
+        ("rss_mb > 600", "rss_mb < 600"),
+        ("flip_rate <= 2%", "flip_rate > 0.03"),
+        ("latency_p90_ms <= 5", "latency_p90_ms >= 6 at 80% saturation"),
+        ("rss_mb <= 90% rel vs champion", "rss_mb >= 1 rel vs champion"),
+    ],
+)
+def test_constraints_that_contradict_each_other_are_named(one, other):
+    for first, second in ((one, other), (other, one)):
+        with pytest.raises(PolicyError) as caught:
+            parse_policy([first, "size_mb <= 5", second], GOAL)
+        told, *shown = caught.value.message.splitlines()
+        assert told == f"no value of {one.split()[0]} meets both of these limits"
+        assert [shown[0], shown[2]] == [f"  {first}", f"  {second}"]
+        for line, mark in (shown[:2], shown[2:]):
+            assert line[mark.index("^") : mark.rindex("^") + 1] == line.split()[2].removesuffix("%")
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("rss_mb <= 600", "rss_mb >= 600"),
+        ("rss_mb <= 600", "rss_mb <= 700"),
+        ("rss_mb <= 600", "rss_mb >= 110% rel"),
+        ("rss_mb <= 90% rel", "rss_mb >= 1 rel vs champion"),
+        ("latency_p90_ms <= 5 at 10 rps", "latency_p90_ms >= 6 at 100 rps"),
+    ],
+)
+def test_constraints_that_may_both_be_met_are_taken(one, other):
+    assert len(parse_policy([one, other], GOAL).constraints) == 2
 
 
 def test_no_objective_is_refused():

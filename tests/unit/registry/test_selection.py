@@ -26,7 +26,7 @@ from registry.records import (
     Verdict,
     exact,
 )
-from registry.selection import judge, metric_table, pareto_front, relaxation, select
+from registry.selection import References, judge, metric_table, pareto_front, relaxation, select
 
 ORT = EngineSpec(name="onnxruntime")
 GOAL = "maximize max_throughput_rps"
@@ -95,7 +95,13 @@ class Case:
         self.failures: list[Failure] = []
 
     def verdict(
-        self, constraints: list[str], objective: Any = GOAL, *, provisional: bool = False, signature: Any = "same"
+        self,
+        constraints: list[str],
+        objective: Any = GOAL,
+        *,
+        provisional: bool = False,
+        signature: Any = "same",
+        champion: str | None = None,
     ) -> Verdict:
         candidates = [candidate(one) for one in self.variants.values()]
         return select(
@@ -107,6 +113,7 @@ class Case:
             failures=self.failures,
             baseline_id=candidates[0].id if candidates else None,
             provisional=provisional,
+            champion_id=champion,
         )
 
 
@@ -327,8 +334,86 @@ def test_the_closest_miss_says_what_would_admit_it():
 def test_where_no_single_limit_would_do_the_sentence_says_so():
     case = Case(base={RATE: around(100), DROP: exact(0.2, "fraction"), P90: around(80, unit="ms")})
     verdict = case.verdict(["accuracy_drop <= 0.01", "latency_p90_ms <= 50"])
-    assert verdict.sentence.endswith("No single limit, relaxed, would admit one.")
+    assert verdict.sentence.endswith(
+        "No single limit, relaxed, would admit one; `accuracy_drop <= 0.201` and "
+        "`latency_p90_ms <= 80.8 at 0.8 saturation` together would admit base."
+    )
     assert len(verdict.closest) == 2
+    assert case.verdict(["accuracy_drop <= 0.201", "latency_p90_ms <= 80.8"]).selected == "id-base"
+    case.variants["base"] = replace(case.variants["base"], signature_changed=True)
+    other = case.verdict(["accuracy_drop <= 0.01", "latency_p90_ms <= 50"])
+    assert other.sentence.endswith("No single limit, relaxed, would admit one.")
+
+
+def test_the_candidate_that_needs_the_least_relaxation_of_several_limits_is_named():
+    known = {DROP: exact(0.2, "fraction"), P90: around(80, unit="ms"), ("rss_mb", None): around(900, unit="MB")}
+    near = {**known, DROP: exact(0.02, "fraction"), ("rss_mb", None): around(100, unit="MB")}
+    case = Case(base={RATE: around(100), **known}, near={RATE: around(100), **near}, blind={**near})
+    sentence = case.verdict(["accuracy_drop <= 0.01", "latency_p90_ms <= 50", "rss_mb <= 600"]).sentence
+    assert "together would admit near" in sentence
+    assert "rss_mb" not in sentence
+
+
+def test_a_limit_against_the_champion_is_unknown_without_one():
+    case = Case(
+        base={RATE: around(100), P90: around(50, unit="ms")},
+        champion={RATE: around(200), P90: around(20, unit="ms")},
+        other={RATE: around(900), P90: around(30, unit="ms")},
+    )
+    limit = "latency_p90_ms <= 110% rel vs champion"
+    verdict = case.verdict([limit], champion="id-champion")
+    assert verdict.selected == "id-champion"
+    told = reasons(verdict)["other"]
+    assert told.endswith("> 22 ms (110% of the champion's value)")
+    unknown = case.verdict([limit])
+    assert unknown.selected is None
+    assert "relative to the champion, of which that value is not known" in reasons(unknown)["other"]
+    nothing = case.verdict([limit, "max_throughput_rps >= 250"], champion="id-champion")
+    assert "`latency_p90_ms <= 152% rel vs champion at 0.8 saturation` would admit other" in nothing.sentence
+    case.failures = [Failure(subject="champion", phase="deploy", kind="died", reason="it ended")]
+    assert case.verdict([limit], champion="id-champion").selected is None
+
+
+MEMORY = ("rss_mb", None)
+
+
+def test_weights_trade_one_objective_for_another():
+    case = Case(
+        base={RATE: around(100), MEMORY: around(100, unit="MB")},
+        fast={RATE: around(220), MEMORY: around(300, unit="MB")},
+        lean={RATE: around(90), MEMORY: around(40, unit="MB")},
+    )
+    even = case.verdict([], [f"{GOAL} weight 1", "minimize rss_mb weight 1"])
+    assert even.selected == "id-lean"
+    assert reasons(even)["fast"] == (
+        "passes, but by the weights of the objectives it is behind: maximum throughput 220.0 [217.8, 222.2]/s against "
+        "90.00 [89.10, 90.90]/s, resident memory 300.0 [297.0, 303.0] MB against 40.00 [39.60, 40.40] MB of the "
+        "selected"
+    )
+    assert case.verdict([], [f"{GOAL} weight 3", "minimize rss_mb weight 1"]).selected == "id-fast"
+    assert case.verdict([], [f"{GOAL} weight 3"]).selected == "id-fast"
+
+
+def test_weights_leave_the_simpler_where_the_sum_is_not_certain():
+    case = Case(
+        base={RATE: around(100, 0.05), MEMORY: around(100, 0.05, unit="MB")},
+        other={RATE: around(130, 0.05), MEMORY: around(110, 0.05, unit="MB")},
+    )
+    goals = [f"{GOAL} weight 1", "minimize rss_mb weight 1"]
+    assert case.verdict([], goals).selected == "id-base"
+    case.comparisons = [comparison("other", "base", "faster", estimate(1.3, 1.28, 1.32))]
+    assert case.verdict([], goals).selected == "id-other"
+    case.comparisons = [comparison("base", "other", "slower", estimate(1 / 1.3, 1 / 1.32, 1 / 1.28))]
+    assert case.verdict([], goals).selected == "id-other"
+    case.metrics["id-base"][MEMORY] = estimate(100, None, None, "MB")
+    assert case.verdict([], goals).selected == "id-base"
+
+
+def test_what_is_not_above_zero_cannot_be_weighed():
+    case = Case(base={RATE: around(100), MEMORY: exact(0, "MB")})
+    goals = [f"{GOAL} weight 1", "minimize rss_mb weight 1"]
+    assert reasons(case.verdict([], goals))["base"] == "unknown: resident memory is 0, which cannot be weighed"
+    assert case.verdict([], [GOAL, "minimize rss_mb"]).selected == "id-base"
 
 
 def test_no_candidates_at_all():
@@ -452,7 +537,7 @@ def test_a_relaxation_admits_what_it_was_made_for_and_little_more(constraint, ob
     reference = ("accuracy", None) if constraint.metric == "accuracy_drop" else key
     known = {reference: baseline}
     assume(judge(constraint, {key: observed}, known).outcome == "fail")
-    relaxed = parse_policy([relaxation(constraint, observed, known)], GOAL).constraints[0]
+    relaxed = parse_policy([relaxation(constraint, observed, References(baseline=known))], GOAL).constraints[0]
     assert (relaxed.metric, relaxed.op, relaxed.load) == (constraint.metric, constraint.op, constraint.load)
     assert judge(relaxed, {key: observed}, known).outcome == "pass"
     upper = constraint.op in {"<=", "<"}
