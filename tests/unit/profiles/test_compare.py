@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from profiles.measure.compare import compare_pairs, looks_at, noise_floor, sign_flip_p, spent_at
+from profiles.measure.compare import (
+    BLOCK_FLOOR,
+    compare_blocks,
+    compare_pairs,
+    looks_at,
+    noise_floor,
+    sign_flip_p,
+    spent_at,
+)
 from registry.records import Comparison
 
 
@@ -187,3 +195,37 @@ def test_more_rounds_find_what_fewer_leave_open() -> None:
         for one in values
     )  # fmt: skip
     assert sum(look_by_look(one, 0, a_a=True) == "faster" for one in values) > at_first
+
+
+def blocks(values: list[float], baseline: list[float], metric: str = "max_throughput_rps") -> Comparison:
+    return compare_blocks(values, baseline, candidate_id="c", baseline_id="b", metric=metric, load=None)
+
+
+def test_runs_that_were_not_in_turns_show_only_large_differences() -> None:
+    base = [100.0, 101.0, 99.0, 100.5]
+    assert blocks([130.0, 131.0, 129.0], base).word == "undecided"
+    assert blocks(base, base).word == "undecided"  # not even equivalent
+    assert blocks([300.0, 310.0, 290.0], base).word == "faster"
+    assert blocks([300.0, 310.0, 290.0], base, "latency_p90_ms").word == "slower"
+    assert blocks([30.0, 31.0, 29.0], base).word == "slower"
+    assert blocks([300.0], base).word == "undecided"
+    same = blocks([200.0, 200.0], [100.0, 100.0])
+    assert (same.ratio.low, same.ratio.high, same.word) == (pytest.approx(2), pytest.approx(2), "faster")
+    with pytest.raises(ValueError, match="positive"):
+        blocks([], base)
+
+
+def test_blocks_of_like_runs_are_seldom_told_apart_though_their_intervals_are() -> None:
+    # Ten runs of one, then ten of the other, on a machine whose drift is a random walk of 1 % a run.
+    chance = np.random.default_rng(41)
+    told = apart = 0
+    for _ in range(200):
+        times = np.exp(chance.normal(0, 0.01, 20).cumsum() + chance.normal(0, 0.02, 20))
+        found = blocks(times[:10].tolist(), times[10:].tolist())
+        told += found.word != "undecided"
+        assert found.ratio.low is not None
+        assert found.ratio.high is not None
+        apart += not found.ratio.low <= 1 <= found.ratio.high
+    assert told == 0
+    assert apart > 0.25 * 200
+    assert BLOCK_FLOOR > 0.38
