@@ -22,6 +22,7 @@ from optimize.samples import SampleFile, Samples, check_fit, load_samples, open_
 from optimize.tuning import tune_variants
 from profiles.deploy.core2_candidates import UNKNOWN_VERSION
 from profiles.deploy.reaper import reap
+from profiles.measure.cost import with_costs
 from profiles.measure.rounds import compare_rounds, reduce_rounds
 from registry.codec import digest, to_jsonable
 from registry.errors import InputError
@@ -335,12 +336,13 @@ def _assembled(
         rendered={one.candidate_id: one.rendered for one in measured.deployed},
         artifacts={variant.id: str(workspace.store.path(variant.artifact)) for variant in variants},
         verdict=verdict,
+        hardware=planned.hardware,
     )
 
 
 def _measurements(planned: Plan, candidates: Sequence[Candidate], measured: Measured) -> list[Measurement]:
     capacities = {capacity.candidate_id: capacity for capacity in measured.capacities}
-    load_times = {one.candidate_id: one.load_time_s for one in measured.deployed}
+    deployed = {one.candidate_id: one for one in measured.deployed}
     found: list[Measurement] = []
     for candidate in candidates:
         rounds = _rounds_of(candidate, measured)
@@ -352,9 +354,12 @@ def _measurements(planned: Plan, candidates: Sequence[Candidate], measured: Meas
             capacities[candidate.id],
             raw_root=planned.work,
             level=planned.level,
-            load_time_s=load_times[candidate.id],
+            load_time_s=deployed[candidate.id].load_time_s,
+            first_request_ms=deployed[candidate.id].first_request_ms,
         )
-    return found
+    # How many cores a server of Core 2 could use is not known here.
+    cores = len(planned.server_cpus) if planned.config.cluster.kind == "local" else None
+    return [*with_costs(found, planned.hardware, cores=cores)]
 
 
 def _comparisons(planned: Plan, candidates: Sequence[Candidate], measured: Measured) -> list[Comparison]:

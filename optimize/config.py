@@ -9,6 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from pydantic_core import PydanticCustomError
 
 from optimize.cluster_config import Backend, ClusterConfig, LocalConfig
+from profiles.measure.cost import HardwareConfig, find_hardware
+from registry.errors import InputError
 from registry.records import ServingProfile
 
 _NAME = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"
@@ -239,6 +241,8 @@ class CampaignConfig(_Model):
         recipes: a file with recipes and sets of the user's own, in the form of ``optimize/recipes.yaml``; or None.
         serving: serving profiles; the first is the baseline's.
         cluster: where candidates are served; this machine where nothing is said.
+        hardware: the machine that costs are counted for, with its price; or the name of one of
+            ``profiles/library/hardware.yaml``, which have none; or None.
         level: level of proof: ``quick``, ``standard``, or one of the file that ``levels`` names.
         levels: a file with levels of the user's own, in the form of ``profiles/library/levels.yaml``; or None.
         policy: constraints and objective.
@@ -260,6 +264,7 @@ class CampaignConfig(_Model):
     recipes: str | None = None
     serving: tuple[ServingConfig, ...] = Field(default=_BOTH_SERVERS, min_length=1)
     cluster: ClusterConfig = LocalConfig()
+    hardware: str | HardwareConfig | None = None
     level: str = "standard"
     levels: str | None = None
     policy: PolicyConfig = PolicyConfig()
@@ -296,6 +301,16 @@ class CampaignConfig(_Model):
                 "put another first"
             )
         return self
+
+    @field_validator("hardware")
+    @classmethod
+    def _known_hardware(cls, value: str | HardwareConfig | None) -> str | HardwareConfig | None:
+        if isinstance(value, str):
+            try:
+                find_hardware(value)
+            except InputError as error:
+                raise ValueError(f"{error.message}. {error.hint}") from error
+        return value
 
     @field_validator("target_instruction_sets")
     @classmethod

@@ -15,10 +15,11 @@ from optimize.plan import Workspace
 from optimize.served_answers import components_of, judge_served
 from profiles.deploy.cluster import Cluster, Deployment
 from profiles.load.engine import LoadGenerator
-from profiles.load.payloads import Expected, Payload, encode_payloads, expected_answers
+from profiles.load.payloads import Expected, Payload, encode_payloads, encode_rows, expected_answers
 from profiles.measure.capacity import find_capacity
 from profiles.measure.compare import looks_at
 from profiles.measure.equivalence import MOST_ROWS, Reference, check_equivalence
+from profiles.measure.resources import GpuProbe, NvmlProbe, PackageEnergy, first_request_ms
 from profiles.measure.rounds import AGAIN, Slot, measure_in_round, round_order, undecided
 from registry.codec import digest
 from registry.errors import (
@@ -163,7 +164,9 @@ class _Hall:
         self._one_at_a_time = self._plan.config.limits.deployed == "one"
         if self._one_at_a_time:
             self._shared["deployed"] = "one"  # those with idle neighbours are others
+        self._gpus, self._package = _meters(workspace)
         self._deployments: dict[str, Deployment] = {}
+        self._first_ms: dict[str, float | None] = {}
         self._deployed: dict[str, Deployed] = {}
         self._capacities: dict[str, Capacity] = {}
         self._rounds: list[Round] = []
@@ -362,6 +365,8 @@ class _Hall:
                 folder=folder,
                 expected=_expected(payloads, serving),
                 again=slot.again,
+                gpus=self._gpus,
+                package=self._package,
             )
 
         name = f"round {number + 1}{AGAIN if slot.again else ''}"
@@ -386,13 +391,19 @@ class _Hall:
             timeout_s = self._plan.config.limits.load_timeout_s
             deployment = self._cluster.deploy(serving.candidate, serving.artifact, serving.files, timeout_s=timeout_s)
             self._deployments[candidate_id] = deployment
+            if candidate_id not in self._first_ms:
+                first = encode_rows(adapt(self._inputs, serving.adaptation), [0], deployment.target)
+                self._first_ms[candidate_id] = first_request_ms(deployment.target, first, timeout_s=timeout_s)
         return self._deployments[candidate_id]
 
     def _remembered_deployment(self, serving: Serving) -> Deployed:
         def look() -> Deployed:
             deployment = self._deployment(serving)
             return Deployed(
-                candidate_id=serving.candidate.id, load_time_s=deployment.load_time_s, rendered=deployment.rendered
+                candidate_id=serving.candidate.id,
+                load_time_s=deployment.load_time_s,
+                rendered=deployment.rendered,
+                first_request_ms=self._first_ms[serving.candidate.id],
             )
 
         components = {
@@ -416,6 +427,19 @@ class _Hall:
         except UnreachableError as error:
             # No reason to end the campaign: closing the cluster tries again, and says what stays.
             self._workspace.observer.note(f"{deployment.target.model} is not taken away yet: {error.message}")
+
+
+def _meters(workspace: Workspace) -> tuple[GpuProbe | None, PackageEnergy | None]:
+    """What reads the GPUs and the energy of the machine that serves, where that is this one."""
+    if workspace.plan.config.cluster.kind != "local":
+        return None, None
+    gpus = NvmlProbe.open()
+    if gpus is None and workspace.plan.host.gpus:
+        workspace.observer.note(
+            "This machine has a GPU, but NVML does not answer: its memory, utilisation and energy are not measured "
+            "(the extra `gpu` brings the library)."
+        )
+    return gpus, PackageEnergy()
 
 
 def _expected(payloads: Sequence[Payload], serving: Serving) -> Expected | None:

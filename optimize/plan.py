@@ -11,14 +11,16 @@ from optimize.metrics import BUILT_IN, find_metric
 from optimize.recipes import BASELINE, functions_of, load_recipes, recipes_of
 from optimize.samples import LABELS, SLICES, array_names
 from optimize.sources import code_digests
+from profiles.measure.cost import COST, find_hardware
 from profiles.measure.host import fingerprint_host, split_cpus
 from profiles.measure.levels import Level, load_levels
+from profiles.measure.resources import PackageEnergy
 from registry.codec import digest, to_jsonable
 from registry.errors import InputError, PolicyError
 from registry.ledger import Ledger
 from registry.policy import parse_policy
 from registry.ports import Store
-from registry.records import Constraint, Host, Objective, Policy, Recipe, ServingProfile
+from registry.records import Constraint, HardwareProfile, Host, Objective, Policy, Recipe, ServingProfile
 
 R = TypeVar("R")
 
@@ -71,6 +73,12 @@ class Plan:
         """Those of the machines that are to serve the winner: this one's, where the campaign names none."""
         named = self.config.target_instruction_sets
         return self.host.instruction_sets if named is None else named
+
+    @property
+    def hardware(self) -> HardwareProfile | None:
+        """The machine that costs are counted for; None where the campaign names none."""
+        given = self.config.hardware
+        return find_hardware(given) if isinstance(given, str) else given and given.profile()
 
     @property
     def several_sources(self) -> bool:
@@ -226,6 +234,7 @@ def _check_policy(planned: Plan, arrays: frozenset[str]) -> None:
     lines: list[Constraint | Objective] = [*planned.policy.constraints, *planned.policy.objectives]
     for line in lines:
         _check_percentile(line, planned.level)
+        _check_resource(line, planned)
         if line.metric == "slice_drop_max" and arrays and SLICES not in arrays:
             raise PolicyError(
                 f"{line.text!r} cannot be judged: {planned.config.samples.evaluation} names no slices",
@@ -237,6 +246,23 @@ def _check_policy(planned: Plan, arrays: frozenset[str]) -> None:
                 "flips of",
                 hint=f"Limit accuracy_drop instead, or use one of the metrics {', '.join(_deciding())}.",
             )
+
+
+def _check_resource(line: Constraint | Objective, planned: Plan) -> None:
+    hardware, local = planned.hardware, planned.config.cluster.kind == "local"
+    if line.metric == COST and (hardware is None or hardware.price_per_hour is None):
+        raise PolicyError(
+            f"{line.text!r} cannot be judged: nothing says what the machine costs",
+            hint="Write `hardware:` into the campaign file, with cores, price_per_hour, currency, price_source and "
+            "price_date.",
+        )
+    if line.metric.startswith("gpu_") and not (local and planned.host.gpus):
+        raise PolicyError(f"{line.text!r} cannot be judged: there is no GPU here to measure")
+    if line.metric == "cpu_joules_per_1k" and not (local and PackageEnergy().read()):
+        raise PolicyError(
+            f"{line.text!r} cannot be judged: the energy of the CPU cannot be read here",
+            hint="It takes a machine with RAPL, and the right to read /sys/class/powercap; virtual machines have none.",
+        )
 
 
 def _check_percentile(line: Constraint | Objective, level: Level) -> None:

@@ -45,21 +45,21 @@ PARTS: Mapping[str, tuple[str, str]] = {
 class Total(NamedTuple):
     """So many times something was counted, and how much that was together."""
 
-    count: float = 0.0
+    times: float = 0.0
     amount: float = 0.0
 
-    def plus(self, count: float, amount: float) -> Self:
+    def plus(self, times: float, amount: float) -> Self:
         """Both of these more."""
-        return type(self)(self.count + count, self.amount + amount)
+        return type(self)(self.times + times, self.amount + amount)
 
     def since(self, before: "Total") -> "Total":
         """What has been added."""
-        return Total(self.count - before.count, self.amount - before.amount)
+        return Total(self.times - before.times, self.amount - before.amount)
 
     @property
     def mean(self) -> float | None:
         """Of one; None where there was none."""
-        return self.amount / self.count if self.count > 0 else None
+        return self.amount / self.times if self.times > 0 else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,7 +129,7 @@ def parse_triton(text: str, model: str) -> Counts | None:
             requests = requests.plus(*_seconds(stats["success"]))
             queue = queue.plus(*_seconds(stats["queue"]))
             steps = [_seconds(stats[step]) for step in ("compute_infer", "compute_input", "compute_output")]
-            compute = compute.plus(steps[0].count, sum(step.amount for step in steps))
+            compute = compute.plus(steps[0].times, sum(step.amount for step in steps))
             rows = rows.plus(entry["execution_count"], entry["inference_count"])
     except (LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"these are no statistics of Triton: {text[:80]!r}") from error
@@ -220,7 +220,7 @@ def break_down(before: Counts | None, after: Counts | None, *, lateness_ms: floa
     differences = {"network_ms": network_ms} if waits else {"network_ms": network_ms, "queue_ms": queue_ms}
     return replace(
         client,
-        requests=round(counted.requests.count),
+        requests=round(counted.requests.times),
         network_ms=network_ms,
         server_ms=server_ms,
         queue_ms=queue_ms,

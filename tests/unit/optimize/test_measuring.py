@@ -196,6 +196,7 @@ def generator(monkeypatch: pytest.MonkeyPatch) -> SimulatedGenerator:
     generator = SimulatedGenerator()
     monkeypatch.setattr(measuring, "LoadGenerator", generator)
     monkeypatch.setattr(measuring, "check_equivalence", lambda target, inputs, **how: PASSED)
+    monkeypatch.setattr(measuring, "first_request_ms", lambda *args, **how: 5.0)
     monkeypatch.setattr(measuring, "answer_in_process", lambda *args, **how: Reference(outputs={}))
     return generator
 
@@ -353,6 +354,7 @@ def test_a_killed_run_goes_on_where_it_stopped(tmp_path: Path, generator: Simula
     assert reduced(tmp_path, again)
     # What was seen when a candidate was deployed first stays, though it is deployed again for what is missing.
     assert again.deployed[0].load_time_s == 1.0
+    assert again.deployed[0].first_request_ms == 5.0
     assert len(session.cluster.deployments) <= 2
     assert (tmp_path / "ledger.jsonl").read_bytes().startswith(b"".join(lines[:kept]))
 

@@ -8,7 +8,8 @@ from numpy.typing import NDArray
 
 from optimize.config import CampaignConfig
 from optimize.plan import Plan, plan
-from registry.errors import InputError
+from profiles.measure.resources import PackageEnergy
+from registry.errors import InputError, PolicyError
 from tests.doubles.models import mlp, write_onnx
 
 LABELS = np.zeros(3, np.int64)
@@ -84,3 +85,42 @@ def test_the_machines_that_are_to_serve(tmp_path: Path) -> None:
 def test_a_metric_that_is_misspelt(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="'acuracy'"):
         planned(tmp_path, metric="acuracy")
+
+
+PRICED = {
+    "name": "mine",
+    "cores": 4,
+    "price_per_hour": 0.36,
+    "currency": "EUR",
+    "price_source": "a contract",
+    "price_date": "2026-01-31",
+}
+
+
+def test_a_cost_needs_a_price(tmp_path: Path) -> None:
+    line = "cost_per_million <= 2"
+    with pytest.raises(PolicyError, match="nothing says what the machine costs"):
+        planned(tmp_path, line)
+    with pytest.raises(PolicyError, match="nothing says what the machine costs"):
+        planned(tmp_path, line, hardware="cpu-2")
+    found = planned(tmp_path, line, hardware=PRICED).hardware
+    assert found is not None
+    assert (found.price_per_hour, found.price_date) == (0.36, "2026-01-31")
+    assert planned(tmp_path).hardware is None
+
+
+def test_hardware_of_an_unknown_name_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no hardware profile 'cpu-3'"):
+        planned(tmp_path, hardware="cpu-3")
+
+
+def test_energy_is_refused_where_it_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PackageEnergy, "read", lambda self: None)
+    with pytest.raises(PolicyError, match="energy of the CPU cannot be read here"):
+        planned(tmp_path, "cpu_joules_per_1k <= 2")
+
+
+def test_gpu_metrics_are_refused_where_there_is_no_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("profiles.measure.host._gpus", lambda: ())
+    with pytest.raises(PolicyError, match="no GPU here"):
+        planned(tmp_path, "gpu_memory_mb <= 2000")

@@ -108,7 +108,7 @@ def test_versions_of_a_model_add_up_and_other_models_do_not() -> None:
     }
     counts = parse_triton(json.dumps(both), "m")
     assert counts is not None
-    assert counts.requests.count == 3
+    assert counts.requests.times == 3
     assert counts.rows == Total(2, 3)
     assert parse_triton(triton(1, 1), "another") is None
     assert parse_mlserver(mlserver(1, 1), "n") is None
@@ -186,7 +186,7 @@ def test_counts_are_read_from_a_server() -> None:
     with serving("/v2/models/m/stats", triton(100, 50)) as address:
         counts = read_counts(Statistics(server="triton", address=address, model="m"))
         assert counts is not None
-        assert counts.requests.count == 100
+        assert counts.requests.times == 100
         assert read_counts(Statistics(server="triton", address=address, model="n")) is None
     with serving("/metrics", mlserver(100, 50)) as address:
         counts = read_counts(Statistics(server="mlserver", address=address, model="m"))
