@@ -2,7 +2,7 @@
 
 import typer
 
-from optimize.cli import cache, campaigns, check, explain, hosts, lint, models, render, reports, serving
+from optimize.cli import cache, campaigns, check, explain, hosts, lint, models, render, reports, select, serving
 
 # Rich markup in help doubles the start-up time; plain help reads as well.
 app = typer.Typer(
@@ -24,6 +24,7 @@ app.command("bench")(serving.bench)
 app.command("check")(check.check)
 app.command("report")(reports.report)
 app.command("explain")(explain.explain)
+app.command("select")(select.select)
 app.add_typer(cache.app, name="cache")
 app.command("lint")(lint.lint)
 app.command("doctor")(hosts.doctor)

@@ -19,6 +19,7 @@ COMMANDS = (
     "check",
     "report",
     "explain",
+    "select",
     "lint",
     "doctor",
 )
