@@ -4,6 +4,7 @@ import re
 
 from registry.records import Campaign, Failure
 from registry.report import numbers
+from registry.report.resources import Table, tables
 from registry.report.table import Row, engine_words, latency_name, printable, rows
 
 _HEADINGS = (
@@ -23,6 +24,7 @@ def render_markdown(campaign: Campaign) -> str:
     shown = rows(campaign)
     if shown:
         parts.append(_table(campaign, shown))
+        parts += [part for table in tables(campaign, shown) for part in _small_table(table)]
     parts += _section("Why not the others", [_loser(row) for row in shown if row.outcome != "selected"])
     parts += _section(
         "Closest misses",
@@ -44,6 +46,12 @@ def _table(campaign: Campaign, shown: tuple[Row, ...]) -> str:
     lines = [_line(head), _line(["---"] * len(head))]
     lines += [_line(_cells(row)) for row in shown]
     return "\n".join(lines)
+
+
+def _small_table(table: Table) -> list[str]:
+    lines = [_line([_text(cell) for cell in table.headings]), _line(["---"] * len(table.headings))]
+    lines += [_line([_text(cell) for cell in row]) for row in table.rows]
+    return [f"## {_text(table.title)}", "\n".join(lines), *(_text(note) for note in table.notes)]
 
 
 def _cells(row: Row) -> list[str]:
