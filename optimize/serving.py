@@ -22,7 +22,8 @@ from profiles.deploy.local import LOOPBACK, LocalDeployment
 from profiles.load.engine import LoadGenerator
 from profiles.load.payloads import encode_payloads
 from profiles.measure.bench import Bench, bench_target, takes_binary
-from profiles.measure.host import split_cpus
+from profiles.measure.host import fingerprint_host, split_cpus
+from profiles.measure.recorded import recorded_of, write_recorded
 from registry.codec import digest, to_jsonable
 from registry.errors import InputError
 from registry.records import Artifact, Candidate, EngineSpec, Estimate, ServingProfile, Target
@@ -224,13 +225,28 @@ def bench_endpoint(
         loads.append(f"concurrency {concurrency}")
     if rate_rps is not None:
         loads.append(f"{rate_rps:g} rps")
-    payloads = encode_payloads(load_samples(samples).inputs, target=target, seed=seed)
+    asked = load_samples(samples)
+    payloads = encode_payloads(asked.inputs, target=target, seed=seed)
+    _, client_cpus, pinning = split_cpus()
     with TemporaryDirectory(prefix="burnish-bench-") as scratch:
         raw_root = out or Path(scratch)
         raw_root.mkdir(parents=True, exist_ok=True)
-        with LoadGenerator(cpus=split_cpus()[1], work=Path(scratch)) as generator:
+        with LoadGenerator(cpus=client_cpus, work=Path(scratch)) as generator:
             found = bench_target(
                 generator, target, payloads, loads=loads, duration_s=duration_s, runs=runs, seed=seed, raw_root=raw_root
+            )
+        if out is not None:
+            settings = {"seed": seed, "rounds": runs, "duration_s": duration_s}
+            write_recorded(
+                recorded_of(
+                    target,
+                    found.rounds,
+                    found.capacity,
+                    client=fingerprint_host(pinning),
+                    samples_digest=asked.digest,
+                    settings=settings,
+                ),
+                out,
             )
     return _plain(target, found)
 

@@ -2,7 +2,20 @@
 
 import typer
 
-from optimize.cli import cache, campaigns, check, explain, hosts, lint, models, render, reports, select, serving
+from optimize.cli import (
+    cache,
+    campaigns,
+    check,
+    compare,
+    explain,
+    hosts,
+    lint,
+    models,
+    render,
+    reports,
+    select,
+    serving,
+)
 
 # Rich markup in help doubles the start-up time; plain help reads as well.
 app = typer.Typer(
@@ -22,6 +35,7 @@ app.command("render")(render.render)
 app.command("serve")(serving.serve)
 app.command("bench")(serving.bench)
 app.command("check")(check.check)
+app.command("compare")(compare.compare)
 app.command("report")(reports.report)
 app.command("explain")(explain.explain)
 app.command("select")(select.select)

@@ -22,7 +22,7 @@ from profiles.load.recording import NS_PER_MS, latency_ms, load_arrays
 from profiles.load.transports import Status
 from profiles.measure.breakdown import read_counts, times_over_runs, with_breakdown
 from profiles.measure.capacity import estimate_saturation
-from profiles.measure.compare import compare_pairs, noise_floor, spent_at
+from profiles.measure.compare import compare_blocks, compare_pairs, noise_floor, spent_at
 from profiles.measure.levels import Level
 from profiles.measure.percentiles import estimate_over_runs, estimate_percentile, is_earned, nearest_rank
 from profiles.measure.resources import RESOURCES, GpuProbe, PackageEnergy, ResourceMeter, peak_over_runs
@@ -158,13 +158,56 @@ def measure_in_round(
         after = read_counts(deployment.statistics)
         return with_breakdown(meter.completed(record), before, after, raw_root=raw_root)
 
-    suffix = AGAIN if again else ""
+    names = (CLOSED, *(name for name in loads if name != CLOSED))
+    return offer_in_slot(
+        run,
+        Slot(deployment.candidate.id, again),
+        capacity,
+        names,
+        level=level,
+        number=number,
+        position=position,
+        seed=seed,
+        folder=folder,
+    )
+
+
+def offer_in_slot(
+    run: RunWindow,
+    slot: Slot,
+    capacity: Capacity,
+    loads: Sequence[str],
+    *,
+    level: Level,
+    number: int,
+    position: int,
+    seed: int,
+    folder: Path,
+) -> Round:
+    """The runs of one slot, one a load; see `measure_in_round`.
+
+    Args:
+        run: offers a window to the slot's candidate.
+        slot: whose it is.
+        capacity: of the candidate.
+        loads: names, see `load_of`.
+        level: how long windows are.
+        number: of the round.
+        position: of the slot in it.
+        seed: of all rounds.
+        folder: where the arrays go.
+
+    Raises:
+        UnreachableError: the server refused, or stopped answering.
+        InputError: a load's name is not one.
+    """
+    suffix = AGAIN if slot.again else ""
     runs = []
-    for name in (CLOSED, *(name for name in loads if name != CLOSED)):
-        profile = window_profile(name, capacity, level, seed=_window_seed(seed, number, name, again))
+    for name in loads:
+        profile = window_profile(name, capacity, level, seed=_window_seed(seed, number, name, slot.again))
         if profile is not None:
             runs.append(run_until_valid(run, profile, folder / f"{_slug(name + suffix)}.npz", level, suffix))
-    return Round(candidate_id=deployment.candidate.id, number=number, position=position, runs=tuple(runs))
+    return Round(candidate_id=slot.candidate_id, number=number, position=position, runs=tuple(runs))
 
 
 def window_profile(name: str, capacity: Capacity, level: Level, *, seed: int) -> LoadProfile | None:
@@ -240,7 +283,8 @@ def reduce_rounds(
     valid = [run for run in closed if run.valid]
     metrics = _over_runs(valid, {"throughput_rps": ("max_throughput_rps", "1/s"), **RESOURCES})
     # What spoils a window's times does not spoil this.
-    if (peak := peak_over_runs(run for one in rounds if one.candidate_id == candidate_id for run in one.runs)) is not None:
+    peak = peak_over_runs(run for one in rounds if one.candidate_id == candidate_id for run in one.runs)
+    if peak is not None:
         metrics["peak_rss_mb"] = peak
     if (saturation := estimate_saturation(capacity)) is not None:
         metrics["saturation_rps"] = saturation
@@ -311,6 +355,36 @@ def compare_rounds(
     return tuple(comparisons)
 
 
+def compare_apart(baseline_id: str, rounds: Sequence[Round], *, raw_root: Path, level: Level) -> tuple[Comparison, ...]:
+    """As `compare_rounds`, of runs that were not measured in turns: numbers of rounds say nothing, nor does a floor.
+
+    Args:
+        baseline_id: the candidate that the others are held against.
+        rounds: of several measurements.
+        raw_root: the folder that runs name their arrays in.
+        level: says which percentiles count.
+
+    Raises:
+        InputError: arrays of a run are missing or damaged, or are not those that were measured.
+    """
+    of: dict[tuple[str, str, str], list[float]] = {}
+    for (identity, _, load), metrics in _values(rounds, raw_root, level):
+        for metric, value in metrics.items():
+            of.setdefault((load, metric, identity), []).append(value)
+    return tuple(
+        compare_blocks(
+            values,
+            of[load, metric, baseline_id],
+            candidate_id=identity,
+            baseline_id=baseline_id,
+            metric=metric,
+            load=None if load == CLOSED else load,
+        )
+        for (load, metric, identity), values in sorted(of.items())
+        if identity != baseline_id and (load, metric, baseline_id) in of and not load.endswith(AGAIN)
+    )
+
+
 def undecided(
     baseline_id: str,
     rounds: Sequence[Round],
@@ -338,6 +412,7 @@ def undecided(
 
 
 # --- names and seeds ---------------------------------------------------------------------------------------------
+
 
 def _window_seed(seed: int, number: int, name: str, again: bool) -> int:
     """The same for all candidates, another for each round, load and half of an A/A pair."""

@@ -17,6 +17,7 @@ COMMANDS = (
     "serve",
     "bench",
     "check",
+    "compare",
     "report",
     "explain",
     "select",

@@ -1,0 +1,60 @@
+"""``burnish compare``: two candidates, recorded runs or live endpoints held against each other."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from optimize.cli.endings import terminable
+from optimize.cli.output import Json, emit_json, say
+
+
+def compare(
+    a: Annotated[str, typer.Argument(help="A candidate or variant, a folder of `bench --out`, or host:port/model.")],
+    b: Annotated[str, typer.Argument(help="What is held against it.")],
+    work: Annotated[Path, typer.Option(help="The campaign's working folder, for candidates.")] = Path("burnish-work"),
+    samples: Annotated[Path | None, typer.Option(help="Endpoints: an .npz file with one array per input.")] = None,
+    protocol: Annotated[str, typer.Option(help="Endpoints: grpc or rest.")] = "grpc",
+    concurrency: Annotated[int | None, typer.Option(help="Endpoints: closed loop with so many outstanding.")] = None,
+    rate: Annotated[float | None, typer.Option(help="Endpoints: open loop at so many requests a second.")] = None,
+    level: Annotated[str, typer.Option(help="Endpoints: level of proof.")] = "standard",
+    rounds: Annotated[int | None, typer.Option(help="Endpoints: so many, and twice as many at most.")] = None,
+    duration_s: Annotated[float | None, typer.Option(help="Endpoints: length of one window.")] = None,
+    header: Annotated[list[str] | None, typer.Option(help="Endpoints: name=value, sent with each request.")] = None,
+    tls: Annotated[bool, typer.Option("--tls", help="Endpoints: encrypt, and verify certificates.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Endpoints: keep the raw records in this folder.")] = None,
+    seed: Annotated[int, typer.Option(help="Endpoints: of arrivals, payloads and the order in rounds.")] = 0,
+    json_output: Json = False,
+) -> None:
+    """Say whether B is faster than A, by how much and how surely, and what differs between them.
+
+    Live endpoints are measured in interleaved rounds, with more of them while it is undecided. Across hosts numbers
+    stand side by side, without ratios.
+
+    Example: burnish compare 127.0.0.1:8001/float32 127.0.0.1:9001/int8 --samples evaluation.npz
+    """
+    from optimize import comparing
+    from registry.errors import InputError
+
+    kind = comparing.kind_of(a, b)
+    if kind != "live" and (samples or concurrency or rate or rounds or duration_s or header or tls or out):
+        raise InputError(
+            "options for live endpoints do not fit what was measured before", hint="Give endpoints as host:port/model."
+        )
+    with terminable():
+        if kind == "campaign":
+            pairs = comparing.compare_candidates(work, a, b)
+        elif kind == "recorded":
+            pairs = [comparing.compare_recorded(Path(a), Path(b))]
+        elif samples is None:
+            raise InputError("live endpoints need --samples", hint="Name an .npz with one array per input.")
+        else:
+            asked = comparing.Asked(
+                samples=samples, protocol=protocol, concurrency=concurrency, rate_rps=rate, level=level, rounds=rounds,
+                duration_s=duration_s, headers=header or (), tls=tls, seed=seed, out=out,
+            )  # fmt: skip
+            pairs = [comparing.compare_live(a, b, asked, told=say)]
+    if json_output:
+        emit_json(comparing.document(pairs))
+    else:
+        comparing.show(pairs)

@@ -1,0 +1,152 @@
+"""What a measurement of an endpoint leaves in a folder, beside its raw arrays, so that it can be compared later."""
+
+import contextlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from registry.codec import digest, from_jsonable, to_jsonable
+from registry.errors import InputError
+from registry.records import Capacity, Host, Round, Target
+
+FILE = "bench.json"
+SCHEMA = 1
+_PACKAGES = ("burnish", "numpy", "tritonclient", "grpcio")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recorded:
+    """Runs of one endpoint.
+
+    Attributes:
+        session: equal for endpoints that were measured in turns; rounds of one number are then pairs.
+        endpoint: ``url``, ``protocol``, ``model`` and the like: what may be told of the target, so no headers.
+        client: the machine that offered the load.
+        versions: package -> version, of what measured.
+        samples_digest: SHA-256 (hex) of the samples that payloads were made of.
+        settings: seed, level and whatever else was chosen.
+        capacity: None where it was not looked for.
+        rounds: their runs name arrays relative to the folder.
+    """
+
+    session: str
+    endpoint: Mapping[str, Any]
+    client: Host
+    versions: Mapping[str, str]
+    samples_digest: str
+    settings: Mapping[str, Any]
+    capacity: Capacity | None
+    rounds: tuple[Round, ...]
+
+
+def endpoint_of(target: Target) -> dict[str, Any]:
+    """What may be told of a target: headers may hold credentials, and only their names are."""
+    return {
+        "url": target.url,
+        "protocol": target.protocol,
+        "model": target.model,
+        "binary": target.binary,
+        "tls": target.tls,
+        "headers": sorted(target.headers),
+    }
+
+
+def recorded_of(
+    target: Target,
+    rounds: Sequence[Round],
+    capacity: Capacity | None,
+    *,
+    client: Host,
+    samples_digest: str,
+    settings: Mapping[str, Any],
+    session: str = "",
+) -> Recorded:
+    """What is kept of runs on a target; see `Recorded`.
+
+    Args:
+        target: where they were offered.
+        rounds: their runs name arrays relative to the folder of the record.
+        capacity: None where it was not looked for.
+        client: the machine that offered them.
+        samples_digest: of the samples.
+        settings: what was chosen.
+        session: of endpoints that were measured in turns; one of its own if empty.
+    """
+    versions = {}
+    for package in _PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    return Recorded(
+        session=session or digest([to_jsonable(one) for one in rounds]),
+        endpoint=endpoint_of(target),
+        client=client,
+        versions=versions,
+        samples_digest=samples_digest,
+        settings=settings,
+        capacity=capacity,
+        rounds=tuple(rounds),
+    )
+
+
+def write_recorded(recorded: Recorded, folder: Path) -> Path:
+    """Writes the record into the folder of its arrays, whole or not at all."""
+    content = {
+        "schema": SCHEMA,
+        "session": recorded.session,
+        "endpoint": dict(recorded.endpoint),
+        "client": to_jsonable(recorded.client),
+        "versions": dict(recorded.versions),
+        "samples_digest": recorded.samples_digest,
+        "settings": dict(recorded.settings),
+        "capacity": None if recorded.capacity is None else to_jsonable(recorded.capacity),
+        "rounds": [to_jsonable(one) for one in recorded.rounds],
+    }
+    path = folder / FILE
+    temporary = path.with_name(f".{FILE}.{os.getpid()}")
+    temporary.write_text(json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
+    temporary.replace(path)
+    return path
+
+
+def read_recorded(folder: Path) -> Recorded:
+    """The record in a folder; its runs name their arrays by absolute paths, so that records of several mix.
+
+    Raises:
+        InputError: there is none, or it cannot be read.
+    """
+    path = folder / FILE
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        schema = content["schema"]
+        if schema != SCHEMA:
+            raise InputError(f"{path} is of schema {schema}; this burnish reads schema {SCHEMA}")
+        capacity = content["capacity"]
+        return Recorded(
+            session=str(content["session"]),
+            endpoint=dict(content["endpoint"]),
+            client=from_jsonable(Host, content["client"]),
+            versions=dict(content["versions"]),
+            samples_digest=str(content["samples_digest"]),
+            settings=dict(content["settings"]),
+            capacity=None if capacity is None else from_jsonable(Capacity, capacity),
+            rounds=tuple(_placed(from_jsonable(Round, one), folder.resolve()) for one in content["rounds"]),
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"no measurement can be read from {folder}: {error}",
+            hint="`burnish bench ... --out FOLDER` and `burnish compare ... --out FOLDER` write such folders.",
+        ) from error
+
+
+def _placed(one: Round, folder: Path) -> Round:
+    runs = []
+    for run in one.runs:
+        raw = (folder / run.raw).resolve()
+        if not raw.is_relative_to(folder):
+            raise InputError(f"{folder / FILE} names a file outside its folder: {run.raw}")
+        runs.append(replace(run, raw=str(raw)))
+    return replace(one, runs=tuple(runs))
