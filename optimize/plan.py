@@ -78,7 +78,9 @@ class Plan:
     def hardware(self) -> HardwareProfile | None:
         """The machine that costs are counted for; None where the campaign names none."""
         given = self.config.hardware
-        return find_hardware(given) if isinstance(given, str) else given and given.profile()
+        if isinstance(given, str):
+            return find_hardware(given)
+        return None if given is None else given.profile()
 
     @property
     def several_sources(self) -> bool:
