@@ -56,6 +56,8 @@ START_S = 60.0
 TIMED_S = 1.0
 BATCH_SIZES = (1, 2, 4, 8, 16, 32)
 SEEDS = 20
+# Further windows of points that were looked at.
+AGAIN = 8
 LIVE_ROUNDS = 5
 
 
@@ -332,18 +334,22 @@ def estimate(rate: float, noise: float) -> Estimate:
 
 
 def replay(surface: Recorded) -> tuple[list[float], list[float]]:
-    """(rate of what is found over that of the best, share of the points looked at), of each seed."""
+    """(rate of what is found over that of the best, share of the points looked at), of each seed.
+
+    Each measure is another of the point's windows, so that none can be looked at more often than it was recorded.
+    """
     space, truth, noise = surface.subject.space, surface.truth, surface.noise
     best, ratios, shares, stops = max(truth.values()), [], [], []
     for seed in range(SEEDS):
         chance = random.Random(seed)
-        found = search_serving(
-            space,
-            lambda profile, chance=chance: estimate(chance.choice(surface.windows[profile.key]), noise),  # type: ignore[misc]
-            curve=surface.curve,
-            points=len(space) // 10,
-            seed=seed,
-        )
+        left = {key: chance.sample(rates, len(rates)) for key, rates in surface.windows.items()}
+
+        def window(profile: ServingProfile, left: dict[str, list[float]] = left) -> Estimate:
+            if not left[profile.key]:
+                raise UnreachableError("not recorded more often")
+            return estimate(left[profile.key].pop(), noise)
+
+        found = search_serving(space, window, curve=surface.curve, points=len(space) // 10, again=AGAIN, seed=seed)
         assert found.best is not None
         ratios.append(truth[found.best.profile.key] / best)
         shares.append(found.share)
@@ -369,6 +375,7 @@ def live(surface: Recorded) -> float:
             lambda profile: estimate(stand.rps(profile), surface.noise),
             curve=InProcessCurve(rows_per_s={(size, threads): rate for size, threads, rate in stand.curve()}),
             points=len(surface.subject.space) // 10,
+            again=AGAIN,
         )
         say(f"{surface.subject.name}, live: {found.sentence}")
         for point in found.points:

@@ -16,7 +16,7 @@ Nothing here serves or measures; `optimize.serving_search` does, and the benchma
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Literal
 
@@ -36,7 +36,7 @@ PAYS = 0.02
 # One-sided 95 % of a normal distribution.
 UPPER_END = 1.645
 # What a window of load repeats itself to, at best, and what is taken for a measure that says nothing of its interval.
-LEAST_NOISE, USUAL_NOISE = 0.01, 0.03
+LEAST_NOISE, USUAL_NOISE = 0.003, 0.03
 # In-process times are medians with an interval; a server's hour may be a better one.
 BOUND_MARGIN = 1.1
 FEWEST = 4
@@ -179,18 +179,11 @@ class Surface:
     """
 
     def __init__(self, space: Sequence[ServingProfile], curve: InProcessCurve | None) -> None:
-        axes = np.array([_axes(profile) for profile in space])
-        apart = (axes[:, None, :] - axes[None, :, :]) ** 2
-        # Axis by axis, and all axes at once, by how many steps are alike.
-        self._alike = {
-            steps: (np.exp(-0.5 * apart / steps**2).sum(axis=2), np.exp(-0.5 * apart.sum(axis=2) / steps**2))
-            for steps in _STEPS
-        }
+        self._axes = np.array([_axes(profile) for profile in space])
         rates = [None if curve is None else curve.rate(profile) for profile in space]
         known = [rate for rate in rates if rate is not None]
         middle = float(np.median(known)) if known else 1.0
         self._bound = np.log(np.array([middle if rate is None else rate for rate in rates]) / middle)
-        self._slope = _LEVEL_SD**2 + _SHARE_SD**2 * np.outer(self._bound, self._bound)
 
     def predict(self, seen: Mapping[int, tuple[float, float]]) -> tuple[Floats, Floats]:
         """Mean and standard deviation of the logarithm of each profile's score.
@@ -199,44 +192,41 @@ class Surface:
             seen: place in the space -> logarithm of the score, and the standard deviation of its noise.
         """
         places = list(seen)
-        values = np.array([seen[place][0] for place in places])
-        noise: Floats = np.square([seen[place][1] for place in places], dtype=np.float64)
-        center = float(values.mean()) if places else 0.0
-        found = [
-            self._posterior(places, values - center, noise, self._covariance(*scales))
-            for scales in product(_EFFECTS, _TOGETHER, _STEPS)
-        ]
-        evidence = np.array([one[2] for one in found])
+        prior, own = _SHARE * self._bound, self._variances()
+        if not places:
+            return prior, np.sqrt(own.mean(axis=0))
+        values = np.array([value for value, _ in seen.values()])
+        center = float(values.mean())
+        across = self._covariances(places)
+        among = across[:, places, :] + np.diag(np.square([noise for _, noise in seen.values()]))
+        residual = values - center - prior[places]
+        # All sets of scales at once: the first column is the residual's, the others the profiles'.
+        right = np.broadcast_to(residual[:, None], (*among.shape[:2], 1))
+        solved = np.linalg.solve(among, np.concatenate([right, across.transpose(0, 2, 1)], axis=2))
+        means = prior + (across @ solved[:, :, :1])[:, :, 0]
+        variances = own - np.einsum("snk,skn->sn", across, solved[:, :, 1:])
+        evidence = -0.5 * (solved[:, :, 0] @ residual + np.linalg.slogdet(among)[1])
         weights = np.exp(evidence - evidence.max())
         weights /= weights.sum()
-        means, variances = np.array([one[0] for one in found]), np.array([one[1] for one in found])
         mean = weights @ means
-        variance = weights @ (variances + (means - mean) ** 2)
+        variance = weights @ (np.maximum(variances, 1e-9) + (means - mean) ** 2)
         return mean + center, np.sqrt(variance)
 
-    def _posterior(
-        self, places: list[int], values: Floats, noise: Floats, covariance: Floats
-    ) -> tuple[Floats, Floats, float]:
-        """Mean, variance and log evidence by one set of scales."""
-        from scipy.linalg import cho_factor, cho_solve
+    def _covariances(self, places: list[int]) -> Floats:
+        """(set of scales, profile, place): of each profile with those at the places."""
+        apart = (self._axes[:, None, :] - self._axes[places]) ** 2
+        slope = _LEVEL_SD**2 + _SHARE_SD**2 * np.outer(self._bound, self._bound[places])
+        found = []
+        for steps in _STEPS:
+            each = np.exp(-0.5 * apart / steps**2).sum(axis=2)
+            all_axes = np.exp(-0.5 * apart.sum(axis=2) / steps**2)
+            found += [slope + effect**2 * each + both**2 * all_axes for effect, both in product(_EFFECTS, _TOGETHER)]
+        return np.array(found)
 
-        prior = _SHARE * self._bound
-        if not places:
-            return prior, np.diag(covariance).copy(), 0.0
-        among = covariance[np.ix_(places, places)] + np.diag(noise)
-        factor = cho_factor(among, lower=True)
-        residual = values - prior[places]
-        weights = cho_solve(factor, residual)
-        across = covariance[:, places]
-        mean = prior + across @ weights
-        variance = np.diag(covariance) - np.einsum("ij,ji->i", across, cho_solve(factor, across.T))
-        evidence = -0.5 * residual @ weights - np.log(np.diag(factor[0])).sum()
-        return mean, np.maximum(variance, 1e-9), float(evidence)
-
-    def _covariance(self, effect: float, together: float, steps: float) -> Floats:
-        each, all_axes = self._alike[steps]
-        summed: Floats = self._slope + effect**2 * each + together**2 * all_axes
-        return summed
+    def _variances(self) -> Floats:
+        """(set of scales, profile): of each profile before anything was seen."""
+        of_scales = [self._axes.shape[1] * effect**2 + both**2 for effect, both in product(_EFFECTS, _TOGETHER)]
+        return np.add.outer(np.array(of_scales * len(_STEPS)), _LEVEL_SD**2 + _SHARE_SD**2 * self._bound**2)
 
 
 def _axes(profile: ServingProfile) -> list[float]:
@@ -283,6 +273,7 @@ def search_serving(
     *,
     curve: InProcessCurve | None = None,
     points: int,
+    again: int = 0,
     start: Sequence[ServingProfile] = (),
     pays: float = PAYS,
     seed: int = 0,
@@ -298,6 +289,8 @@ def search_serving(
             failed; others, and `StorageError`, end the search.
         curve: of the session in process, where the score is rows a second at most: it bounds what is worth a look.
         points: most points to look at.
+        again: most further measures of points that were looked at, to tell the best from the luckiest (LUCB:
+            Kalyanakrishnan and others, ICML 2012).
         start: profiles to look at first (those that are served already, say); those outside of the space are left out.
         pays: a gain below this share is not worth another point.
         seed: decides between points that promise the same.
@@ -321,6 +314,11 @@ def search_serving(
             break
         place, reason = step
         walk.look(place, reason, measure)
+    for _ in range(again):
+        rival = walk.rival()
+        if rival is None or out_of_time():
+            break
+        walk.look_again(rival, measure)
     return walk.outcome(stopped)
 
 
@@ -331,6 +329,7 @@ class _Walk:
         self, space: Sequence[ServingProfile], curve: InProcessCurve | None, *, pays: float, seed: int
     ) -> None:
         self.looked: dict[int, ServingPoint] = {}
+        self._times: dict[int, int] = {}
         self._space = space
         self._surface = Surface(space, curve)
         self._bounds = np.log([math.inf if curve is None else curve.bound(profile) for profile in space])
@@ -338,17 +337,42 @@ class _Walk:
         self._turn = np.random.default_rng(seed).permutation(len(space))
 
     def look(self, place: int, reason: str, measure: Measure) -> None:
+        """Measures a profile for the first time."""
         profile = self._space[place]
-        score, failure = None, ""
+        score, failure = self._measured(profile, measure)
+        self.looked[place] = ServingPoint(profile=profile, score=score, reason=reason, failure=failure)
+
+    def look_again(self, place: int, measure: Measure) -> None:
+        """Measures a profile once more; where it fails now, what it had stays."""
+        point = self.looked[place]
+        score, _ = self._measured(point.profile, measure)
+        self._times[place] = self._times.get(place, 1) + 1
+        if score is not None and point.score is not None:
+            self.looked[place] = replace(point, score=_together(point.score, score))
+
+    def rival(self) -> int | None:
+        """The less often measured of the best and the one that may yet be better; None where none may."""
+        mean, sd = self._surface.predict(self._seen())
+        good = [place for place, point in self.looked.items() if point.score is not None]
+        if len(good) < 2:
+            return None
+        best = max(good, key=lambda place: mean[place])
+        other = max((place for place in good if place != best), key=lambda place: mean[place] + sd[place])
+        if mean[other] + UPPER_END * sd[other] <= mean[best]:
+            return None
+        return min((best, other), key=lambda place: self._times.get(place, 1))
+
+    @staticmethod
+    def _measured(profile: ServingProfile, measure: Measure) -> tuple[Estimate | None, str]:
         try:
             score = measure(profile)
         except StorageError:
             raise  # no fault of the profile
         except BurnishError as error:
-            failure = error.message
-        if score is not None and score.value <= 0:
+            return None, error.message
+        if score.value <= 0:
             raise ValueError(f"a score is above 0, not {score.value} ({profile.key})")
-        self.looked[place] = ServingPoint(profile=profile, score=score, reason=reason, failure=failure)
+        return score, ""
 
     def next(self, start: Sequence[ServingProfile]) -> tuple[int, str] | None:
         """The place to look at next, and why; None where none pays."""
@@ -435,6 +459,16 @@ def _logarithm(score: Estimate) -> tuple[float, float]:
     if score.low is None or score.high is None or score.low <= 0:
         return math.log(score.value), USUAL_NOISE
     return math.log(score.value), max(LEAST_NOISE, math.log(score.high / score.low) / (2 * 1.96))
+
+
+def _together(one: Estimate, other: Estimate) -> Estimate:
+    """Two measures of the same, each weighted by how sure it is."""
+    (first, first_sd), (second, second_sd) = _logarithm(one), _logarithm(other)
+    weights = first_sd**-2, second_sd**-2
+    mean, sd = (weights[0] * first + weights[1] * second) / sum(weights), sum(weights) ** -0.5
+    low, value, high = (math.exp(mean + width * sd) for width in (-1.96, 0, 1.96))
+    runs = one.runs + other.runs
+    return Estimate(value=value, low=low, high=high, runs=runs, method="several looks", unit=one.unit)
 
 
 _STOPPED = {

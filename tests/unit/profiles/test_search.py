@@ -275,3 +275,34 @@ def test_the_best_is_not_the_luckiest_window() -> None:
     assert found.best is not None
     assert found.best.score is not None
     assert found.best.score.value <= 110
+
+
+def test_looking_again_tells_the_best_from_the_lucky() -> None:
+    lucky, best = MLSERVER[40], MLSERVER[41]
+    true = {lucky.key: 100.0, best.key: 108.0}
+    luck = {lucky.key: [1.1, 1.0, 1.0, 1.0], best.key: [0.95, 1.0, 1.0, 1.0]}
+
+    def measure(profile: ServingProfile) -> Estimate:
+        return rate(true[profile.key] * luck[profile.key].pop(0), 0.05)
+
+    first = search_serving((lucky, best), measure, points=2)
+    assert first.best is not None
+    assert first.best.profile == lucky
+    luck |= {lucky.key: [1.1, 1.0, 1.0, 1.0], best.key: [0.95, 1.0, 1.0, 1.0]}
+    found = search_serving((lucky, best), measure, points=2, again=6)
+    assert found.best is not None
+    assert found.best.profile == best
+    assert found.best.score is not None
+    assert found.best.score.runs > 1
+    assert len(found.points) == 2
+
+
+def test_nothing_is_looked_at_again_where_the_best_is_certain() -> None:
+    asked: list[str] = []
+
+    def measure(profile: ServingProfile) -> Estimate:
+        asked.append(profile.key)
+        return rate(100.0 * (1 + MLSERVER.index(profile)), 0.01)
+
+    search_serving(MLSERVER[40:43], measure, points=3, again=5)
+    assert len(asked) == 3
