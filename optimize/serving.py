@@ -1,9 +1,9 @@
 """One model on a real server, and load on any V2 endpoint: what ``serve`` and ``bench`` do."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -19,17 +19,26 @@ from optimize.signature import signature_of
 from profiles.deploy.cluster import Deployment
 from profiles.deploy.core2_candidates import UNKNOWN_VERSION
 from profiles.deploy.local import LOOPBACK, LocalDeployment
+from profiles.load.ceiling import Ceilings
 from profiles.load.engine import LoadGenerator
-from profiles.load.payloads import encode_payloads
+from profiles.load.library import LoadPlan, load_plan
+from profiles.load.payloads import Payload, encode_payloads, encoding_of
 from profiles.measure.bench import Bench, bench_target, takes_binary
 from profiles.measure.host import fingerprint_host, split_cpus
+from profiles.measure.plans import Planned, run_plan
 from profiles.measure.recorded import recorded_of, write_recorded
+from profiles.measure.slo import SloSearch
 from registry.codec import digest, to_jsonable
 from registry.errors import InputError
-from registry.records import Artifact, Candidate, EngineSpec, Estimate, ServingProfile, Target
+from registry.records import Artifact, Candidate, EngineSpec, Estimate, Round, RunRecord, ServingProfile, Target
 from registry.report.numbers import text
 from registry.store import FolderStore
 
+_DURATION_S, _RUNS = 5.0, 3
+# Fewer different requests, and a cache of responses may answer.
+_DISTINCT = 32
+# How tensors travel -> the protocol.
+_SPOKEN = {"raw": "grpc", "packed": "grpc", "binary": "rest", "json": "rest"}
 _LOAD_TIMEOUT_S = 120.0
 _LOOK_S = 0.5
 _LOOK_AT_CORE2_S = 5.0
@@ -199,17 +208,25 @@ def bench_endpoint(
     *,
     model: str,
     samples: Path,
-    protocol: str,
+    protocol: str | None,
     concurrency: int | None,
     rate_rps: float | None,
-    duration_s: float,
-    runs: int,
+    duration_s: float | None,
+    runs: int | None,
     headers: Sequence[str],
     tls: bool,
     out: Path | None,
     seed: int,
+    load: str | None = None,
+    arrivals: Path | None = None,
+    encoding: str | None = None,
+    workers: int = 1,
+    told: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Measures a V2 endpoint; see ``burnish bench --help``.
+
+    What was measured before something ends it stays in ``out``; ``told`` takes a line for each window, as soon as it
+    was measured.
 
     Returns:
         The target, each load's measurement, and the capacity where it was searched, as plain values.
@@ -218,8 +235,10 @@ def bench_endpoint(
         InputError: an option or the samples do not fit.
         UnreachableError: the endpoint does not answer, or refuses.
     """
-    target = endpoint(url, model, protocol, headers, tls)
-    _check_amounts(concurrency=concurrency, rate=rate_rps, duration_s=duration_s, runs=runs)
+    _check_amounts(concurrency=concurrency, rate=rate_rps, duration_s=duration_s, runs=runs, workers=workers)
+    plan = _plan(load, arrivals, concurrency=concurrency, rate=rate_rps, duration_s=duration_s, runs=runs)
+    target = endpoint(url, model, protocol, headers, tls, encoding=encoding)
+    duration_s, runs = duration_s or _DURATION_S, runs or _RUNS
     loads = []
     if concurrency is not None:
         loads.append(f"concurrency {concurrency}")
@@ -227,37 +246,101 @@ def bench_endpoint(
         loads.append(f"{rate_rps:g} rps")
     asked = load_samples(samples)
     payloads = encode_payloads(asked.inputs, target=target, seed=seed)
-    _, client_cpus, pinning = split_cpus()
+    server_cpus, client_cpus, pinning = split_cpus()
+    client = fingerprint_host(pinning)
+    journal = _Journal(told)
+    capacity = None
     with TemporaryDirectory(prefix="burnish-bench-") as scratch:
         raw_root = out or Path(scratch)
-        raw_root.mkdir(parents=True, exist_ok=True)
-        with LoadGenerator(cpus=client_cpus, work=Path(scratch)) as generator:
-            found = bench_target(
-                generator, target, payloads, loads=loads, duration_s=duration_s, runs=runs, seed=seed, raw_root=raw_root
-            )
-        if out is not None:
-            settings = {"seed": seed, "rounds": runs, "duration_s": duration_s}
-            write_recorded(
-                recorded_of(
-                    target,
-                    found.rounds,
-                    found.capacity,
-                    client=fingerprint_host(pinning),
-                    samples_digest=asked.digest,
-                    settings=settings,
-                ),
-                out,
-            )
-    return _plain(target, found)
+        _make_folder(raw_root)
+        ceilings = Ceilings(raw_root, server_cpus, client.fingerprint)
+        try:
+            with LoadGenerator(cpus=client_cpus, work=Path(scratch), workers=workers, ceiling=ceilings) as generator:
+                how: dict[str, Any] = {"seed": seed, "raw_root": raw_root, "on_run": journal.keep}
+                if plan is not None:
+                    found: Bench = run_plan(generator, target, payloads, plan, **how)
+                else:
+                    found = bench_target(
+                        generator, target, payloads, loads=loads, duration_s=duration_s, runs=runs, **how
+                    )
+            capacity = found.capacity
+        finally:
+            if out is not None and journal.rounds:
+                settings: dict[str, Any] = {"seed": seed, "rounds": runs, "duration_s": duration_s}
+                if plan is not None:
+                    settings |= {
+                        "rounds": plan.runs,
+                        "duration_s": plan.duration_s,
+                        "load": plan.model_dump(mode="json"),
+                    }
+                write_recorded(
+                    recorded_of(
+                        target, journal.rounds, capacity, client=client, samples_digest=asked.digest, settings=settings
+                    ),
+                    out,
+                )
+    return _plain(target, found, payloads)
 
 
-def endpoint(url: str, model: str, protocol: str, headers: Sequence[str], tls: bool) -> Target:
+def _plan(load: str | None, arrivals: Path | None, **chosen: float | None) -> LoadPlan | None:
+    """The load profile that the options name, with their lengths in place of its own."""
+    if load is None:
+        if arrivals is not None:
+            raise InputError("--arrivals is for --load replay", hint="Give both.")
+        return None
+    if chosen.pop("concurrency") is not None or chosen.pop("rate") is not None:
+        raise InputError("--load says what is offered", hint="Leave out --concurrency and --rate.")
+    given = {name: value for name, value in chosen.items() if value is not None}
+    return load_plan(load, arrivals=arrivals).model_copy(update=given)
+
+
+class _Journal:
+    """What was measured so far."""
+
+    def __init__(self, told: Callable[[str], None]) -> None:
+        self._told = told
+        self._runs: dict[int, list[RunRecord]] = {}
+
+    def keep(self, number: int, record: RunRecord) -> None:
+        self._runs.setdefault(number, []).append(record)
+        gates = ", ".join(f"{finding.gate} {finding.observed}" for finding in record.findings)
+        median_ms = record.metrics.get("latency_p50_ms")
+        latency = "" if median_ms is None else f", p50 {median_ms:.2f} ms"
+        throughput = f"{record.metrics['throughput_rps']:.1f} requests a second{latency}"
+        self._told(f"run {number + 1}, {record.load.name}: {f'invalid: {gates}' if gates else throughput}")
+
+    @property
+    def rounds(self) -> tuple[Round, ...]:
+        """The windows by the number of their round."""
+        made = sorted(self._runs.items())
+        return tuple(Round(candidate_id="bench", number=n, position=0, runs=tuple(runs)) for n, runs in made)
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out {folder} cannot be made: {error.strerror}", hint="Name another folder.") from error
+
+
+def endpoint(
+    url: str, model: str, protocol: str | None, headers: Sequence[str], tls: bool, *, encoding: str | None = None
+) -> Target:
     """The endpoint that command-line options name; a REST endpoint is asked whether it takes binary tensors.
+
+    Without a protocol it is that of the encoding (``raw`` and ``packed`` are gRPC, ``binary`` and ``json`` REST), or
+    gRPC; without an encoding it is raw, or binary where that is taken.
 
     Raises:
         InputError: an option's value does not fit.
         UnreachableError: the REST endpoint does not answer.
     """
+    if encoding is not None and encoding not in _SPOKEN:
+        raise InputError(f"--encoding {encoding!r} is not known", hint=f"There are {', '.join(_SPOKEN)}.")
+    spoken = _SPOKEN[encoding] if encoding else protocol or "grpc"
+    if protocol not in (None, spoken):
+        raise InputError(f"--encoding {encoding} is of {spoken}, not {protocol}", hint="Leave out --protocol.")
+    protocol = spoken
     if protocol not in ("grpc", "rest"):
         raise InputError(f"--protocol {protocol!r} is not known", hint="There are grpc and rest.")
     pairs = [header.partition("=") for header in headers]
@@ -272,9 +355,15 @@ def endpoint(url: str, model: str, protocol: str, headers: Sequence[str], tls: b
         headers={name: value for name, _, value in pairs},
         tls=tls or scheme in ("https", "grpcs"),
     )
-    if target.protocol == "grpc" or not takes_binary(target):
-        return target
-    return Target(url=target.url, protocol="rest", model=model, headers=target.headers, tls=target.tls, binary=True)
+    if target.protocol == "grpc":
+        return replace(target, packed=encoding == "packed")
+    binary = takes_binary(target)
+    if encoding == "binary" and not binary:
+        raise InputError(
+            f"{target.url} takes no binary tensors over REST",
+            hint="Its extensions do not name binary_tensor_data: take --encoding json, or gRPC.",
+        )
+    return replace(target, binary=binary and encoding != "json")
 
 
 def _check_amounts(**amounts: float | None) -> None:
@@ -283,10 +372,20 @@ def _check_amounts(**amounts: float | None) -> None:
             raise InputError(f"--{name.replace('_', '-')} is above 0, not {amount:g}")
 
 
-def _plain(target: Target, found: Bench) -> dict[str, Any]:
-    shown = {"url": target.url, "protocol": target.protocol, "model": target.model, "binary": target.binary}
+def _plain(target: Target, found: Bench, payloads: Sequence[Payload]) -> dict[str, Any]:
+    shown = {
+        "url": target.url,
+        "protocol": target.protocol,
+        "model": target.model,
+        "binary": target.binary,
+        "encoding": encoding_of(target),
+    }
+    sent = {"distinct": len({payload.body for payload in payloads}), "largest": max(len(one.body) for one in payloads)}
+    slo = found.slo if isinstance(found, Planned) else None
     return {
         "target": shown,
+        "payloads": sent,
+        "slo": None if slo is None else _plain_slo(slo),
         "capacity": None if found.capacity is None else to_jsonable(found.capacity),
         "measurements": [to_jsonable(measurement) for measurement in found.measurements],
         "invalid": [
@@ -298,16 +397,38 @@ def _plain(target: Target, found: Bench) -> dict[str, Any]:
     }
 
 
+def _plain_slo(slo: SloSearch) -> dict[str, Any]:
+    return {
+        "limit": f"p{slo.limit.percentile} <= {slo.limit.latency_ms:g} ms",
+        "rate_rps": slo.rate_rps,
+        "failing_rps": slo.failing_rps,
+        "reason": slo.reason,
+        "runs": [asdict(run) for run in slo.runs],
+    }
+
+
 def show_bench(result: dict[str, Any]) -> None:
     """Prints what a bench found, one load after the other."""
     from rich.console import Console
     from rich.table import Table
 
     console = Console()
-    if result["capacity"] is not None:
+    if result["payloads"]["distinct"] < _DISTINCT:
+        console.print(
+            f"Only {result['payloads']['distinct']} different requests: a cache of responses would look fast. "
+            f"Give at least {_DISTINCT} samples."
+        )
+    if (slo := result["slo"]) is not None:
+        rate = "no rate" if slo["rate_rps"] is None else f"{slo['rate_rps']:.1f} requests a second"
+        console.print(f"{slo['limit']}: {rate}. {slo['reason']}")
+    elif result["capacity"] is not None:
         saturation = result["capacity"]["saturation_rps"]
         told = "was not reached by any stage" if saturation is None else f"{saturation:.1f} requests a second"
-        console.print(f"Saturation: {told}; closed-loop maximum at concurrency {result['capacity']['concurrency']}")
+        ladder = f"; closed-loop maximum at concurrency {result['capacity']['concurrency']}"
+        console.print(f"Saturation: {told}{ladder if result['capacity']['ladder'] else ''}")
+        for stage in result["capacity"]["stages"]:
+            held = "sustained" if stage["sustained"] else "not sustained"
+            console.print(f"  {stage['offered_rps']:.1f}/s: {stage['achieved_rps']:.1f}/s came back, {held}")
     for measurement in result["measurements"]:
         table = Table("metric", "value", title=measurement["load"] or "closed loop", title_justify="left")
         for name, fields in measurement["metrics"].items():

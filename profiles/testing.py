@@ -75,6 +75,63 @@ class Exponential:
 
 
 @dataclass(slots=True)
+class Bimodal:
+    """Most answers take one time, some another: a cache that misses, or two kinds of requests.
+
+    Attributes:
+        usual_s: of most.
+        rare_s: of the others.
+        rare_share: how many those are, 0 to 1.
+        seed: of chance.
+    """
+
+    usual_s: float
+    rare_s: float
+    rare_share: float
+    seed: int = 0
+    _chance: np.random.Generator = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._chance = np.random.default_rng(self.seed)
+
+    def delay_s(self, at_s: float) -> float:
+        """One of the two, by chance."""
+        return self.rare_s if self._chance.random() < self.rare_share else self.usual_s
+
+
+@dataclass(slots=True)
+class Batches:
+    """A server that takes all that wait, at most so many, and works on them together.
+
+    A batch of b takes ``fixed_s + b * each_s``. It starts when the server is free and something waits, after
+    ``delay_s`` or with a full batch, whichever comes first. Since a law has to answer at each arrival, a request that
+    joins a batch is told when that would end if nobody else came: those before it in the batch finish a little earlier
+    than in truth.
+
+    Attributes:
+        fixed_s: of each batch.
+        each_s: of each request in it.
+        most: requests in a batch.
+        wait_s: how long a free server waits for company.
+    """
+
+    fixed_s: float
+    each_s: float
+    most: int
+    wait_s: float = 0.0
+    _starts_s: float = field(init=False, default=-math.inf)
+    _held: int = field(init=False, default=0)
+
+    def delay_s(self, at_s: float) -> float:
+        """Waiting for the batch to start, and the batch."""
+        if at_s >= self._starts_s or self._held >= self.most:
+            free_s = self._starts_s + self.fixed_s + self._held * self.each_s if self._held else at_s
+            self._starts_s, self._held = max(free_s, at_s + self.wait_s), 0
+        self._held += 1
+        return self._starts_s + self.fixed_s + self._held * self.each_s - at_s
+
+
+@dataclass(slots=True)
 class Queue:
     """Workers that take requests in their order of arrival: M/M/n or M/D/n under Poisson arrivals.
 
@@ -361,10 +418,7 @@ class FakeV2Server:
         request = service_pb2.ModelInferRequest.FromString(body)
         if request.model_name != self.model:
             await context.abort(grpc.StatusCode.NOT_FOUND, f"unknown model {request.model_name!r}")
-        arrays = {
-            tensor.name: np.frombuffer(raw, dtype=_numpy_type(tensor.datatype)).reshape(tensor.shape)
-            for tensor, raw in zip(request.inputs, request.raw_input_contents, strict=True)
-        }
+        arrays = _grpc_arrays(request)
         try:
             sums = await self._answer(arrays)
         except UnreachableError as error:
@@ -388,6 +442,21 @@ class FakeV2Server:
     async def _grpc_ready(self, body: bytes, context: Any) -> bytes:
         # Field 1, true: the three messages of readiness and liveness look alike.
         return b"\x08\x01"
+
+
+def _grpc_arrays(request: Any) -> dict[str, NDArray[Any]]:
+    """The tensors of a request: raw, or packed."""
+    if request.raw_input_contents:
+        return {
+            tensor.name: np.frombuffer(raw, dtype=_numpy_type(tensor.datatype)).reshape(tensor.shape)
+            for tensor, raw in zip(request.inputs, request.raw_input_contents, strict=True)
+        }
+    arrays = {}
+    for tensor in request.inputs:
+        said = {name: value.string_param for name, value in tensor.parameters.items()}
+        packed = np.frombuffer(tensor.contents.bytes_contents[0], dtype=_numpy_type(said["datatype"]))
+        arrays[tensor.name] = packed.reshape(json.loads(said["shape"]))
+    return arrays
 
 
 def _rest_arrays(body: bytes, header_length: int) -> dict[str, NDArray[Any]]:
@@ -419,6 +488,81 @@ def _server_loop() -> asyncio.AbstractEventLoop:
 
 def _on_server_loop(work: Coroutine[Any, Any, T]) -> T:
     return asyncio.run_coroutine_threadsafe(work, _server_loop()).result(timeout=20)
+
+
+class RudeServer:
+    """Something on loopback that takes requests over HTTP and does not answer them as it should; a context manager.
+
+    Args:
+        manner: what it does with each request: ``rubbish`` answers at once, with status 200 and no V2 reply; ``drip``
+            answers a byte at a time and never comes to an end; ``reset`` breaks the connection off.
+        good: so many requests are answered well first.
+    """
+
+    def __init__(self, manner: Literal["rubbish", "drip", "reset"], *, good: int = 0) -> None:
+        self._manner = manner
+        self._good = good
+
+    def __enter__(self) -> Self:
+        self._server = _on_server_loop(self._start())
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        _on_server_loop(self._stop())
+
+    @property
+    def target(self) -> Target:
+        """Where it listens."""
+        return Target(url=f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}", protocol="rest", model="m")
+
+    async def _start(self) -> asyncio.Server:
+        self._talks: set[asyncio.Task[None]] = set()
+        return await asyncio.start_server(self._talk, "127.0.0.1", 0)
+
+    async def _stop(self) -> None:
+        self._server.close()
+        for talk in self._talks:
+            talk.cancel()
+        await asyncio.gather(*self._talks, return_exceptions=True)
+
+    async def _talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._talks.add(task)
+        try:
+            while True:
+                head = (await reader.readuntil(b"\r\n\r\n")).lower()
+                await reader.readexactly(int(head.partition(b"content-length:")[2].split(b"\r\n")[0]))
+                self._good -= 1
+                if self._good >= 0:
+                    _answer_http(
+                        writer, b'{"model_name":"m","outputs":[{"name":"y","datatype":"FP32","shape":[1],"data":[0]}]}'
+                    )
+                else:
+                    await self._be_rude(writer)
+        except (OSError, asyncio.IncompleteReadError):
+            pass  # the client has gone
+        finally:
+            self._talks.discard(task)
+            writer.transport.abort()
+
+    async def _be_rude(self, writer: asyncio.StreamWriter) -> None:
+        if self._manner == "rubbish":
+            _answer_http(writer, b"<html>It works!</html>")
+        elif self._manner == "reset":
+            raise ConnectionResetError
+        else:
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n")
+            while True:
+                writer.write(b".")
+                await writer.drain()
+                await asyncio.sleep(0.05)
+
+
+def _answer_http(writer: asyncio.StreamWriter, body: bytes) -> None:
+    writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
 
 
 # --- contracts ---------------------------------------------------------------------------------------------------

@@ -64,40 +64,52 @@ def bench(
     url: Annotated[str, typer.Argument(help="host:port of a V2 endpoint.")],
     model: Annotated[str, typer.Option(help="The model's name there.")],
     samples: Annotated[Path, typer.Option(help="An .npz file with one array per input.")],
-    protocol: Annotated[str, typer.Option(help="grpc or rest.")] = "grpc",
+    protocol: Annotated[str | None, typer.Option(help="grpc or rest; that of --encoding, else grpc.")] = None,
+    encoding: Annotated[str | None, typer.Option(help="gRPC: raw or packed; REST: binary or json.")] = None,
+    load: Annotated[str | None, typer.Option(help="A load profile by name, or your own YAML file.")] = None,
+    arrivals: Annotated[Path | None, typer.Option(help="Recorded arrivals for --load replay.")] = None,
     concurrency: Annotated[int | None, typer.Option(help="Closed loop with so many requests outstanding.")] = None,
     rate: Annotated[float | None, typer.Option(help="Open loop with Poisson arrivals at so many a second.")] = None,
-    duration_s: Annotated[float, typer.Option(help="Length of one run.")] = 5.0,
-    runs: Annotated[int, typer.Option(help="Independent runs.")] = 3,
+    duration_s: Annotated[float | None, typer.Option(help="Length of one run; 5, or the load profile's.")] = None,
+    runs: Annotated[int | None, typer.Option(help="Independent runs; 3, or the load profile's.")] = None,
+    workers: Annotated[int, typer.Option(help="Processes that share the load, for more than one core.")] = 1,
     header: Annotated[list[str] | None, typer.Option(help="name=value, sent with each request.")] = None,
     tls: Annotated[bool, typer.Option("--tls", help="Encrypt, and verify the server's certificate.")] = False,
-    out: Annotated[Path | None, typer.Option(help="Keep the raw records in this folder.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Keep the records in this folder, also of a run that is ended.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of arrivals and payloads.")] = 0,
     json_output: Json = False,
 ) -> None:
     """Measure any V2 endpoint: capacity in a closed loop, or latency at a rate in an open loop.
 
-    With neither --concurrency nor --rate it finds the closed-loop maximum and the saturation point first, then
-    measures latency at 0.8 of it.
+    With none of --load, --concurrency and --rate it finds the closed-loop maximum and the saturation point first, then
+    measures latency at 0.8 of it. Load profiles: closed, poisson, staged, sweep, slo, replay.
 
-    Example: burnish bench 127.0.0.1:8001 --model digits --samples evaluation.npz --rate 100
+    Example: burnish bench 127.0.0.1:8001 --model digits --samples evaluation.npz --load staged
     """
     from optimize.serving import bench_endpoint, show_bench
 
-    result = bench_endpoint(
-        url,
-        model=model,
-        samples=samples,
-        protocol=protocol,
-        concurrency=concurrency,
-        rate_rps=rate,
-        duration_s=duration_s,
-        runs=runs,
-        headers=header or [],
-        tls=tls,
-        out=out,
-        seed=seed,
-    )
+    with terminable():
+        result = bench_endpoint(
+            url,
+            model=model,
+            samples=samples,
+            protocol=protocol,
+            concurrency=concurrency,
+            rate_rps=rate,
+            duration_s=duration_s,
+            runs=runs,
+            headers=header or [],
+            tls=tls,
+            out=out,
+            seed=seed,
+            load=load,
+            arrivals=arrivals,
+            encoding=encoding,
+            workers=workers,
+            told=say,
+        )
     if json_output:
         emit_json(result)
     else:

@@ -72,6 +72,11 @@ class LoadGenerator:
         """How many processes share the load."""
         return len(self._workers)
 
+    @property
+    def pids(self) -> tuple[int, ...]:
+        """Ids of the processes that run now."""
+        return tuple(pid for worker in self._workers if (pid := worker.pid) is not None)
+
     def __enter__(self) -> Self:
         self._work.mkdir(parents=True, exist_ok=True)
         return self
@@ -93,6 +98,7 @@ class LoadGenerator:
         raw_root: Path | None = None,
         usage: Callable[[], Usage | None] | None = None,
         expected: Expected | None = None,
+        against_ceiling: bool = True,
     ) -> RunRecord:
         """Offers one window of load and returns what came of it; takes a bounded time.
 
@@ -110,6 +116,8 @@ class LoadGenerator:
             usage: read at both ends of the window, for ``cpu_s_per_1k`` and ``rss_mb``; these are left out where it
                 gives None. A server that is another one at the end makes the window invalid.
             expected: the reference's answers; replies sampled under load are compared with them after the window.
+                Without them, they still have to be replies of V2.
+            against_ceiling: whether a rate near to what this generator can offer at most makes the window invalid.
 
         Raises:
             UnreachableError: the first request failed (with the server's message), or the server or the generator's
@@ -118,7 +126,7 @@ class LoadGenerator:
             GeneratorLostError: the generator's process ended, and so did the one that took its place.
             StorageError: payloads or arrays could not be written.
         """
-        ceiling_rps = None if self._ceiling is None else self._ceiling(self, target, payloads)
+        ceiling_rps = self._ceiling(self, target, payloads) if against_ceiling and self._ceiling else None
         shares = _shares(profile, len(self._workers))
         try:
             answers, marks = self._perform(target, payloads, shares, raw_path=raw_path, usage=usage)
@@ -225,8 +233,7 @@ class LoadGenerator:
             for payload, start, size, headers in answer["replies"]:
                 body = content[start : start + size]
                 answerers.add(answerer_of(body, headers, target))
-                if expected is not None:
-                    found.append((payload, _liken(payload, body, headers, target, expected)))
+                found.append((payload, _liken(payload, body, headers, target, expected)))
             for _, start, size, headers in answer["firsts"]:
                 answerers.add(answerer_of(content[start : start + size], headers, target))
         return len(found), count_wrong(found), find_stranger(answerers, target)
@@ -267,6 +274,11 @@ class _Worker:
         self._log = log
         self._process: subprocess.Popen[str] | None = None
         self._events: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+
+    @property
+    def pid(self) -> int | None:
+        """The process's id, or None where none runs."""
+        return None if self._process is None else self._process.pid
 
     def send(self, message: dict[str, Any]) -> None:
         """Gives it one line of work; see `profiles.load.worker`."""
@@ -391,9 +403,10 @@ def _instances(marks: Sequence[Usage | None]) -> tuple[str, str] | None:
     return None if begin is None or end is None else (begin.instance, end.instance)
 
 
-def _liken(payload: int, body: bytes, headers: dict[str, str], target: Target, expected: Expected) -> Likeness:
-    """How a reply stands to the reference's; one that cannot be decoded is wrong."""
+def _liken(payload: int, body: bytes, headers: dict[str, str], target: Target, expected: Expected | None) -> Likeness:
+    """How a reply stands to the reference's; without one, all that are replies of V2 are right."""
     try:
-        return expected.compare(payload, decode_outputs(body, headers, target))
+        outputs = decode_outputs(body, headers, target)
+        return "same" if expected is None else expected.compare(payload, outputs)
     except UnreachableError:
         return "wrong"

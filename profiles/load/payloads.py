@@ -1,12 +1,16 @@
 """Requests encoded once, before the load: the hot loop only writes bytes.
 
-Three encodings, chosen by the target: V2 gRPC with raw tensors, V2 REST with binary tensors (Triton), V2 REST as
-plain JSON (MLServer's REST takes nothing else). MLServer answers over gRPC with raw tensors where the request had
-them.
+Four encodings, chosen by the target: V2 gRPC with raw tensors, V2 gRPC with packed tensors, V2 REST with binary tensors
+(Triton), V2 REST as plain JSON (MLServer's REST takes nothing else). MLServer answers over gRPC with raw tensors where
+the request had them.
+
+A packed tensor is one BYTES element with all its values, as an MLServer runtime of one's own may take it to spare the
+lists that typed tensors become. V2 has no word for it: what it is stands in its parameters ``datatype`` and ``shape``
+(JSON). burnish's own runtime takes raw tensors, which are as fast, and refuses packed ones.
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -19,6 +23,7 @@ from registry.records import Target
 HEADER_LENGTH = "Inference-Header-Content-Length"
 Arrays = Mapping[str, NDArray[Any]]
 Likeness = Literal["same", "flipped", "wrong"]
+Encoding = Literal["raw", "packed", "binary", "json"]
 
 # Of a reply with many labels (one a token, say), so many may differ before it counts as flipped.
 FLIPPED_VALUES = 0.05
@@ -133,9 +138,16 @@ def encode_payloads(
 def encode_rows(inputs: Arrays, rows: Sequence[int] | NDArray[np.int64], target: Target) -> Payload:
     """One request with these samples, in this order; see `encode_payloads`."""
     chosen = np.asarray(rows, dtype=np.int64)
-    encode = _ENCODERS[target.protocol, target.binary and target.protocol == "rest"]
+    encode = _ENCODERS[encoding_of(target)]
     body, headers = encode({name: _native(name, array[chosen]) for name, array in inputs.items()}, target.model)
     return Payload(body=body, headers=headers, rows=tuple(int(row) for row in chosen))
+
+
+def encoding_of(target: Target) -> Encoding:
+    """How tensors travel to the target."""
+    if target.protocol == "grpc":
+        return "packed" if target.packed else "raw"
+    return "binary" if target.binary else "json"
 
 
 def decode_outputs(body: bytes, headers: Mapping[str, str], target: Target) -> dict[str, NDArray[Any]]:
@@ -151,13 +163,19 @@ def decode_outputs(body: bytes, headers: Mapping[str, str], target: Target) -> d
     """
     try:
         names, result = _grpc_result(body) if target.protocol == "grpc" else _rest_result(body, headers)
-        return {name: result.as_numpy(name) for name in names}
+        outputs = {name: result.as_numpy(name) for name in names}
     except Exception as error:
         # Foreign bytes can break a foreign parser in any way.
         raise UnreachableError(
             f"the server at {target.url} answered with something that is no V2 reply: {body[:80]!r} ({error})",
             hint="Check that the address is that of a V2 (Open Inference Protocol) endpoint.",
         ) from error
+    if not outputs:
+        raise UnreachableError(
+            f"the server at {target.url} answered without any output: {body[:80]!r}",
+            hint="Check that the address is that of a V2 (Open Inference Protocol) endpoint.",
+        )
+    return outputs
 
 
 def _largest(array: NDArray[Any]) -> float:
@@ -210,6 +228,23 @@ def _encode_grpc(arrays: Arrays, model: str) -> tuple[bytes, dict[str, str]]:
     return request.SerializeToString(), {}
 
 
+def _encode_grpc_packed(arrays: Arrays, model: str) -> tuple[bytes, dict[str, str]]:
+    from tritonclient.grpc import service_pb2
+    from tritonclient.utils import np_to_triton_dtype
+
+    request = service_pb2.ModelInferRequest(model_name=model)
+    for name, array in arrays.items():
+        if array.dtype.kind == "O":  # words are BYTES as they are
+            tensor = request.inputs.add(name=name, datatype="BYTES", shape=array.shape)
+            tensor.contents.bytes_contents.extend(_as_bytes(value) for value in array.ravel().tolist())
+            continue
+        tensor = request.inputs.add(name=name, datatype="BYTES", shape=[1])
+        tensor.contents.bytes_contents.append(array.tobytes())
+        tensor.parameters["datatype"].string_param = np_to_triton_dtype(array.dtype)
+        tensor.parameters["shape"].string_param = json.dumps(array.shape)
+    return request.SerializeToString(), {}
+
+
 def _encode_rest_binary(arrays: Arrays, model: str) -> tuple[bytes, dict[str, str]]:
     from tritonclient.http import InferenceServerClient, InferInput
     from tritonclient.utils import np_to_triton_dtype
@@ -247,14 +282,19 @@ def _encode_rest_json(arrays: Arrays, model: str) -> tuple[bytes, dict[str, str]
     return text.encode(), {"Content-Type": "application/json"}
 
 
+def _as_bytes(value: Any) -> bytes:
+    return value if isinstance(value, bytes) else str(value).encode()
+
+
 def _json_scalar(value: Any) -> str:
     return value.decode() if isinstance(value, bytes) else str(value)
 
 
-_ENCODERS = {
-    ("grpc", False): _encode_grpc,
-    ("rest", True): _encode_rest_binary,
-    ("rest", False): _encode_rest_json,
+_ENCODERS: Mapping[Encoding, Callable[[Arrays, str], tuple[bytes, dict[str, str]]]] = {
+    "raw": _encode_grpc,
+    "packed": _encode_grpc_packed,
+    "binary": _encode_rest_binary,
+    "json": _encode_rest_json,
 }
 
 

@@ -21,7 +21,7 @@ from registry.errors import InputError
 
 NS_PER_S = 1_000_000_000
 NS_PER_MS = 1_000_000
-BLOCK = 1 << 16
+BLOCK = 1 << 13
 # The columns of a stored window, and their types.
 COLUMNS: Mapping[str, Any] = {
     "intended_ns": np.int64,
@@ -101,22 +101,22 @@ class Recording:
     @property
     def lateness_ms(self) -> NDArray[np.float64]:
         """(sent - intended) of those that were sent."""
-        return self._between("intended_ns", "sent_ns", self.status != Status.DROPPED)
+        return _to_ms(self._between("intended_ns", "sent_ns")[self.status != Status.DROPPED])
 
     @property
     def service_ms(self) -> NDArray[np.float64]:
         """(done - sent) of those that were answered."""
-        return self._between("sent_ns", "done_ns", self.status == Status.OK)
+        return _to_ms(self._between("sent_ns", "done_ns")[self.status == Status.OK])
 
     @property
     def latency_ms(self) -> NDArray[np.float64]:
         """Latency of every request due, from its intended time, in ms; see `latency_ms`."""
-        return latency_ms(self.columns["intended_ns"], self.done_ns, self.status)
+        return _to_ms(self._between("intended_ns", "done_ns"), self.status == Status.OK)
 
-    def _between(self, begin: str, end: str, which: NDArray[np.bool_]) -> NDArray[np.float64]:
-        span = self.columns[end] - self.columns[begin]
-        between: NDArray[np.float64] = span[which] / NS_PER_MS
-        return between
+    def _between(self, begin: str, end: str) -> NDArray[np.int64]:
+        span: NDArray[np.int64] = self.columns[end].copy() if isinstance(self.columns, dict) else self.columns[end]
+        span -= self.columns[begin]
+        return span
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -220,9 +220,7 @@ def latency_ms(
     One that was not answered in time, was refused, or was never sent is a miss: its latency is infinite, since nobody
     knows how much longer than the timeout its answer would have taken.
     """
-    latency: NDArray[np.float64] = (done_ns - intended_ns) / NS_PER_MS
-    latency[status != Status.OK] = np.inf
-    return latency
+    return _to_ms(done_ns - intended_ns, status == Status.OK)
 
 
 def save_arrays(path: Path, recording: Recording) -> None:
@@ -292,6 +290,15 @@ def merge_parts(parts: Sequence[Path]) -> tuple[Iterator[tuple[str, Iterator[NDA
     stored = [StoredColumns(path) for path in parts]
     order = np.argsort(np.concatenate([one["intended_ns"] for one in stored]), kind="stable")
     return ((name, _blocks(np.concatenate([one[name] for one in stored])[order])) for name in COLUMNS), len(order)
+
+
+def _to_ms(span_ns: NDArray[np.int64], known: NDArray[np.bool_] | None = None) -> NDArray[np.float64]:
+    """The same in ms, where the span is known; elsewhere without end. The span's own memory is used again."""
+    span_ms = span_ns.view(np.float64)
+    np.divide(span_ns, NS_PER_MS, out=span_ms)
+    if known is not None:
+        span_ms[~known] = np.inf
+    return span_ms
 
 
 def _blocks(array: NDArray[Any]) -> Iterator[NDArray[Any]]:

@@ -3,7 +3,7 @@
 import http.client
 import json
 import ssl
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from profiles.load.engine import LoadGenerator
 from profiles.load.payloads import Payload
 from profiles.measure.capacity import find_capacity
 from profiles.measure.levels import Level, find_level
-from profiles.measure.rounds import CLOSED, RunWindow, reduce_rounds, run_until_valid, window_profile
+from profiles.measure.rounds import CLOSED, reduce_rounds, run_until_valid, window_profile
 from registry.errors import UnreachableError
 from registry.records import Capacity, LoadProfile, Measurement, Round, RunRecord, Target
 
@@ -45,6 +45,7 @@ def bench_target(
     runs: int,
     seed: int,
     raw_root: Path,
+    on_run: Callable[[int, RunRecord], None] = lambda number, record: None,
 ) -> Bench:
     """Measures an endpoint at each load.
 
@@ -57,6 +58,7 @@ def bench_target(
         runs: independent runs of each load.
         seed: of arrivals and of the order of payloads.
         raw_root: folder for the raw arrays.
+        on_run: told of each window that counts, with the number of its round, as soon as it is there.
 
     Raises:
         UnreachableError: the endpoint refused, or stopped answering.
@@ -66,6 +68,11 @@ def bench_target(
 
     def run(profile: LoadProfile, path: Path) -> RunRecord:
         return generator.run(target, payloads, profile, raw_path=path, raw_root=raw_root)
+
+    def measure(profile: LoadProfile, path: Path, number: int) -> RunRecord:
+        record = run_until_valid(run, profile, path, level)
+        on_run(number, record)
+        return record
 
     capacity = None
     if not loads:
@@ -78,7 +85,7 @@ def bench_target(
             candidate_id=_ID,
             number=number,
             position=0,
-            runs=_runs(run, loads, known, level, number=number, seed=seed, raw_root=raw_root),
+            runs=_runs(measure, loads, known, level, number=number, seed=seed, raw_root=raw_root),
         )
         for number in range(runs)
     )
@@ -87,7 +94,7 @@ def bench_target(
 
 
 def _runs(
-    run: RunWindow,
+    measure: Callable[[LoadProfile, Path, int], RunRecord],
     loads: Sequence[str],
     capacity: Capacity,
     level: Level,
@@ -101,7 +108,7 @@ def _runs(
         profile = window_profile(name, capacity, level, seed=seed * 1_000_003 + number * 101 + place)
         if profile is not None:
             path = raw_root / f"round-{number}-{place}.npz"
-            made.append(run_until_valid(run, profile, path, level))
+            made.append(measure(profile, path, number))
     return tuple(made)
 
 

@@ -15,7 +15,7 @@ Run = Callable[[LoadProfile], RunRecord]
 SMALLEST_GAIN = 0.05
 # Gates after which a window says nothing of what the server can do. A late client or stolen CPU time only make it
 # harder to keep up, so that what was sustained stands; their findings stay with the stage.
-SPOILING = frozenset({"client_cpu", "in_flight", "answered_by"})
+SPOILING = frozenset({"client_cpu", "ceiling", "in_flight", "answered_by", "restarted"})
 MOST_RERUNS = 1
 # A server keeps up when the backlog grew by less than this share of what arrived, or by no more than the server had
 # in hand anyway when it was at its closed-loop maximum.

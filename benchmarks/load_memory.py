@@ -1,0 +1,64 @@
+"""Memory of a measured window, by its number of requests.
+
+A closed loop on the null server, once for 6 s and once for 60 s (about 20,000 and 200,000 requests on 2 cores), each in
+fresh processes. Memory is the most that the process that asks for the window and the generator's process ever had
+resident, both together (VmHWM, Linux). The figure a protocol is what each further request added to it, in bytes.
+"""
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from figures import figure, finish, say
+
+from profiles.load.ceiling import null_server
+from profiles.load.engine import LoadGenerator
+from profiles.load.payloads import encode_payloads
+from profiles.measure.host import split_cpus
+from registry.records import ClosedLoop, LoadProfile, Target
+
+SHORT_S, LONG_S = 6.0, 60.0
+CONCURRENCY = 16
+PROTOCOLS = ("grpc", "rest")
+
+
+def peak_bytes(pid: int) -> int:
+    status = Path(f"/proc/{pid}/status").read_text(encoding="ascii", errors="replace")
+    return 1024 * int(status.partition("VmHWM:")[2].split()[0])
+
+
+def one_window(protocol: str, duration_s: float) -> None:
+    """Prints the requests of one window and the memory that it took, in bytes."""
+    servers, clients, _ = split_cpus()
+    samples = np.random.default_rng(0).standard_normal((64, 16), dtype=np.float32)
+    with tempfile.TemporaryDirectory() as folder, null_server(servers) as ports:
+        target = Target(url=ports[protocol], protocol=protocol, model="null", binary=True)
+        payloads = encode_payloads({"x": samples}, target=target)
+        load = ClosedLoop(concurrency=CONCURRENCY)
+        profile = LoadProfile(name="memory", load=load, warmup_s=0.5, duration_s=duration_s)
+        with LoadGenerator(clients, Path(folder)) as generator:
+            record = generator.run(target, payloads, profile, raw_path=Path(folder) / "window.npz")
+            peaks = [peak_bytes(pid) for pid in ("self", *generator.pids)]
+    sys.stdout.write(f"{record.scheduled} {sum(peaks)} {' '.join(map(str, peaks))}\n")
+
+
+def measured(protocol: str, duration_s: float) -> tuple[int, int]:
+    command = [sys.executable, __file__, protocol, str(duration_s)]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    requests, total, asking, offering = map(int, done.stdout.split())
+    say(f"{protocol}: {requests} requests, {asking / 1e6:.1f} MB where they are asked for, {offering / 1e6:.1f} MB sending")
+    return requests, total
+
+
+def main() -> None:
+    met = []
+    for protocol in PROTOCOLS:
+        (few, least), (many, most) = (measured(protocol, duration_s) for duration_s in (SHORT_S, LONG_S))
+        met.append(figure(f"load_memory.{protocol}.bytes_a_request", (most - least) / (many - few), "<= 32"))
+    finish(*met)
+
+
+if __name__ == "__main__":
+    one_window(sys.argv[1], float(sys.argv[2])) if sys.argv[1:] else main()
