@@ -19,11 +19,16 @@ def lint(
     server: Annotated[str | None, typer.Option(help="mlserver or triton, where the folder leaves it open.")] = None,
     uri: Annotated[str | None, typer.Option(help="The storageUri itself.")] = None,
     remote: Annotated[list[str] | None, typer.Option(help="An rclone remote of the cluster; once each.")] = None,
+    passport: Annotated[Path | None, typer.Option(help="A variant's passport; not with a model.")] = None,
+    public_key: Annotated[Path | None, typer.Option(help="PEM file: of whom it must be signed by.")] = None,
+    artifact: Annotated[Path | None, typer.Option(help="A folder that must hold just the variant's files.")] = None,
+    work: Annotated[Path | None, typer.Option(help="A campaign's folder: its record must say the same.")] = None,
     json_output: Json = False,
 ) -> None:
     """Check a model by static rules: what TensorRT or Triton would refuse, run badly, or never fuse.
 
-    With --core2, check a folder instead: which settings Seldon Core 2 would lose, overwrite or refuse.
+    With --core2, check a folder instead: which settings Seldon Core 2 would lose, overwrite or refuse. With --passport,
+    check what a passport says: its signature, a variant's files, a campaign's record.
 
     Exit code 5 where a rule finds an error; warnings and remarks leave it at 0.
 
@@ -32,6 +37,11 @@ def lint(
     from optimize.readiness.lint import lint as find
     from registry.errors import CheckFailedError, InputError
 
+    if passport is not None:
+        if model is not None or core2 is not None:
+            raise InputError("--passport is a check of its own", hint="Run lint twice.")
+        _lint_passport(passport, public_key, artifact, work, json_output=json_output)
+        return
     if core2 is not None:
         given = {"a model": model, "--tensorrt": tensorrt, "--triton": triton, "--shapes": shapes}
         if other := next((name for name, value in given.items() if value), None):
@@ -82,6 +92,23 @@ def _lint_folder(
                 typer.echo(f"     fix {found.way}")
         typer.echo(f"{counts['error']} errors, {counts['warning']} warnings, {counts['info']} remarks")
     if counts["error"]:
+        raise typer.Exit(CheckFailedError.exit_code)
+
+
+def _lint_passport(
+    passport: Path, key: Path | None, artifact: Path | None, work: Path | None, *, json_output: bool
+) -> None:
+    from optimize.passports import check_passport
+    from registry.errors import CheckFailedError
+
+    told = check_passport(passport, key=key, artifact=artifact, work=work)
+    if json_output:
+        emit_json(told)
+    elif told["passed"]:
+        typer.echo(f"{passport}: genuine; {told['variant']}: {told['verdict']}")
+    else:
+        typer.echo("\n".join(f"{passport}: {finding}" for finding in told["findings"]))
+    if not told["passed"]:
         raise typer.Exit(CheckFailedError.exit_code)
 
 

@@ -12,9 +12,14 @@ def report(
     work: Annotated[Path, typer.Argument(help="The campaign's working folder.")] = Path("burnish-work"),
     sync: Annotated[bool, typer.Option("--sync", help="Send the results to MLflow again.")] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown instead of the table.")] = False,
+    passport: Annotated[str | None, typer.Option(help="Issue the signed passport of this variant instead.")] = None,
+    key: Annotated[Path | None, typer.Option(help="PEM file to sign it with; else BURNISH_SIGNING_KEY.")] = None,
+    licence: Annotated[str, typer.Option(help="The model's licence, as you state it in the passport.")] = "",
     json_output: Json = False,
 ) -> None:
     """Show the report of the last campaign in a working folder, and write report.html anew.
+
+    With --passport, write a signed statement of what a variant is and how it was judged.
 
     Example: burnish report burnish-work --sync
     """
@@ -22,6 +27,12 @@ def report(
     from registry.codec import to_jsonable
 
     campaign = reporting.read_campaign(work)
+    if passport is not None:
+        from optimize.passports import issue_passport
+
+        issued = issue_passport(campaign, passport, work, key=key, licence=licence)
+        emit_json({"passport": str(issued)}) if json_output else typer.echo(f"Passport: {issued}")
+        return
     path = reporting.write_report(campaign, work)
     published = reporting.publish(campaign, work) if sync else None
     if json_output:
