@@ -258,6 +258,11 @@ def _check_resource(line: Constraint | Objective, planned: Plan) -> None:
             hint="Write `hardware:` into the campaign file, with cores, price_per_hour, currency, price_source and "
             "price_date.",
         )
+    if line.metric == "first_request_ms" and isinstance(line, Constraint):
+        raise PolicyError(
+            f"{line.text!r} cannot be judged: a model has one first request, and one value has no upper end",
+            hint="Leave it out; the report shows it.",
+        )
     if line.metric.startswith("gpu_") and not (local and planned.host.gpus):
         raise PolicyError(f"{line.text!r} cannot be judged: there is no GPU here to measure")
     if line.metric == "cpu_joules_per_1k" and not (local and PackageEnergy().read()):

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping
 
-from registry.records import Campaign, Candidate, Estimate, Metrics, StageCall
+from registry.records import Campaign, Candidate, Estimate, HardwareProfile, Metrics, StageCall
 from registry.report.table import BYTES_PER_MB, capacity_of, outcome, variant_of
 from registry.selection import fidelity_of
 
@@ -69,8 +69,22 @@ def campaign_parameters(campaign: Campaign) -> dict[str, str]:
         "host.instruction_sets": " ".join(host.instruction_sets),
         "host.gpus": ", ".join(host.gpus),
         "host.pinning": host.pinning,
+        **_hardware_parameters(campaign.hardware),
         **{name_of(f"version.{package}"): version for package, version in campaign.versions.items()},
     }
+
+
+def _hardware_parameters(hardware: HardwareProfile | None) -> dict[str, str]:
+    """What the machine costs, without which a cost says nothing; empty where the campaign names none."""
+    if hardware is None:
+        return {}
+    found = {"hardware.name": hardware.name, "hardware.cores": str(hardware.cores), "hardware.gpus": str(hardware.gpus)}
+    if hardware.price_per_hour is not None:
+        found |= {
+            "hardware.price_per_hour": f"{hardware.price_per_hour:g} {hardware.currency}",
+            "hardware.price_source": f"{hardware.price_source}, {hardware.price_date}",
+        }
+    return found
 
 
 def metrics(campaign: Campaign, candidate: Candidate) -> dict[str, float]:

@@ -114,6 +114,12 @@ def test_hardware_of_an_unknown_name_is_refused(tmp_path: Path) -> None:
         planned(tmp_path, hardware="cpu-3")
 
 
+def test_a_limit_on_what_happens_once_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(PolicyError, match="one value has no upper end"):
+        planned(tmp_path, "first_request_ms <= 100")
+    assert planned(tmp_path, objective="minimize first_request_ms").policy.objectives
+
+
 def test_energy_is_refused_where_it_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PackageEnergy, "read", lambda self: None)
     with pytest.raises(PolicyError, match="energy of the CPU cannot be read here"):

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from registry import tracked
 from registry.records import Breakdown, Campaign, HardwareProfile, Measurement
 from registry.report.html import render_html
 from registry.report.markdown import render_markdown
@@ -80,6 +81,17 @@ def test_a_cost_says_what_it_was_counted_from() -> None:
     assert table.notes[-1] == (
         "Cost in EUR on mine: 0.09 EUR an hour (1 of 4 cores) over saturation_rps; price by a contract, 2026-01-31."
     )
+
+
+def test_a_tracker_is_told_what_a_cost_was_counted_for() -> None:
+    priced = HardwareProfile(
+        name="mine", cores=4, price_per_hour=0.36, currency="EUR", price_source="a contract", price_date="2026-01-31"
+    )
+    told = tracked.campaign_parameters(dataclasses.replace(made(), hardware=priced))
+    assert told["hardware.price_per_hour"] == "0.36 EUR"
+    assert told["hardware.price_source"] == "a contract, 2026-01-31"
+    plain = tracked.campaign_parameters(dataclasses.replace(made(), hardware=HardwareProfile(name="cpu-2", cores=2)))
+    assert (plain["hardware.cores"], "hardware.price_per_hour" in plain) == ("2", False)
 
 
 def test_a_campaign_of_which_nothing_is_known_has_no_tables() -> None:
