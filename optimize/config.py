@@ -243,7 +243,7 @@ class CampaignConfig(_Model):
         cluster: where candidates are served; this machine where nothing is said.
         hardware: the machine that costs are counted for, with its price; or the name of one of
             ``profiles/library/hardware.yaml``, which have none; or None.
-        level: level of proof: ``quick``, ``standard``, or one of the file that ``levels`` names.
+        level: level of proof: ``quick``, ``standard``, ``proof``, or one of the file that ``levels`` names.
         levels: a file with levels of the user's own, in the form of ``profiles/library/levels.yaml``; or None.
         policy: constraints and objective.
         target_instruction_sets: those of the machines that are to serve the winner, as ``burnish doctor`` names them;

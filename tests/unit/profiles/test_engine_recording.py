@@ -2,13 +2,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
-from profiles.load.recording import Trace, load_arrays, save_arrays
+from profiles.load.recording import COLUMNS, Trace, load_arrays, merge_parts, save_arrays, save_columns
 from profiles.load.summary import summarize
 from profiles.load.transports import Status
-from profiles.testing import Exponential, Fixed, Queue, Stall, simulate
+from profiles.testing import Batches, Bimodal, Exponential, Fixed, Queue, Stall, simulate
 from registry.codec import file_sha256
 from registry.errors import InputError
 from registry.records import ClosedLoop, LoadProfile, OpenLoop
@@ -132,3 +133,60 @@ def test_arrays_come_back_or_are_refused(tmp_path: Path) -> None:
         path.write_bytes(whole[:end])
         with pytest.raises(InputError, match=str(path)):
             load_arrays(path)
+
+
+def test_percentiles_of_a_bimodal_law_are_its_two_times() -> None:
+    wanted = profile(OpenLoop(rate_rps=500), 8)
+    metrics = summarize(simulate(Bimodal(0.010, 0.100, rare_share=0.05), wanted), wanted, raw="r").metrics
+    assert metrics["latency_p90_ms"] == pytest.approx(10, abs=0.001)
+    assert metrics["latency_p99_ms"] == pytest.approx(100, abs=0.001)
+
+
+def test_throughput_of_a_batch_server_is_that_of_its_batches() -> None:
+    # Everything that waits, at most eight: 4 ms a batch and 1 ms a request give N / (4 + N) a millisecond.
+    for concurrency, rate in ((1, 200.0), (4, 500.0), (8, 8000 / 12), (32, 8000 / 12)):
+        wanted = profile(ClosedLoop(concurrency=concurrency), 4)
+        metrics = summarize(simulate(Batches(0.004, 0.001, most=8), wanted), wanted, raw="r").metrics
+        assert metrics["throughput_rps"] == pytest.approx(rate, rel=0.15)
+
+
+def test_a_percentile_that_falls_among_misses_is_unknown() -> None:
+    wanted = profile(OpenLoop(rate_rps=500, arrivals="constant"), 4, timeout_s=0.05)
+    record = summarize(simulate(Bimodal(0.010, 0.100, rare_share=0.05), wanted), wanted, raw="r")
+    assert record.metrics["latency_p90_ms"] == pytest.approx(10, abs=0.001)
+    assert not {"latency_p99_ms", "latency_max_ms"} & set(record.metrics)
+    assert "errors" in {finding.gate for finding in record.findings}
+
+
+@given(st.lists(st.tuples(st.integers(0, 2000), st.integers(0, 300)), min_size=1, max_size=80), st.integers(1, 4))
+@settings(max_examples=20)
+def test_records_of_several_processes_are_those_of_one(
+    tmp_path_factory: pytest.TempPathFactory, requests: list[tuple[int, int]], lanes: int
+) -> None:
+    requests.sort()
+    folder = tmp_path_factory.mktemp("merge")
+    sent = np.array([at for at, _ in requests], dtype=np.int64)
+    whole = trace_of(sent, np.array([took for _, took in requests], dtype=np.int64), np.arange(len(sent)))
+    parts = [
+        Trace(**{name: getattr(whole, name)[lane::lanes] for name in COLUMNS})  # type: ignore[arg-type]
+        for lane in range(lanes)
+    ]
+    for lane, part in enumerate(parts):
+        save_arrays(folder / f"{lane}.npz", part.window(500, 1500))
+    columns, count = merge_parts([folder / f"{lane}.npz" for lane in range(lanes)])
+    save_columns(folder / "merged.npz", columns, count)
+    merged, single = load_arrays(folder / "merged.npz"), whole.window(500, 1500)
+    assert count == single.scheduled
+    # Requests that were due at the same time may stand in any order.
+    for name in COLUMNS:
+        rows = [sorted(zip(found["intended_ns"], found[name], strict=True)) for found in (merged, single.columns)]
+        assert rows[0] == rows[1]
+    counted = [part.counts(500, 1500) for part in parts]
+    for name, value in whole.counts(500, 1500).items():
+        if name not in {"window_s", "sampled", "recorded"}:
+            assert sum(one[name] for one in counted) == pytest.approx(value)
+
+
+def trace_of(sent: NDArray[np.int64], took: NDArray[np.int64], payload: NDArray[np.int64]) -> Trace:
+    status = np.where(took % 7 == 3, Status.STATUS, Status.OK).astype(np.int8)
+    return Trace(intended_ns=sent, sent_ns=sent, done_ns=sent + took, status=status, payload=payload)

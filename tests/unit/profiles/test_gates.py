@@ -1,6 +1,9 @@
+from pathlib import Path
+
 import pytest
 
 from profiles.load import gates
+from profiles.load.worker import throttled_periods
 
 
 def test_lateness_has_a_floor_of_a_millisecond_and_five_percent_of_the_median() -> None:
@@ -51,3 +54,27 @@ def test_in_flight_must_agree_at_each_instant() -> None:
 @pytest.mark.parametrize(("share", "found"), [(0.0, False), (0.02, False), (0.021, True)])
 def test_steal(share: float, found: bool) -> None:
     assert (gates.steal(share) is not None) == found
+
+
+def test_any_throttling_and_any_restart_is_too_much() -> None:
+    assert gates.throttling(0) is None
+    assert (finding := gates.throttling(3)) is not None
+    assert "3 periods" in finding.observed
+    assert gates.restarts(None) is gates.restarts(("a", "a")) is None
+    assert (finding := gates.restarts(("pid 1", "pid 2"))) is not None
+    assert finding.observed == "pid 1, then pid 2"
+
+
+def test_a_point_near_the_clients_own_ceiling_is_the_clients() -> None:
+    assert gates.ceiling(700, 1000, closed=False) is None
+    assert gates.ceiling(701, 1000, closed=False) is not None
+    assert gates.ceiling(900, 1000, closed=True) is None
+    assert gates.ceiling(901, 1000, closed=True) is not None
+
+
+@pytest.mark.parametrize("place", ["cpu.stat", "cpu,cpuacct/cpu.stat", "cpu/cpu.stat"])
+def test_throttling_is_read_from_the_control_group(tmp_path: Path, place: str) -> None:
+    assert throttled_periods(tmp_path) == 0
+    (tmp_path / place).parent.mkdir(exist_ok=True)
+    (tmp_path / place).write_text("nr_periods 9\nnr_throttled 4\nthrottled_usec 70\n", encoding="ascii")
+    assert throttled_periods(tmp_path) == 4

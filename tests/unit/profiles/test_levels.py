@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 
 from profiles.measure.levels import LIBRARY, find_level, load_levels
+from profiles.measure.percentiles import is_earned
 from registry.errors import DocumentError, InputError
 
 
@@ -28,9 +29,22 @@ def test_quick_is_provisional_and_goes_no_further_than_p90() -> None:
     assert max(quick.percentiles) == 90
     assert not standard.provisional
     assert (quick.rounds, standard.rounds) == (3, 5)
-    for level in (quick, standard):
+    for level in (quick, standard, find_level("proof")):
         assert list(level.ladder) == sorted(level.ladder)
         assert list(level.stages) == sorted(level.stages)
+
+
+def test_proof_is_the_method_in_full() -> None:
+    proof = find_level("proof")
+    capacity_s, round_s = cost_s("proof")
+    assert capacity_s < 130
+    assert round_s == 30
+    assert not proof.provisional
+    assert proof.served is None
+    # At least 5 s of warm-up, 10 s of window, 8 rounds, and a p99 of every run.
+    assert min(proof.warmup_s / 5, proof.closed_s / 10, proof.open_s / 10, proof.rounds / 8) >= 1
+    assert all(is_earned(percentile, proof.requests) for percentile in proof.percentiles)
+    assert proof.window_s(proof.open_s, 20) * 20 >= 1000
 
 
 def test_windows_grow_for_slow_servers_within_bounds() -> None:
@@ -44,7 +58,7 @@ def test_windows_grow_for_slow_servers_within_bounds() -> None:
 def test_an_unknown_level_is_named_with_the_known_ones() -> None:
     with pytest.raises(InputError, match="'prof'") as error:
         find_level("prof")
-    assert "quick, standard" in str(error.value)
+    assert "quick, standard, proof" in str(error.value)
 
 
 def test_a_file_that_is_not_levels_is_refused(tmp_path: Path) -> None:
