@@ -19,6 +19,7 @@ from optimize.measuring import Measured, Serving, measure
 from optimize.packages import PackageNotFoundError, version
 from optimize.plan import Observer, Plan, Workspace, plan, plan_id
 from optimize.samples import SampleFile, Samples, check_fit, load_samples, open_samples
+from optimize.serving_search import CandidateOf, find_profiles
 from optimize.tuning import tune_variants
 from profiles.deploy.core2_candidates import UNKNOWN_VERSION
 from profiles.deploy.reaper import reap
@@ -184,6 +185,8 @@ def _campaign(workspace: Workspace) -> Campaign:
     served, unserved = choose_served(workspace, prepared.judged)
     evaluation = prepared.evaluation
     with _site(workspace) as site:
+        found = find_profiles(workspace, served, site.cluster, evaluation, _candidates(site))
+        workspace, served = found.workspace, found.served
         servings, unfit = _servings(workspace, served, site)
         measured = measure(workspace, site.cluster, servings, evaluation.inputs, evaluation.digest)
         if not measured.deployed:
@@ -194,7 +197,7 @@ def _campaign(workspace: Workspace) -> Campaign:
         evaluation=evaluation,
         sources=prepared.sources,
         variants=prepared.variants,
-        judged=prepared.judged,
+        judged=[next((again for again in served if again.name == one.name), one) for one in prepared.judged],
         servings=servings,
         measured=measured,
         failures=[*prepared.failures, *unserved, *unfit, *measured.failures],
@@ -227,14 +230,12 @@ def _fitting(
 
 def _servings(workspace: Workspace, served: Sequence[Judged], site: Site) -> tuple[list[Serving], list[Failure]]:
     """Every variant worth serving, under every serving profile whose backend runs its engine."""
-    used = {profile.server for profile in workspace.plan.profiles}
-    known = {server: (site.server_version(server), site.served_by(server)) for server in used}
+    candidate_of = _candidates(site)
     servings: list[Serving] = []
     failures: list[Failure] = []
     for profile in workspace.plan.profiles:
         for one in served:
-            fidelity = one.fidelities.get(profile.max_batch_size) or next(iter(one.fidelities.values()))
-            candidate = _candidate(one, profile, fidelity.engine_version, *known[profile.server])
+            candidate = candidate_of(one, profile)
             if profile.of_server and profile.backend != one.engine.name:
                 reason = f"Triton's {profile.backend} backend does not run models for {one.engine.name}"
                 failures.append(Failure(subject=candidate.name, phase="deploy", kind="not_applicable", reason=reason))
@@ -253,6 +254,20 @@ def _servings(workspace: Workspace, served: Sequence[Judged], site: Site) -> tup
                 )
             )
     return servings, failures
+
+
+def _candidates(site: Site) -> CandidateOf:
+    """The candidate of a variant under a serving profile on this site, which is asked once for each of its servers."""
+    known: dict[str, tuple[str, str]] = {}
+
+    def candidate_of(one: Judged, profile: ServingProfile) -> Candidate:
+        server = profile.server
+        if server not in known:
+            known[server] = site.server_version(server), site.served_by(server)
+        fidelity = one.fidelities.get(profile.max_batch_size) or next(iter(one.fidelities.values()))
+        return _candidate(one, profile, fidelity.engine_version, *known[server])
+
+    return candidate_of
 
 
 def _candidate(

@@ -199,10 +199,46 @@ class AccuracySearchConfig(_Model):
     minutes: float = Field(default=10.0, gt=0, le=1440)
 
 
+class ServingSearchConfig(_Model):
+    """How far serving profiles are searched for, beside those that ``serving`` names.
+
+    Lanes times threads are never more than the CPUs that servers have, and MLServer batches only with a delay: what
+    breaks that is left out.
+
+    Attributes:
+        points: most profiles to serve and measure for a variant; two variants are searched at most.
+        minutes: longest for a variant; what has begun by then still ends.
+        servers: to choose from; empty for those of ``serving``.
+        protocols: to choose from.
+        batch_sizes: largest batches; 1 is without batching.
+        delays_ms: longest waits for company.
+        lanes: MLServer's parallel_workers and Triton's instances, where 0 is MLServer's alone; empty for 0, 1, 2, 4 ...
+            up to the CPUs.
+        threads: of each session; empty for 1, 2, 4 ... up to the CPUs.
+    """
+
+    points: int = Field(default=20, ge=1, le=1000)
+    minutes: float = Field(default=10.0, gt=0, le=1440)
+    servers: tuple[Literal["mlserver", "triton"], ...] = ()
+    protocols: tuple[Literal["grpc", "rest"], ...] = Field(default=("grpc", "rest"), min_length=1)
+    batch_sizes: tuple[Annotated[int, Field(ge=1, le=1024)], ...] = Field(default=(1, 2, 4, 8, 16, 32), min_length=1)
+    delays_ms: tuple[Annotated[float, Field(ge=0, le=10_000)], ...] = Field(
+        default=(0.0, 0.5, 1.0, 2.0, 5.0), min_length=1
+    )
+    lanes: tuple[Annotated[int, Field(ge=0, le=64)], ...] = ()
+    threads: tuple[Annotated[int, Field(ge=1, le=256)], ...] = ()
+
+
 class SearchConfig(_Model):
-    """What is searched for beyond the variants that are named; nothing without a section of its own."""
+    """What is searched for beyond the variants that are named; nothing without a section of its own.
+
+    Attributes:
+        accuracy: nodes of quantized variants to leave in float32.
+        serving: serving profiles.
+    """
 
     accuracy: AccuracySearchConfig | None = None
+    serving: ServingSearchConfig | None = None
 
 
 class LimitsConfig(_Model):

@@ -23,7 +23,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from registry.errors import BurnishError, InputError, StorageError
+from registry.errors import BurnishError, GeneratorLostError, InputError, StorageError
 from registry.records import Estimate, Screening, ServingPoint, ServingProfile, ServingSearch
 
 Floats = NDArray[np.float64]
@@ -38,7 +38,7 @@ UPPER_END = 1.645
 # What a window of load repeats itself to, at best, and what is taken for a measure that says nothing of its interval.
 LEAST_NOISE, USUAL_NOISE = 0.003, 0.03
 # In-process times are medians with an interval; a server's hour may be a better one.
-BOUND_MARGIN = 1.1
+BOUND_MARGIN = 1.2
 FEWEST = 4
 
 
@@ -286,7 +286,7 @@ def search_serving(
     Args:
         space: the profiles to choose from.
         measure: serves a profile and returns its score, above 0, larger being better. A `BurnishError` is a point that
-            failed; others, and `StorageError`, end the search.
+            failed; others, `StorageError` and `GeneratorLostError` end the search.
         curve: of the session in process, where the score is rows a second at most: it bounds what is worth a look.
         points: most points to look at.
         again: most further measures of points that were looked at, to tell the best from the luckiest (LUCB:
@@ -366,7 +366,7 @@ class _Walk:
     def _measured(profile: ServingProfile, measure: Measure) -> tuple[Estimate | None, str]:
         try:
             score = measure(profile)
-        except StorageError:
+        except (StorageError, GeneratorLostError):
             raise  # no fault of the profile
         except BurnishError as error:
             return None, error.message

@@ -506,6 +506,7 @@ class ServingSearch:
         bounded_out: profiles that were never served, because in process they are slower than the best is served.
         stopped: why: no other was expected to pay, the budget (``points``, ``minutes``), or nothing was left.
         sentence: all of this in one sentence.
+        variant_name: whose serving was searched; empty where that goes without saying.
     """
 
     space: int
@@ -515,6 +516,7 @@ class ServingSearch:
     bounded_out: int
     stopped: Literal["nothing_pays", "points", "minutes", "exhausted"]
     sentence: str
+    variant_name: str = ""
 
     @property
     def share(self) -> float:
