@@ -1,6 +1,7 @@
 """Two candidates, recorded runs or live endpoints held against each other: a word, its interval, and what differs."""
 
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -187,6 +188,7 @@ def _candidates_pair(campaign: Campaign, first: Candidate, second: Candidate, wo
     notes = [] if level.name != "quick" else ["The level quick gives a hint, no proof."]
     if any(one.load and "saturation" in one.load for one in comparisons):
         notes.append("Latency at a share of saturation is at another rate for each: the share of its own.")
+    notes += _invalid(rounds, {first.id: first.name, second.id: second.name})
     return Pair(
         kind="campaign",
         names=(first.name, second.name),
@@ -281,6 +283,7 @@ def compare_recorded(first: Path, second: Path) -> Pair:
         )
     if one.samples_digest != other.samples_digest:
         notes.append("They were asked with different samples.")
+    notes += _invalid(rounds, {"A": str(first), "B": str(second)})
     return Pair(
         kind="recorded",
         names=(str(first), str(second)),
@@ -291,6 +294,19 @@ def compare_recorded(first: Path, second: Path) -> Pair:
         refused=refused,
         notes=tuple(notes),
     )
+
+
+def _invalid(rounds: Sequence[Round], names: Mapping[str, str]) -> list[str]:
+    """How many runs of each candidate were left out, and by which gates; nothing where none was."""
+    told = []
+    for identity, name in names.items():
+        runs = [run for one in rounds if one.candidate_id == identity for run in one.runs]
+        gates = Counter(finding.gate for run in runs for finding in run.findings)
+        if gates:
+            left_out = sum(not run.valid for run in runs)
+            why = ", ".join(f"{gate} {count}" for gate, count in gates.most_common())
+            told.append(f"{name}: {left_out} of {len(runs)} runs were invalid and are left out ({why}).")
+    return told
 
 
 def _relabelled(rounds: Sequence[Round], name: str) -> list[Round]:
@@ -408,6 +424,7 @@ def compare_live(first: str, second: str, asked: Asked, *, told: Callable[[str],
                 write_recorded(recorded, asked.out / side.id)
     refused = _unlike(*((_server_of(side.target.url), client.fingerprint) for side in sides))
     notes = [] if first != second else ["Both are the same endpoint: what differs is noise."]
+    notes += _invalid(turns.rounds, {"A": first, "B": second})
     return Pair(
         kind="live",
         names=(first, second),

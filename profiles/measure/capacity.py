@@ -117,7 +117,7 @@ def _climb(run: Run, level: Level, seed: int) -> list[tuple[int, float]]:
 
 def _stages(run: Run, level: Level, most_rps: float, concurrency: int, seed: int) -> list[RateStage]:
     """Rising stages until two in a row are not sustained; a lower one where none was."""
-    if most_rps <= 0:
+    if most_rps <= 0 or not level.stages:
         return []
     stages = _rise(run, level, [share * most_rps for share in level.stages], concurrency, seed)
     if not any(stage.sustained for stage in stages):

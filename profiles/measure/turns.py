@@ -1,7 +1,7 @@
 """Endpoints that somebody else serves, measured in turns, so that they can be compared."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,12 +15,13 @@ from profiles.measure.rounds import (
     RunWindow,
     Slot,
     compare_rounds,
+    load_of,
     offer_in_slot,
     reduce_rounds,
     round_order,
     undecided,
 )
-from registry.records import Capacity, Comparison, LoadProfile, Measurement, Round, RunRecord, Target
+from registry.records import Capacity, ClosedLoop, Comparison, LoadProfile, Measurement, Round, RunRecord, Target
 
 DEFAULT_SHARE = 0.8
 JUDGED = 90
@@ -91,15 +92,15 @@ def measure_in_turns(
         InputError: a load's name is not one.
     """
     runs = {side.id: _runner(generator, side, raw_root) for side in sides}
-    capacities = {
-        side.id: Capacity(candidate_id=side.id, concurrency=1, ladder=(), stages=(), saturation_rps=None)
-        for side in sides
-    }
-    if not loads:
-        for side in sides:
-            capacities[side.id] = _capacity(runs[side.id], side, level, seed=seed, scratch=raw_root / "capacity.npz")
-            told(f"{side.id}: saturates at {capacities[side.id].saturation_rps or 0:.0f} requests a second")
-        loads = _common_loads(capacities.values())
+    # What is asked for by name needs no search; how long its windows must be is seen at a glance.
+    search = replace(level, ladder=_concurrencies(loads), stages=()) if loads else level
+    capacities: dict[str, Capacity] = {}
+    for side in sides:
+        found = _capacity(runs[side.id], side, search, seed=seed, scratch=raw_root / "capacity.npz")
+        capacities[side.id] = found
+        if not loads:
+            told(f"{side.id}: saturates at {found.saturation_rps or 0:.0f} requests a second")
+    loads = loads or _common_loads(capacities.values())
     first = sides[0].id
     wanted = _wanted(loads[0], level)
     rounds: list[Round] = []
@@ -147,7 +148,16 @@ def _runner(generator: LoadGenerator, side: Side, raw_root: Path) -> RunWindow:
     return run
 
 
+def _concurrencies(loads: Iterable[str]) -> tuple[int, ...]:
+    """Those of the closed loops among the loads, rising."""
+    known = Capacity(candidate_id="", concurrency=1, ladder=(), stages=(), saturation_rps=None)
+    found = (load_of(name, known) for name in loads)
+    return tuple(sorted({load.concurrency for load in found if isinstance(load, ClosedLoop)}))
+
+
 def _capacity(run: RunWindow, side: Side, level: Level, *, seed: int, scratch: Path) -> Capacity:
+    if not level.ladder:
+        return Capacity(candidate_id=side.id, concurrency=1, ladder=(), stages=(), saturation_rps=None)
     try:
         return find_capacity(lambda profile: run(profile, scratch), level, candidate_id=side.id, seed=seed)
     finally:

@@ -14,7 +14,7 @@ from optimize.comparing import Asked, Pair, compare_candidates, compare_live, co
 from optimize.reporting import write_campaign
 from profiles.measure.recorded import FILE, read_recorded
 from registry.errors import InputError
-from registry.records import Campaign, Failure, Round
+from registry.records import Campaign, Failure, GateFinding, Round
 from tests.doubles.campaigns import campaign
 from tests.doubles.loads import StatedGenerator
 
@@ -183,6 +183,18 @@ def test_records_that_cannot_be_read(live: Callable[..., Pair], tmp_path: Path) 
     (out / "A" / FILE).write_text("[]")
     with pytest.raises(InputError, match="no measurement can be read"):
         read_recorded(out / "A")
+
+
+def test_runs_that_are_left_out_are_counted(
+    live: Callable[..., Pair], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    busy = StatedGenerator(RATES)
+    busy.findings = (GateFinding(gate="client_cpu", observed="95%", limit="70%"),)
+    monkeypatch.setattr(comparing, "LoadGenerator", busy)
+    told = live("127.0.0.1:1/float32", "127.0.0.1:2/int8", rounds=2)
+    assert told.chosen is None
+    assert "nothing was measured of both" in told.sentence
+    assert told.notes[0] == "127.0.0.1:1/float32: 4 of 4 runs were invalid and are left out (client_cpu 4)."
 
 
 def test_headers_stay_out_of_records(live: Callable[..., Pair], tmp_path: Path) -> None:
