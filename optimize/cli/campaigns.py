@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 Work = Annotated[
     Path | None, typer.Option(help="The working folder; burnish-work beside the campaign file if not given.")
 ]
-LevelOption = Annotated[str | None, typer.Option(help="Level of proof, instead of the file's: quick, standard or proof.")]
+LevelOption = Annotated[str | None, typer.Option(help="Level of proof, not the file's: quick, standard or proof.")]
 
 
 def demo(

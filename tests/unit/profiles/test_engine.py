@@ -19,7 +19,7 @@ from profiles.deploy.cluster import Usage
 from profiles.load.engine import LoadGenerator
 from profiles.load.payloads import Payload, encode_payloads, expected_answers
 from profiles.load.recording import load_arrays
-from profiles.testing import FakeV2Server, Fixed, Queue, Stall
+from profiles.testing import FakeV2Server, Fixed, Queue, RudeServer, Stall
 from registry.errors import GeneratorLostError, ServerDiedError, StorageError, UnreachableError
 from registry.records import ClosedLoop, LoadProfile, OpenLoop, RunRecord, Target
 
@@ -303,3 +303,114 @@ def test_tls_is_verified(
         monkeypatch.setenv("GRPC_DEFAULT_SSL_ROOTS_FILE_PATH", str(certificate[0]))
         with LoadGenerator(None, tmp_path / "trusting") as trusting:
             assert run(trusting, server, window, tmp_path, protocol=protocol).ok > 0
+
+
+@pytest.mark.parametrize("load", [OpenLoop(rate_rps=200, arrivals="constant"), ClosedLoop(concurrency=3)])
+def test_two_processes_offer_one_load(tmp_path: Path, load: ClosedLoop | OpenLoop) -> None:
+    sums = {"sum": X.sum(axis=1, keepdims=True)}
+    core = [min(os.sched_getaffinity(0))]
+    with FakeV2Server(Fixed(0.01)) as server, LoadGenerator(core, tmp_path / "own", workers=2) as generator:
+        expected = expected_answers(payloads_for(server.target("grpc")), sums)
+        record = run(generator, server, profile(load), tmp_path, expected=expected, raw_root=tmp_path)
+        assert len(generator.pids) == 2
+        assert all(psutil.Process(pid).cpu_affinity() == core for pid in generator.pids)
+    arrays = load_arrays(tmp_path / record.raw, record.raw_sha256)
+    assert record.ok == record.scheduled == len(arrays["status"]) > 20
+    assert (np.diff(arrays["intended_ns"]) >= 0).all()
+    assert not gates(record) & {"errors", "mismatch", "in_flight", "offered"}
+    if isinstance(load, OpenLoop):
+        assert record.scheduled == 80
+        assert set(np.diff(arrays["intended_ns"])) == {5_000_000}
+    else:
+        assert record.metrics["in_flight_end"] == 3
+        assert record.metrics["throughput_rps"] < 305
+    assert not list((tmp_path / "own").glob("lane-*"))
+
+
+def test_a_lost_process_of_two_is_replaced(tmp_path: Path) -> None:
+    killed: list[int] = []
+    with FakeV2Server(Fixed(0.005)) as server, LoadGenerator(None, tmp_path / "own", workers=2) as generator:
+
+        def kill() -> Usage:
+            if not killed:
+                killed.append(generator.pids[1])
+                os.kill(killed[0], signal.SIGKILL)
+            return Usage(cpu_s=0.0, rss_mb=0.0)
+
+        assert run(generator, server, profile(ClosedLoop(concurrency=2)), tmp_path, usage=kill).ok > 0
+        assert killed[0] not in generator.pids
+
+
+def test_a_server_that_was_restarted_in_the_window_makes_it_invalid(generator: LoadGenerator, tmp_path: Path) -> None:
+    readings = iter([Usage(cpu_s=1.0, rss_mb=50.0, instance="pod 1"), Usage(cpu_s=0.1, rss_mb=60.0, instance="pod 2")])
+    with FakeV2Server(Fixed(0.005)) as server:
+        record = run(generator, server, profile(ClosedLoop(concurrency=1)), tmp_path, usage=lambda: next(readings))
+    assert "restarted" in gates(record)
+
+
+def test_packed_tensors_travel(generator: LoadGenerator, tmp_path: Path) -> None:
+    with FakeV2Server(Fixed(0.002)) as server:
+        target = replace(server.target("grpc"), packed=True)
+        expected = expected_answers(payloads_for(target), {"sum": X.sum(axis=1, keepdims=True)})
+        window = profile(ClosedLoop(concurrency=2))
+        record = generator.run(target, payloads_for(target), window, raw_path=tmp_path / "w.npz", expected=expected)
+    assert record.ok == record.scheduled > 10
+    assert "mismatch" not in gates(record)
+
+
+# --- servers that do not behave ----------------------------------------------------------------------------------
+
+
+def rude(generator: LoadGenerator, server: RudeServer, wanted: LoadProfile, tmp_path: Path) -> RunRecord:
+    target = server.target
+    return generator.run(target, payloads_for(target), wanted, raw_path=tmp_path / "w.npz")
+
+
+def test_rubbish_that_comes_at_once_is_no_answer(generator: LoadGenerator, tmp_path: Path) -> None:
+    with RudeServer("rubbish") as server:
+        record = rude(generator, server, profile(ClosedLoop(concurrency=2)), tmp_path)
+    assert record.errors["mismatch"] > 0
+    assert "mismatch" in gates(record)
+
+
+def test_an_answer_that_never_ends_is_a_miss(generator: LoadGenerator, tmp_path: Path) -> None:
+    began = time.monotonic()
+    with RudeServer("drip", good=10) as server:
+        slow = profile(OpenLoop(rate_rps=50, arrivals="constant"), timeout_s=0.3)
+        record = rude(generator, server, slow, tmp_path)
+    assert time.monotonic() - began < 10
+    assert record.errors["timeout"] > 5
+    assert "errors" in gates(record)
+    assert "latency_max_ms" not in record.metrics
+
+
+def test_connections_that_break_off_are_counted(generator: LoadGenerator, tmp_path: Path) -> None:
+    with RudeServer("reset", good=10) as server:
+        record = rude(generator, server, profile(OpenLoop(rate_rps=50, arrivals="constant")), tmp_path)
+    assert record.errors["connection"] > 5
+    assert "errors" in gates(record)
+
+
+def test_a_server_that_never_answers_well_is_named(generator: LoadGenerator, tmp_path: Path) -> None:
+    with RudeServer("reset") as server, pytest.raises(UnreachableError, match=server.target.url):
+        generator.run(
+            server.target,
+            payloads_for(server.target),
+            profile(ClosedLoop(concurrency=1), timeout_s=0.2),
+            raw_path=tmp_path / "w.npz",
+        )
+
+
+def test_a_wrong_tensor_speaks_in_the_servers_words(generator: LoadGenerator, tmp_path: Path) -> None:
+    with FakeV2Server(binary=False) as server:
+        target = replace(server.target("rest"), binary=True)
+        with pytest.raises(UnreachableError, match="HTTP 400: binary tensors are not supported"):
+            generator.run(target, payloads_for(target), profile(ClosedLoop(concurrency=1)), raw_path=tmp_path / "w.npz")
+
+
+def test_a_client_too_weak_for_the_rate_says_so(generator: LoadGenerator, tmp_path: Path) -> None:
+    with FakeV2Server(Fixed(0.0)) as server:
+        window = profile(OpenLoop(rate_rps=50_000, arrivals="constant"), duration_s=0.3, timeout_s=1.0)
+        record = run(generator, server, window, tmp_path)
+    assert gates(record) & {"client_cpu", "lateness"}
+    assert not record.valid
