@@ -1,0 +1,66 @@
+"""The null server, and what the generator's ceiling does to a window near to it."""
+
+import json
+import os
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pytest
+
+from profiles.load.ceiling import FILE, Ceilings, null_server
+from profiles.load.engine import LoadGenerator
+from profiles.load.null_server import GRPC_REPLY
+from profiles.load.payloads import decode_outputs, encode_payloads
+from profiles.testing import FakeV2Server
+from registry.records import ClosedLoop, LoadProfile, Target
+
+X = {"x": np.ones((64, 16), "f4")}
+LARGE = {"x": np.ones((2, 40_000), "f4")}
+
+
+def window(duration_s: float = 0.2) -> LoadProfile:
+    return LoadProfile(name="test", load=ClosedLoop(concurrency=4), warmup_s=0.0, duration_s=duration_s)
+
+
+def test_the_null_server_answers_both_protocols_and_any_size(tmp_path: Path) -> None:
+    with null_server([min(os.sched_getaffinity(0))]) as ports, LoadGenerator(None, tmp_path) as generator:
+        for inputs in (X, LARGE):
+            for protocol in ("rest", "grpc"):
+                target = null(ports, protocol)
+                payloads = encode_payloads(inputs, target=target)
+                record = generator.run(target, payloads, window(), raw_path=tmp_path / "w.npz")
+                assert record.errors == {}
+                assert record.ok > 10
+
+
+def null(ports: dict[str, str], protocol: Literal["rest", "grpc"]) -> Target:
+    return Target(url=ports[protocol], protocol=protocol, model="null", binary=protocol == "rest")
+
+
+def test_its_reply_is_one_of_v2() -> None:
+    target = Target(url="127.0.0.1:1", protocol="grpc", model="null")
+    assert decode_outputs(GRPC_REPLY, {}, target)["y"].tolist() == [0.0]
+
+
+def test_the_ceiling_is_measured_once_and_gates_what_is_near_to_it(tmp_path: Path) -> None:
+    ceilings = Ceilings(tmp_path, (), "this host")
+    with FakeV2Server() as server, LoadGenerator(None, tmp_path / "own", ceiling=ceilings) as generator:
+        target = server.target("grpc")
+        payloads = encode_payloads(X, target=target)
+        free = generator.run(target, payloads, window(), raw_path=tmp_path / "w.npz")
+        ((key, found),) = json.loads((tmp_path / FILE).read_text(encoding="utf-8")).items()
+        # The fake server computes and shares its CPU with this test, the null server does neither.
+        assert found > free.metrics["throughput_rps"]
+        # The next one believes what is remembered, here that this client can do hardly anything.
+        (tmp_path / FILE).write_text(json.dumps({key: 10.0}), encoding="utf-8")
+        with LoadGenerator(None, tmp_path / "other", ceiling=Ceilings(tmp_path, (), "this host")) as weak:
+            record = weak.run(target, payloads, window(), raw_path=tmp_path / "w.npz")
+    (finding,) = [finding for finding in record.findings if finding.gate == "ceiling"]
+    assert "of 10/s that the client can" in finding.observed
+
+
+@pytest.mark.parametrize("content", ["", "[1]", '{"a": "b"}', "{"])
+def test_what_is_remembered_may_be_damaged(tmp_path: Path, content: str) -> None:
+    (tmp_path / FILE).write_text(content, encoding="utf-8")
+    assert Ceilings(tmp_path, (), "h")._known == {}
