@@ -20,10 +20,11 @@ from profiles.deploy.cluster import Deployment
 from profiles.deploy.core2_candidates import UNKNOWN_VERSION
 from profiles.deploy.local import LOOPBACK, LocalDeployment
 from profiles.load.ceiling import Ceilings
-from profiles.load.engine import LoadGenerator
 from profiles.load.library import LoadPlan, load_plan
 from profiles.load.payloads import Payload, encode_payloads, encoding_of
+from profiles.measure.advice import Advice, advise
 from profiles.measure.bench import Bench, bench_target, takes_binary
+from profiles.measure.breakdown import WatchingGenerator, statistics_at
 from profiles.measure.host import fingerprint_host, split_cpus
 from profiles.measure.plans import Planned, run_plan
 from profiles.measure.recorded import recorded_of, write_recorded
@@ -221,6 +222,8 @@ def bench_endpoint(
     arrivals: Path | None = None,
     encoding: str | None = None,
     workers: int = 1,
+    statistics: str | None = None,
+    for_rate_rps: float | None = None,
     told: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Measures a V2 endpoint; see ``burnish bench --help``.
@@ -235,8 +238,11 @@ def bench_endpoint(
         InputError: an option or the samples do not fit.
         UnreachableError: the endpoint does not answer, or refuses.
     """
-    _check_amounts(concurrency=concurrency, rate=rate_rps, duration_s=duration_s, runs=runs, workers=workers)
+    _check_amounts(
+        for_rate=for_rate_rps, concurrency=concurrency, rate=rate_rps, duration_s=duration_s, runs=runs, workers=workers
+    )
     plan = _plan(load, arrivals, concurrency=concurrency, rate=rate_rps, duration_s=duration_s, runs=runs)
+    watched = None if statistics is None else statistics_at(statistics, model)
     target = endpoint(url, model, protocol, headers, tls, encoding=encoding)
     duration_s, runs = duration_s or _DURATION_S, runs or _RUNS
     loads = []
@@ -254,8 +260,9 @@ def bench_endpoint(
         raw_root = out or Path(scratch)
         _make_folder(raw_root)
         ceilings = Ceilings(raw_root, server_cpus, client.fingerprint)
+        process: dict[str, Any] = {"cpus": client_cpus, "work": Path(scratch), "workers": workers}
         try:
-            with LoadGenerator(cpus=client_cpus, work=Path(scratch), workers=workers, ceiling=ceilings) as generator:
+            with WatchingGenerator(**process, ceiling=ceilings, statistics=watched) as generator:
                 how: dict[str, Any] = {"seed": seed, "raw_root": raw_root, "on_run": journal.keep}
                 if plan is not None:
                     found: Bench = run_plan(generator, target, payloads, plan, **how)
@@ -279,7 +286,7 @@ def bench_endpoint(
                     ),
                     out,
                 )
-    return _plain(target, found, payloads)
+    return _plain(target, found, payloads, for_rate_rps)
 
 
 def _plan(load: str | None, arrivals: Path | None, **chosen: float | None) -> LoadPlan | None:
@@ -372,7 +379,7 @@ def _check_amounts(**amounts: float | None) -> None:
             raise InputError(f"--{name.replace('_', '-')} is above 0, not {amount:g}")
 
 
-def _plain(target: Target, found: Bench, payloads: Sequence[Payload]) -> dict[str, Any]:
+def _plain(target: Target, found: Bench, payloads: Sequence[Payload], for_rate_rps: float | None) -> dict[str, Any]:
     shown = {
         "url": target.url,
         "protocol": target.protocol,
@@ -387,6 +394,7 @@ def _plain(target: Target, found: Bench, payloads: Sequence[Payload]) -> dict[st
         "payloads": sent,
         "slo": None if slo is None else _plain_slo(slo),
         "capacity": None if found.capacity is None else to_jsonable(found.capacity),
+        "advice": None if found.capacity is None else _plain_advice(advise(found.capacity, for_rate_rps=for_rate_rps)),
         "measurements": [to_jsonable(measurement) for measurement in found.measurements],
         "invalid": [
             {"load": run.load.name, "round": one.number, "findings": [to_jsonable(finding) for finding in run.findings]}
@@ -394,6 +402,20 @@ def _plain(target: Target, found: Bench, payloads: Sequence[Payload]) -> dict[st
             for run in one.runs
             if not run.valid
         ],
+    }
+
+
+_LAW = ("gamma", "sigma", "kappa")
+
+
+def _plain_advice(advice: Advice) -> dict[str, Any]:
+    law = advice.law
+    return {
+        "knee": advice.knee,
+        "law": law if isinstance(law, str) else {name: to_jsonable(getattr(law, name)) for name in _LAW},
+        "target_rps": advice.target_rps,
+        "replicas": advice.replicas,
+        "lines": list(advice.lines),
     }
 
 
@@ -429,6 +451,8 @@ def show_bench(result: dict[str, Any]) -> None:
         for stage in result["capacity"]["stages"]:
             held = "sustained" if stage["sustained"] else "not sustained"
             console.print(f"  {stage['offered_rps']:.1f}/s: {stage['achieved_rps']:.1f}/s came back, {held}")
+        for line in result["advice"]["lines"]:
+            console.print(line, highlight=False)
     for measurement in result["measurements"]:
         table = Table("metric", "value", title=measurement["load"] or "closed loop", title_justify="left")
         for name, fields in measurement["metrics"].items():

@@ -73,6 +73,13 @@ def bench(
     duration_s: Annotated[float | None, typer.Option(help="Length of one run; 5, or the load profile's.")] = None,
     runs: Annotated[int | None, typer.Option(help="Independent runs; 3, or the load profile's.")] = None,
     workers: Annotated[int, typer.Option(help="Processes that share the load, for more than one core.")] = 1,
+    statistics: Annotated[
+        str | None,
+        typer.Option(help="Ask the server where time goes: triton=HOST:PORT (REST) or mlserver=HOST:PORT (metrics)."),
+    ] = None,
+    for_rate: Annotated[
+        float | None, typer.Option(help="Say how many replicas take so many requests a second.")
+    ] = None,
     header: Annotated[list[str] | None, typer.Option(help="name=value, sent with each request.")] = None,
     tls: Annotated[bool, typer.Option("--tls", help="Encrypt, and verify the server's certificate.")] = False,
     out: Annotated[
@@ -108,6 +115,8 @@ def bench(
             arrivals=arrivals,
             encoding=encoding,
             workers=workers,
+            statistics=statistics,
+            for_rate_rps=for_rate,
             told=say,
         )
     if json_output:

@@ -12,17 +12,20 @@ metrics (its user guide, "Metrics"); `profiles.serving.runtime` for the two of o
 import http.client
 import json
 import logging
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 
 from profiles.deploy.cluster import Statistics
+from profiles.load.engine import LoadGenerator
 from profiles.load.recording import NS_PER_MS, NS_PER_S, load_arrays
 from profiles.load.transports import Status
 from profiles.measure.percentiles import estimate_over_runs
+from registry.errors import InputError
 from registry.records import Breakdown, Depth, Estimate, LoadProfile, RunRecord, Target
 
 logger = logging.getLogger(__name__)
@@ -265,6 +268,49 @@ def times_over_runs(runs: Sequence[RunRecord]) -> dict[str, Estimate]:
         if values and sum(values) >= 0:
             found[name] = estimate_over_runs(values, None, unit, log=False)
     return found
+
+
+class WatchingGenerator(LoadGenerator):
+    """A load generator that asks the server before and after each window, so that records hold where the time went."""
+
+    def __init__(self, *args: Any, statistics: Statistics | None, **rest: Any) -> None:
+        """As a `LoadGenerator`.
+
+        Args:
+            args: those of a `LoadGenerator`.
+            statistics: where the server tells of its times; None to ask nobody.
+            rest: those of a `LoadGenerator`.
+        """
+        super().__init__(*args, **rest)
+        self._statistics = statistics
+
+    def run(self, *args: Any, raw_path: Path, raw_root: Path | None = None, **rest: Any) -> RunRecord:
+        """See `LoadGenerator.run`."""
+        if self._statistics is None:
+            return super().run(*args, raw_path=raw_path, raw_root=raw_root, **rest)
+        before = read_counts(self._statistics)
+        record = super().run(*args, raw_path=raw_path, raw_root=raw_root, **rest)
+        return with_breakdown(record, before, read_counts(self._statistics), raw_root=raw_root or raw_path.parent)
+
+
+def statistics_at(text: str, model: str) -> Statistics:
+    """Where a server tells of its times, as a user writes it: ``triton=host:port`` or ``mlserver=host:port``.
+
+    Args:
+        text: with ``/name`` behind it where the server has the model by another name than its clients.
+        model: the clients' name of it.
+
+    Raises:
+        InputError: it is neither.
+    """
+    found = re.fullmatch(r"(triton|mlserver)=([^/\s]+:\d+)(?:/(\S+))?", text)
+    if found is None:
+        raise InputError(
+            f"--statistics {text!r} is not understood",
+            hint="Write triton=host:port with the port of REST, or mlserver=host:port with that of metrics.",
+        )
+    server: Literal["mlserver", "triton"] = "triton" if found[1] == "triton" else "mlserver"
+    return Statistics(server=server, address=found[2], model=found[3] or model)
 
 
 # --- depths ----------------------------------------------------------------------------------------------------------

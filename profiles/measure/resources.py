@@ -260,7 +260,7 @@ def peak_over_runs(runs: Iterable[RunRecord]) -> Estimate | None:
     if not peaks:
         return None
     most = max(peaks)
-    return Estimate(value=most, low=most, high=most, runs=len(peaks), method="high-water mark", unit="MB")
+    return Estimate(value=most, low=most, high=most, runs=len(peaks), method="exact", unit="MB")
 
 
 # --- the first request ---------------------------------------------------------------------------------------------

@@ -10,21 +10,25 @@ from pathlib import Path
 import pytest
 
 from profiles.deploy.cluster import Statistics
+from profiles.load.payloads import encode_payloads
 from profiles.load.recording import save_arrays
 from profiles.load.summary import summarize
 from profiles.measure.breakdown import (
     Counts,
     Total,
+    WatchingGenerator,
     break_down,
     measure_depths,
     parse_mlserver,
     parse_triton,
     read_counts,
+    statistics_at,
     times_over_runs,
     with_breakdown,
 )
-from profiles.testing import Fixed, simulate
+from profiles.testing import FakeV2Server, Fixed, simulate
 from registry.codec import dumps, file_sha256, loads
+from registry.errors import InputError
 from registry.records import Breakdown, ClosedLoop, GateFinding, LoadProfile, OpenLoop, RunRecord, Target
 
 MS = 1_000_000
@@ -222,6 +226,30 @@ def test_parts_over_runs_count_the_negative_ones_too() -> None:
     assert found["time_network_ms"].value == pytest.approx(1.0)
     assert "time_queue_ms" not in found
     assert "time_compute_ms" not in found
+
+
+def test_a_generator_that_watches_asks_around_each_window(tmp_path: Path) -> None:
+    import numpy as np
+
+    profile = LoadProfile(name="n", load=ClosedLoop(concurrency=1), warmup_s=0.0, duration_s=0.2)
+    with FakeV2Server() as server, serving("/v2/models/m_1/stats", triton(100, 50, model="m_1")) as address:
+        where = server.target("grpc")
+        payloads = encode_payloads({"x": np.ones((4, 16), np.float32)}, target=where)
+        statistics = statistics_at(f"triton={address}/m_1", "m")
+        with WatchingGenerator(cpus=None, work=tmp_path, statistics=statistics) as generator:
+            record = generator.run(where, payloads, profile, raw_path=tmp_path / "r.npz")
+        assert record.breakdown is not None
+        assert record.breakdown.service_ms > 0
+        assert record.breakdown.notes == ("the server counted no request",)
+
+
+def test_where_to_ask_is_checked() -> None:
+    assert statistics_at("mlserver=127.0.0.1:8082", "m") == Statistics(
+        server="mlserver", address="127.0.0.1:8082", model="m"
+    )
+    for wrong in ("127.0.0.1:8000", "triton=127.0.0.1", "other=h:1", "triton=h:1/"):
+        with pytest.raises(InputError, match="--statistics"):
+            statistics_at(wrong, "m")
 
 
 # --- depths ---
