@@ -37,6 +37,7 @@ from registry.records import (
     Measurement,
     Round,
     ServingProfile,
+    ServingSearch,
     Source,
     Variant,
 )
@@ -200,6 +201,7 @@ def _campaign(workspace: Workspace) -> Campaign:
         judged=[next((again for again in served if again.name == one.name), one) for one in prepared.judged],
         servings=servings,
         measured=measured,
+        searches=found.searches,
         failures=[*prepared.failures, *unserved, *unfit, *measured.failures],
     )
 
@@ -307,6 +309,7 @@ def _assembled(
     judged: Sequence[Judged],
     servings: Sequence[Serving],
     measured: Measured,
+    searches: tuple[ServingSearch, ...],
     failures: Sequence[Failure],
 ) -> Campaign:
     planned = workspace.plan
@@ -351,6 +354,7 @@ def _assembled(
         rendered={one.candidate_id: one.rendered for one in measured.deployed},
         artifacts={variant.id: str(workspace.store.path(variant.artifact)) for variant in variants},
         verdict=verdict,
+        serving_searches=searches,
         hardware=planned.hardware,
     )
 

@@ -1030,6 +1030,7 @@ class Campaign:
         artifacts: variant id -> folder of its files on this machine.
         samples_name: name of the file that held the evaluation samples, without its folder; empty where none did.
         hardware: the machine that costs are counted for; None where the user names none.
+        serving_searches: what came of each search for a serving profile.
     """
 
     id: str
@@ -1057,3 +1058,4 @@ class Campaign:
     verdict: Verdict
     samples_name: str = ""
     hardware: HardwareProfile | None = None
+    serving_searches: tuple[ServingSearch, ...] = ()

@@ -11,6 +11,7 @@ from markupsafe import Markup
 from registry.records import Campaign, ClosedLoop, Comparison, Judgement, LoadProfile, Replay, Variant
 from registry.report import numbers, pictures
 from registry.report.resources import tables
+from registry.report.searches import search_tables
 from registry.report.table import Row, engine_words, latency_name, printable, rows, serving_words
 from registry.tracked import stage_words
 
@@ -34,7 +35,7 @@ def render_html(campaign: Campaign) -> str:
         tiles=_tiles(shown, _latency_heading(campaign)),
         latency_heading=_latency_heading(campaign),
         rows=[_cells(row) for row in shown],
-        tables=tables(campaign, shown),
+        tables=(*tables(campaign, shown), *search_tables(campaign)),
         policy=_policy(campaign),
         started=_started(campaign),
         latency_picture=Markup(pictures.latency_picture(campaign, shown)),  # noqa: S704 - escaped where it is made

@@ -5,6 +5,7 @@ import re
 from registry.records import Campaign, Failure
 from registry.report import numbers
 from registry.report.resources import Table, tables
+from registry.report.searches import search_tables
 from registry.report.table import Row, engine_words, latency_name, printable, rows
 
 _HEADINGS = (
@@ -25,6 +26,7 @@ def render_markdown(campaign: Campaign) -> str:
     if shown:
         parts.append(_table(campaign, shown))
         parts += [part for table in tables(campaign, shown) for part in _small_table(table)]
+    parts += [part for table in search_tables(campaign) for part in _small_table(table)]
     parts += _section("Why not the others", [_loser(row) for row in shown if row.outcome != "selected"])
     parts += _section(
         "Closest misses",
