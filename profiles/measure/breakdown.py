@@ -34,6 +34,7 @@ _ASK_S = 5.0
 MS_PER_S = 1000.0
 PARTS: Mapping[str, tuple[str, str]] = {
     "lateness_ms": ("time_lateness_ms", "ms"),
+    "service_ms": ("time_service_ms", "ms"),
     "network_ms": ("time_network_ms", "ms"),
     "server_ms": ("time_server_ms", "ms"),
     "queue_ms": ("time_queue_ms", "ms"),

@@ -18,6 +18,8 @@ PARTS = {
     "batch_rows": campaigns.estimate(2.5, 0.2, "1"),
 }
 
+SERVERS = {"time_network_ms", "time_queue_ms", "time_compute_ms"}
+
 
 def made(*, notes: tuple[str, ...] = ()) -> Campaign:
     """The campaign of the double, whose first candidate's server told of its times."""
@@ -54,6 +56,15 @@ def test_parts_stand_with_their_intervals_and_differences_are_marked() -> None:
     assert told["network and protocol, ms"] == "1.50 [1.40, 1.60]*"
     assert told["queue, ms"] == "4.00 [3.80, 4.20]"
     assert table.title == "Where the time goes at 0.8 saturation"
+
+
+def test_a_client_alone_makes_no_table() -> None:
+    campaign = made()
+    alone = [
+        dataclasses.replace(one, metrics={name: one.metrics[name] for name in one.metrics if name not in SERVERS})
+        for one in campaign.measurements
+    ]
+    assert time_table(dataclasses.replace(campaign, measurements=tuple(alone)), rows(campaign)) is None
 
 
 def test_what_contradicts_itself_is_told() -> None:
