@@ -50,6 +50,8 @@ def advise(capacity: Capacity, *, for_rate_rps: float | None = None) -> Advice:
         lines.append(f"More than {knee} requests at a time only wait longer.")
     if isinstance(law, UslFit):
         lines.append(f"{explain_fit(law)} (Universal Scalability Law, at most {law.worst:.1%} off).")
+    elif knee is not None:
+        lines.append(f"{law[0].upper()}{law[1:]}.")
     if saturation is not None:
         # The lower end: what was sustained.
         known_rps = saturation.value if saturation.low is None else saturation.low

@@ -22,8 +22,10 @@ def test_what_follows_from_a_capacity() -> None:
     assert told.target_rps == pytest.approx((304, 342))
     assert told.replicas == 4  # 380 less 15 % is 323
     assert isinstance(told.law, str)
+    assert "Law does not fit" in told.lines[1]
     assert told.lines == (
         "More than 8 requests at a time only wait longer.",
+        told.lines[1],
         "Give one replica 304 to 342 requests a second, 10 to 20 % below saturation.",
         "1000 requests a second take 4 replicas, each kept 15% below saturation.",
     )
