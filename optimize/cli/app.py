@@ -11,6 +11,7 @@ from optimize.cli import (
     hosts,
     lint,
     models,
+    rebuild,
     render,
     reports,
     select,
@@ -39,6 +40,7 @@ app.command("compare")(compare.compare)
 app.command("report")(reports.report)
 app.command("explain")(explain.explain)
 app.command("select")(select.select)
+app.command("rebuild")(rebuild.rebuild)
 app.add_typer(cache.app, name="cache")
 app.command("lint")(lint.lint)
 app.command("doctor")(hosts.doctor)
