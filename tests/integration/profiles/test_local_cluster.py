@@ -267,8 +267,8 @@ def test_a_model_that_cannot_load_is_told_quickly_and_leaves_nothing(
     before = set(psutil.Process().children(recursive=True))
     began = time.monotonic()
     with pytest.raises(UnreachableError, match=r"onnxruntime cannot open model\.onnx") as caught:
-        cluster.deploy(candidate(**serving), artifact, tmp_path / "files", timeout_s=LIMIT_S)
-    assert time.monotonic() - began < 20
+        cluster.deploy(candidate(**serving), artifact, tmp_path / "files", timeout_s=10 * LIMIT_S)
+    assert time.monotonic() - began < 5 * LIMIT_S
     assert "Its log ends:\n" in caught.value.message
     assert set(psutil.Process().children(recursive=True)) <= before
     assert not list((tmp_path / "work" / "servers").glob("*.json"))
@@ -300,8 +300,11 @@ def test_usage_grows_with_work_and_ends_with_the_server(cluster: LocalCluster, t
     assert after.cpu_s > before.cpu_s > 0
     assert 20 < after.rss_mb < 2000
     processes_of(deployment)[0].kill()
+    # It is gone once it had a turn to die, which takes a while on a busy machine.
+    deadline = time.monotonic() + LIMIT_S
     with pytest.raises(ServerDiedError, match=r"has ended with status 137(: .*)?\nIts log ends:\n."):
-        deployment.usage()
+        while time.monotonic() < deadline:
+            deployment.usage()
     deployment.undeploy()
     # A server that comes after it in the same place leaves what it wrote.
     told = deployment.log.read_text()
