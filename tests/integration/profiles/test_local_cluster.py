@@ -289,6 +289,13 @@ def test_two_deployments_of_one_candidate_and_a_worker_process(cluster: LocalClu
     np.testing.assert_allclose(ask(both[1], "rest", {"x": x})["logits"], mlp_answer(x), rtol=1e-4)
 
 
+def use_for(deployment: LocalDeployment, seconds: float) -> None:
+    """Asks for its usage again and again: a killed process is there until it had a turn to die."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        deployment.usage()
+
+
 @pytest.mark.parametrize("server", SERVERS)
 def test_usage_grows_with_work_and_ends_with_the_server(cluster: LocalCluster, tmp_path: Path, server: str) -> None:
     artifact = write_onnx(mlp(), tmp_path / "files")
@@ -300,11 +307,8 @@ def test_usage_grows_with_work_and_ends_with_the_server(cluster: LocalCluster, t
     assert after.cpu_s > before.cpu_s > 0
     assert 20 < after.rss_mb < 2000
     processes_of(deployment)[0].kill()
-    # It is gone once it had a turn to die, which takes a while on a busy machine.
-    deadline = time.monotonic() + LIMIT_S
     with pytest.raises(ServerDiedError, match=r"has ended with status 137(: .*)?\nIts log ends:\n."):
-        while time.monotonic() < deadline:
-            deployment.usage()
+        use_for(deployment, LIMIT_S)
     deployment.undeploy()
     # A server that comes after it in the same place leaves what it wrote.
     told = deployment.log.read_text()
