@@ -1,7 +1,7 @@
 """Serving candidates and measuring them in interleaved rounds, each result committed before the next begins."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from profiles.measure.compare import looks_at
 from profiles.measure.equivalence import MOST_ROWS, Reference, check_equivalence
 from profiles.measure.resources import GpuProbe, NvmlProbe, PackageEnergy, first_request_ms
 from profiles.measure.rounds import AGAIN, Slot, measure_in_round, round_order, undecided
+from profiles.measure.slo import LatencyLimit, measure_slo_max
 from registry.codec import digest
 from registry.errors import (
     BurnishError,
@@ -30,7 +31,7 @@ from registry.errors import (
     StorageError,
     UnreachableError,
 )
-from registry.policy import DEFAULT_LOAD, loads_named
+from registry.policy import DEFAULT_LOAD, loads_named, slo_limit
 from registry.records import (
     Adaptation,
     Artifact,
@@ -42,6 +43,7 @@ from registry.records import (
     FailurePhase,
     Fidelity,
     LoadProfile,
+    Policy,
     Round,
     RunRecord,
 )
@@ -223,15 +225,23 @@ class _Hall:
             # The search keeps its stages, not their arrays: each window overwrites the last one's.
             raw = self._workspace.folder("raw") / f"{candidate_id}-capacity.npz"
 
-            def run(profile: LoadProfile) -> RunRecord:
-                return self._generator.run(deployment.target, payloads, profile, raw_path=raw, usage=deployment.usage)
+            def run(profile: LoadProfile, path: Path) -> RunRecord:
+                return self._generator.run(deployment.target, payloads, profile, raw_path=path, usage=deployment.usage)
 
+            level, seed = self._plan.level, self._plan.config.seed
             try:
-                return find_capacity(run, self._plan.level, candidate_id=candidate_id, seed=self._plan.config.seed)
+                found = find_capacity(lambda one: run(one, raw), level, candidate_id=candidate_id, seed=seed)
+                if limit is None:
+                    return found
+                searched = measure_slo_max(run, limit, found, level=level, seed=seed, raw=raw)
+                return replace(found, slo_max=searched.estimate)
             finally:
                 raw.unlink(missing_ok=True)
 
+        limit = _latency_limit(self._plan.policy)
         components = {"candidate": candidate_id, **self._shared}
+        if limit is not None:
+            components["slo"] = asdict(limit)
         capacity, known = self._workspace.remember("Capacity", serving.candidate.name, components, search)
         self._capacities[candidate_id] = capacity
         self._deployed[candidate_id] = self._remembered_deployment(serving)
@@ -440,6 +450,15 @@ def _meters(workspace: Workspace) -> tuple[GpuProbe | None, PackageEnergy | None
             "(the extra `gpu` brings the library)."
         )
     return gpus, PackageEnergy()
+
+
+def _latency_limit(policy: Policy) -> LatencyLimit | None:
+    """The limit that the highest rate is looked for under; None where the policy does not ask for it."""
+    asked = slo_limit(policy)
+    if asked is None:
+        return None
+    percentile = int(asked.metric.removeprefix("latency_p").removesuffix("_ms"))
+    return LatencyLimit(percentile=percentile, latency_ms=asked.limit)
 
 
 def _expected(payloads: Sequence[Payload], serving: Serving) -> Expected | None:

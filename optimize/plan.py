@@ -18,7 +18,7 @@ from profiles.measure.resources import PackageEnergy
 from registry.codec import digest, to_jsonable
 from registry.errors import InputError, PolicyError
 from registry.ledger import Ledger
-from registry.policy import parse_policy
+from registry.policy import parse_policy, slo_limit
 from registry.ports import Store
 from registry.records import Constraint, HardwareProfile, Host, Objective, Policy, Recipe, ServingProfile
 
@@ -232,6 +232,12 @@ def _check_policy(planned: Plan, arrays: frozenset[str]) -> None:
         raise InputError(
             f"the metric {planned.config.metric!r} needs labels, and {planned.config.samples.evaluation} has none",
             hint=f"Save them in it as the array {LABELS!r}; without labels, metric: cosine compares with the baseline.",
+        )
+    kept = slo_limit(planned.policy)
+    if kept is not None and kept.limit >= planned.level.timeout_s * 1000:
+        raise PolicyError(
+            f"no highest rate can be looked for under {kept.text!r}: the level {planned.level.name} gives requests up "
+            f"after {planned.level.timeout_s:g} s"
         )
     lines: list[Constraint | Objective] = [*planned.policy.constraints, *planned.policy.objectives]
     for line in lines:

@@ -60,6 +60,7 @@ METRICS: Final[dict[str, Metric]] = {
     "batch_flip_rate": _metric("fraction", "flip rate with other neighbours"),
     "max_throughput_rps": _metric("1/s", "maximum throughput", larger_is_better=True),
     "saturation_rps": _metric("1/s", "saturation", larger_is_better=True),
+    "slo_max_rps": _metric("1/s", "highest rate within the latency limit", larger_is_better=True),
     "rss_mb": _metric("MB", "resident memory"),
     "peak_rss_mb": _metric("MB", "peak of resident memory"),
     "load_time_s": _metric("s", "load time"),
@@ -139,6 +140,27 @@ def loads_named(policy: Policy) -> tuple[str, ...]:
     """The loads that the policy's metrics must be measured at, each once, in the order they are named."""
     named = [constraint.load for constraint in policy.constraints] + [objective.load for objective in policy.objectives]
     return tuple(dict.fromkeys(load for load in named if load is not None))
+
+
+def slo_limit(policy: Policy) -> Constraint | None:
+    """The limit that ``slo_max_rps`` keeps: the policy's first absolute upper limit on a percentile of latency.
+
+    Returns:
+        None where the policy does not name that metric.
+
+    Raises:
+        PolicyError: it does, and has no such limit.
+    """
+    named = [one.metric for one in policy.constraints] + [one.metric for one in policy.objectives]
+    if "slo_max_rps" not in named:
+        return None
+    for one in policy.constraints:
+        if one.metric.startswith("latency_p") and one.op in {"<=", "<"} and not one.relative:
+            return one
+    raise PolicyError(
+        "slo_max_rps is the highest rate that keeps a latency limit, and the policy has none",
+        hint="Add a constraint such as: latency_p99_ms <= 25",
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

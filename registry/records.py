@@ -745,6 +745,8 @@ class Capacity:
         ladder: (concurrency, throughput a second) for each one tried.
         stages: the open-loop stages, in rising order.
         saturation_rps: the highest rate that was sustained; None where none was.
+        slo_max: the highest rate that kept a latency limit, in requests a second; None where none did, or where it was
+            not asked for.
     """
 
     candidate_id: str
@@ -752,6 +754,7 @@ class Capacity:
     ladder: tuple[tuple[int, float], ...]
     stages: tuple[RateStage, ...]
     saturation_rps: float | None
+    slo_max: Estimate | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -288,6 +288,8 @@ def reduce_rounds(
         metrics["peak_rss_mb"] = peak
     if (saturation := estimate_saturation(capacity)) is not None:
         metrics["saturation_rps"] = saturation
+    if capacity.slo_max is not None:
+        metrics["slo_max_rps"] = capacity.slo_max
     times = [load_time_s] if isinstance(load_time_s, int | float) else list(load_time_s or ())
     if times:
         metrics["load_time_s"] = estimate_over_runs(times, None, "s")

@@ -33,6 +33,7 @@ from registry.records import (
     Equivalence,
     Host,
     LoadProfile,
+    Policy,
     RunRecord,
     ServingProfile,
     Target,
@@ -149,6 +150,9 @@ def serving(name: str, baseline: bool = False) -> Serving:
 BASE, FAST = serving("base", baseline=True), serving("fast")
 
 
+MOST = parse_policy((), ("maximize max_throughput_rps",))
+
+
 @dataclass
 class Session:
     """One run of a campaign's measuring; several of them share a working folder, as the same command again does."""
@@ -158,7 +162,7 @@ class Session:
     told: Told = field(default_factory=Told)
     cluster: FakeCluster = field(default_factory=FakeCluster)
 
-    def measure(self, *servings: Serving, level: Any = QUICK, deployed: Any = "all") -> Measured:
+    def measure(self, *servings: Serving, level: Any = QUICK, deployed: Any = "all", policy: Policy = MOST) -> Measured:
         plan = Plan(
             config=CampaignConfig(
                 name="c",
@@ -168,7 +172,7 @@ class Session:
             ),
             base=self.work,
             work=self.work,
-            policy=parse_policy((), ("maximize max_throughput_rps",)),
+            policy=policy,
             level=level,
             recipes=(),
             profiles=(BASE.candidate.serving,),
@@ -242,6 +246,21 @@ def test_every_candidate_is_measured_and_the_baseline_twice(tmp_path: Path, gene
     # Nothing of the first round is said to be "done again" in the second.
     assert session.told.notes == []
     assert reduced(tmp_path, found)
+
+
+def test_the_highest_rate_is_looked_for_where_the_policy_names_it(
+    tmp_path: Path, generator: SimulatedGenerator
+) -> None:
+    policy = parse_policy(["latency_p90_ms <= 30"], "maximize slo_max_rps")
+    found = Session(tmp_path, generator).measure(BASE, policy=policy)
+    [capacity] = found.capacities
+    assert capacity.slo_max is not None
+    assert 0.4 * 250 < capacity.slo_max.value < 250  # of a queue that serves 250 a second
+    [whole, *_] = reduce_rounds("base", found.rounds, capacity, raw_root=tmp_path, level=QUICK)
+    assert whole.metrics["slo_max_rps"] == capacity.slo_max
+    # Another policy asks for other capacities.
+    [other] = Session(tmp_path, generator).measure(BASE).capacities
+    assert other.slo_max is None
 
 
 def rates(generator: SimulatedGenerator, monkeypatch: pytest.MonkeyPatch, **of: list[float]) -> None:

@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from registry.errors import PolicyError
-from registry.policy import DEFAULT_LOAD, METRICS, loads_named, metric_of, parse_policy
+from registry.policy import DEFAULT_LOAD, METRICS, loads_named, metric_of, parse_policy, slo_limit
 from registry.records import Constraint, Objective, Policy
 
 GOAL = "maximize max_throughput_rps"
@@ -257,3 +257,15 @@ def test_any_text_is_understood_or_refused(text):
         else:
             message = "understood ^"
         assert "^" in message
+
+
+def test_the_highest_rate_needs_a_latency_limit():
+    goal = "maximize slo_max_rps"
+    lines = ["latency_p99_ms <= 80% rel at 100 rps", "latency_p90_ms <= 25", "latency_p99_ms < 90"]
+    kept = slo_limit(parse_policy(lines, goal))
+    assert kept is not None
+    assert (kept.metric, kept.limit) == ("latency_p90_ms", 25)
+    assert slo_limit(parse_policy(lines, "maximize max_throughput_rps")) is None
+    assert slo_limit(parse_policy([*lines, "slo_max_rps >= 100"], "maximize saturation_rps")) == kept
+    with pytest.raises(PolicyError, match="the policy has none"):
+        slo_limit(parse_policy(lines[:1], goal))
