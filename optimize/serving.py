@@ -244,6 +244,7 @@ def bench_endpoint(
     plan = _plan(load, arrivals, concurrency=concurrency, rate=rate_rps, duration_s=duration_s, runs=runs)
     watched = None if statistics is None else statistics_at(statistics, model)
     target = endpoint(url, model, protocol, headers, tls, encoding=encoding)
+    exact = duration_s is not None
     duration_s, runs = duration_s or _DURATION_S, runs or _RUNS
     loads = []
     if concurrency is not None:
@@ -268,7 +269,7 @@ def bench_endpoint(
                     found: Bench = run_plan(generator, target, payloads, plan, **how)
                 else:
                     found = bench_target(
-                        generator, target, payloads, loads=loads, duration_s=duration_s, runs=runs, **how
+                        generator, target, payloads, loads=loads, duration_s=duration_s, exact=exact, runs=runs, **how
                     )
             capacity = found.capacity
         finally:

@@ -383,7 +383,7 @@ class FakeV2Server:
         ):
             return web.json_response({"error": f"no such thing: {path}"}, status=404)
         described: dict[str, Any] = {"name": self.model, "inputs": [INPUT]} if about_model else {"name": "fake"}
-        return web.json_response({**described, "extensions": ["binary_tensor_data"]})
+        return web.json_response({**described, "extensions": ["binary_tensor_data"] if self._binary else []})
 
     async def _rest_infer(self, request: Any) -> Any:
         from aiohttp import web

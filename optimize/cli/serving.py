@@ -70,7 +70,9 @@ def bench(
     arrivals: Annotated[Path | None, typer.Option(help="Recorded arrivals for --load replay.")] = None,
     concurrency: Annotated[int | None, typer.Option(help="Closed loop with so many requests outstanding.")] = None,
     rate: Annotated[float | None, typer.Option(help="Open loop with Poisson arrivals at so many a second.")] = None,
-    duration_s: Annotated[float | None, typer.Option(help="Length of one run; 5, or the load profile's.")] = None,
+    duration_s: Annotated[
+        float | None, typer.Option(help="Length of one run; the load profile's, or 5 and more for slow ones.")
+    ] = None,
     runs: Annotated[int | None, typer.Option(help="Independent runs; 3, or the load profile's.")] = None,
     workers: Annotated[int, typer.Option(help="Processes that share the load, for more than one core.")] = 1,
     statistics: Annotated[

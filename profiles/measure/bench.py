@@ -45,6 +45,7 @@ def bench_target(
     runs: int,
     seed: int,
     raw_root: Path,
+    exact: bool = False,
     on_run: Callable[[int, RunRecord], None] = lambda number, record: None,
 ) -> Bench:
     """Measures an endpoint at each load.
@@ -58,13 +59,16 @@ def bench_target(
         runs: independent runs of each load.
         seed: of arrivals and of the order of payloads.
         raw_root: folder for the raw arrays.
+        exact: whether a run is never longer than ``duration_s``.
         on_run: told of each window that counts, with the number of its round, as soon as it is there.
 
     Raises:
         UnreachableError: the endpoint refused, or stopped answering.
         InputError: a load's name is not one.
     """
-    level = replace(find_level("standard"), closed_s=duration_s, open_s=duration_s)
+    standard = find_level("standard")
+    longest_s = duration_s if exact else standard.longest_s
+    level = replace(standard, closed_s=duration_s, open_s=duration_s, longest_s=longest_s)
 
     def run(profile: LoadProfile, path: Path) -> RunRecord:
         return generator.run(target, payloads, profile, raw_path=path, raw_root=raw_root)
