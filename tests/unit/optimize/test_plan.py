@@ -66,6 +66,13 @@ def test_slices_that_the_samples_do_not_have(tmp_path: Path) -> None:
     assert planned(tmp_path, "slice_drop_max <= 0.03", slices=np.zeros(3, np.int64))
 
 
+def test_a_limit_against_the_champion_is_for_select(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="does not know which of its candidates is the champion") as caught:
+        planned(tmp_path, "rss_mb <= 100% rel vs champion")
+    assert "burnish select --champion" in str(caught.value.hint)
+    assert planned(tmp_path, "rss_mb <= 100% rel vs baseline")
+
+
 def test_labels_that_the_samples_do_not_have(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"'accuracy' needs labels, and samples\.npz has none") as caught:
         planned(tmp_path, labels=None)
@@ -130,3 +137,12 @@ def test_gpu_metrics_are_refused_where_there_is_no_gpu(tmp_path: Path, monkeypat
     monkeypatch.setattr("profiles.measure.host._gpus", lambda: ())
     with pytest.raises(PolicyError, match="no GPU here"):
         planned(tmp_path, "gpu_memory_mb <= 2000")
+
+
+def test_the_highest_rate_needs_a_latency_limit_that_can_be_missed(tmp_path: Path) -> None:
+    goal = {"objective": "maximize slo_max_rps", "level": "quick"}
+    with pytest.raises(PolicyError, match="the policy has none"):
+        planned(tmp_path, "cosine >= 0.9", **goal)
+    with pytest.raises(PolicyError, match="gives requests up after 5 s"):
+        planned(tmp_path, "latency_p90_ms <= 5000", **goal)
+    assert planned(tmp_path, "latency_p90_ms <= 50", **goal)
