@@ -243,6 +243,11 @@ def _check_policy(planned: Plan, arrays: frozenset[str]) -> None:
     for line in lines:
         _check_percentile(line, planned.level)
         _check_resource(line, planned)
+        if isinstance(line, Constraint) and line.reference == "champion":
+            raise PolicyError(
+                f"{line.text!r} cannot be judged: a campaign does not know which of its candidates is the champion",
+                hint="Leave it out here, and judge the results by it: burnish select --champion NAME --constraint ...",
+            )
         if line.metric == "slice_drop_max" and arrays and SLICES not in arrays:
             raise PolicyError(
                 f"{line.text!r} cannot be judged: {planned.config.samples.evaluation} names no slices",
