@@ -117,10 +117,10 @@ class NvmlProbe:
         )
 
     def _ask(self, query: Callable[[Any], Any], card: Any) -> Any:
-        """What NVML answers; None where this GPU has no such thing."""
+        """What NVML answers; None where this GPU, or this driver, has no such thing."""
         try:
             return query(card)
-        except self._nvml.NVMLError as error:
+        except (self._nvml.NVMLError, self._nvml.NVMLLibraryMismatchError) as error:
             logger.debug("NVML: %s", error)
             return None
 
@@ -148,10 +148,10 @@ class PackageEnergy:
 
     def __init__(self, root: Path = POWERCAP) -> None:
         """Looks for packages; there may be none."""
-        zones = [zone for zone in root.glob("*rapl:*") if zone.name.count(":") == 1]  # two are parts of a package
+        # Others named intel-rapl-mmio show the same packages again.
         self._ranges = {
             zone: most
-            for zone in sorted(zones)
+            for zone in sorted(root.glob("intel-rapl:*"))
             if _text(zone / "name").startswith("package") and (most := _number(zone / "max_energy_range_uj"))
         }
 

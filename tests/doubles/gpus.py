@@ -7,6 +7,10 @@ class FakeNvmlError(Exception):
     """As ``pynvml.NVMLError``: this GPU has no such thing."""
 
 
+class FakeMismatchError(Exception):
+    """As ``pynvml.NVMLLibraryMismatchError``: the driver is too old for this query."""
+
+
 @dataclass
 class FakeProcess:
     pid: int
@@ -20,7 +24,7 @@ class FakeRates:
 
 @dataclass
 class FakeGpu:
-    processes: list[FakeProcess] = field(default_factory=list)
+    processes: list[FakeProcess] | None = field(default_factory=list)
     utilisation: int = 0
     energy_mj: int | None = 0
 
@@ -29,6 +33,7 @@ class FakeGpu:
 class FakeNvml:
     gpus: list[FakeGpu]
     NVMLError = FakeNvmlError
+    NVMLLibraryMismatchError = FakeMismatchError
 
     def nvmlDeviceGetCount(self) -> int:
         return len(self.gpus)
@@ -37,6 +42,8 @@ class FakeNvml:
         return self.gpus[index]
 
     def nvmlDeviceGetComputeRunningProcesses(self, gpu: FakeGpu) -> list[FakeProcess]:
+        if gpu.processes is None:
+            raise FakeMismatchError
         return gpu.processes
 
     def nvmlDeviceGetUtilizationRates(self, gpu: FakeGpu) -> FakeRates:

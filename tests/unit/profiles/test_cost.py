@@ -64,7 +64,7 @@ def test_all_candidates_are_counted_by_the_same_rate() -> None:
 
 
 def test_costs_stand_beside_the_rate_and_nowhere_else() -> None:
-    given = [measurement("a", saturation_rps=RATE), measurement("a", "100 rps"), measurement("b")]
+    given = [measurement("a", saturation_rps=RATE), measurement("a", "100 rps", saturation_rps=RATE), measurement("b")]
     assert ["cost_per_million" in one.metrics for one in with_costs(given, PRICED, cores=None)] == [True, False, False]
     assert with_costs(given, None, cores=None) == tuple(given)
 

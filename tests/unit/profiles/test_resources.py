@@ -37,6 +37,7 @@ def test_gpus_of_other_processes_do_not_count() -> None:
     assert reading is not None
     assert (reading.cards, reading.memory_mb, reading.utilisation, reading.energy_j) == ((1,), 500.0, 0.4, 5.0)
     assert NvmlProbe(FakeNvml([others, mine])).read([1]) is None
+    assert NvmlProbe(FakeNvml([FakeGpu(processes=None)])).read([7]) is None
 
 
 def test_two_gpus_add_up_and_what_one_does_not_tell_is_not_known() -> None:
@@ -70,15 +71,18 @@ def test_energy_of_packages_adds_up_over_a_wrapped_counter(tmp_path: Path) -> No
     package(tmp_path, "package-1", "intel-rapl:1", used=100)
     package(tmp_path, "dram", "intel-rapl:0:1", used=5)
     package(tmp_path, "psys", "intel-rapl:2", used=5)
+    package(tmp_path, "package-0", "intel-rapl-mmio:0", used=900)
     energy = PackageEnergy(tmp_path)
     begin = energy.read()
     package(tmp_path, "package-0", "intel-rapl:0", used=100)
     package(tmp_path, "package-1", "intel-rapl:1", used=150)
+    package(tmp_path, "package-0", "intel-rapl-mmio:0", used=100)
     assert energy.joules(begin, energy.read()) == pytest.approx(250e-6)
 
 
 def test_energy_that_may_not_be_read_is_not_known_rather_than_zero(tmp_path: Path) -> None:
     package(tmp_path, "package-0", "intel-rapl:0", used=None)
+    package(tmp_path, "package-1", "intel-rapl:1", used=10)
     energy = PackageEnergy(tmp_path)
     assert energy.read() is None
     assert energy.joules(energy.read(), energy.read()) is None
