@@ -387,12 +387,13 @@ class _Walk:
             return first
         if not alive:
             return None
-        gain = expected_improvement(mean, sd, best)
+        capped = np.minimum(mean, self._bounds)
+        gain = expected_improvement(capped, sd, best)
         place = self._largest(alive, gain)
         upper = np.minimum(mean + UPPER_END * sd, self._bounds)
         if len(self.looked) >= FEWEST and max(upper[alive]) <= best + self._pays:
             return None
-        return place, f"expected {math.exp(mean[place]):.4g}, at most {math.exp(upper[place]):.4g}"
+        return place, f"expected {math.exp(capped[place]):.4g}, at most {math.exp(upper[place]):.4g}"
 
     def _uncovered(self, alive: Sequence[int], mean: Floats) -> tuple[int, str] | None:
         """The place that is first of most kinds, the most promising of them; None where each kind was looked at."""
