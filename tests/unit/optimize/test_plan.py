@@ -45,7 +45,7 @@ def test_a_percentile_that_the_level_does_not_measure(tmp_path: Path) -> None:
     said = r"'latency_p99_ms <= 50 at 100 rps'.* quick measures p50 and p90 only"
     with pytest.raises(InputError, match=said) as caught:
         planned(tmp_path, "latency_p99_ms <= 50 at 100 rps", level="quick")
-    assert caught.value.hint == "Use the level standard."
+    assert caught.value.hint == "Use the level standard or proof."
     with pytest.raises(InputError, match="'minimize latency_p95_ms'"):
         planned(tmp_path, objective="minimize latency_p95_ms", level="quick")
     assert planned(tmp_path, "latency_p99_ms <= 50", objective="minimize latency_p95_ms", level="standard")
