@@ -42,6 +42,8 @@ def lint(
             raise InputError("--passport is a check of its own", hint="Run lint twice.")
         _lint_passport(passport, public_key, artifact, work, json_output=json_output)
         return
+    if public_key or artifact or work:
+        raise InputError("--public-key, --artifact and --work are for a passport", hint="Name it with --passport.")
     if core2 is not None:
         given = {"a model": model, "--tensorrt": tensorrt, "--triton": triton, "--shapes": shapes}
         if other := next((name for name, value in given.items() if value), None):

@@ -25,7 +25,10 @@ def report(
     """
     from optimize import reporting
     from registry.codec import to_jsonable
+    from registry.errors import InputError
 
+    if passport is None and (key or licence):
+        raise InputError("--key and --licence are for a passport", hint="Name its variant with --passport.")
     campaign = reporting.read_campaign(work)
     if passport is not None:
         from optimize.passports import issue_passport

@@ -83,6 +83,13 @@ def test_what_cannot_be_issued_is_exit_2(monkeypatch, capsys, work: Path, argume
     assert not (work / "passports").exists()
 
 
+@pytest.mark.parametrize("arguments", [("report", "work", "--key", "key.pem"), ("lint", "--artifact", "made")])
+def test_options_of_a_passport_without_one_are_exit_2(monkeypatch, capsys, work: Path, arguments):
+    monkeypatch.chdir(work.parent)
+    assert burnish(monkeypatch, *arguments) == 2
+    assert "are for a passport" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [
