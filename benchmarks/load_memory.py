@@ -1,13 +1,15 @@
 """Memory of a measured window, by its number of requests.
 
 A closed loop on the null server, once for 6 s and once for 60 s (about 20,000 and 200,000 requests on 2 cores), each in
-fresh processes. Memory is the most that the process that asks for the window and the generator's process ever had
-resident, both together (VmHWM, Linux). The figure a protocol is what each further request added to it, in bytes.
+fresh processes. Memory is the most that the process that asks for the window and the generator's process have resident
+at any one time, both together, looked at every 2 ms (Linux). The figure a protocol is what each further request added
+to it, in bytes. Beside it stands the most that each of the two ever had by itself (VmHWM).
 """
 
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -24,9 +26,31 @@ CONCURRENCY = 16
 PROTOCOLS = ("grpc", "rest")
 
 
-def peak_bytes(pid: int) -> int:
+LOOK_S = 0.002
+
+
+def memory_bytes(pid: int | str, field: str) -> int:
     status = Path(f"/proc/{pid}/status").read_text(encoding="ascii", errors="replace")
-    return 1024 * int(status.partition("VmHWM:")[2].split()[0])
+    return 1024 * int(status.partition(f"{field}:")[2].split()[0])
+
+
+class Watch(threading.Thread):
+    """Sees how much this process and those of a generator have resident together, at most."""
+
+    def __init__(self, generator: LoadGenerator) -> None:
+        super().__init__(daemon=True)
+        self._generator = generator
+        self._ended = threading.Event()
+        self.most = 0
+
+    def run(self) -> None:
+        while not self._ended.wait(LOOK_S):
+            self.most = max(self.most, sum(memory_bytes(pid, "VmRSS") for pid in ("self", *self._generator.pids)))
+
+    def end(self) -> int:
+        self._ended.set()
+        self.join()
+        return self.most
 
 
 def one_window(protocol: str, duration_s: float) -> None:
@@ -39,16 +63,20 @@ def one_window(protocol: str, duration_s: float) -> None:
         load = ClosedLoop(concurrency=CONCURRENCY)
         profile = LoadProfile(name="memory", load=load, warmup_s=0.5, duration_s=duration_s)
         with LoadGenerator(clients, Path(folder)) as generator:
+            watch = Watch(generator)
+            watch.start()
             record = generator.run(target, payloads, profile, raw_path=Path(folder) / "window.npz")
-            peaks = [peak_bytes(pid) for pid in ("self", *generator.pids)]
-    sys.stdout.write(f"{record.scheduled} {sum(peaks)} {' '.join(map(str, peaks))}\n")
+            most = watch.end()
+            peaks = [memory_bytes(pid, "VmHWM") for pid in ("self", *generator.pids)]
+    sys.stdout.write(f"{record.scheduled} {most} {' '.join(map(str, peaks))}\n")
 
 
 def measured(protocol: str, duration_s: float) -> tuple[int, int]:
     command = [sys.executable, __file__, protocol, str(duration_s)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     requests, total, asking, offering = map(int, done.stdout.split())
-    say(f"{protocol}: {requests} requests, {asking / 1e6:.1f} MB where they are asked for, {offering / 1e6:.1f} MB sending")
+    each = f"{asking / 1e6:.1f} MB where it is asked for, {offering / 1e6:.1f} MB where it is offered"
+    say(f"{protocol}: {requests} requests: {total / 1e6:.1f} MB together, {each}")
     return requests, total
 
 

@@ -14,6 +14,7 @@ from optimize.judging import failure_of, limits_of
 from optimize.plan import Workspace
 from optimize.served_answers import components_of, judge_served
 from profiles.deploy.cluster import Cluster, Deployment
+from profiles.load.ceiling import Ceilings
 from profiles.load.engine import LoadGenerator
 from profiles.load.payloads import Expected, Payload, encode_payloads, encode_rows, expected_answers
 from profiles.measure.capacity import find_capacity
@@ -122,7 +123,9 @@ def measure(
         for serving in servings
         for again in ((False, True) if plan.level.a_a and serving.baseline else (False,))
     ]
-    with LoadGenerator(cpus=plan.client_cpus, work=plan.work) as generator:
+    # A verdict that is only a hint is not worth the seconds.
+    ceiling = None if plan.level.provisional else Ceilings(plan.work, plan.server_cpus, plan.host.fingerprint)
+    with LoadGenerator(cpus=plan.client_cpus, work=plan.work, ceiling=ceiling) as generator:
         hall = _Hall(workspace, cluster, generator, servings=servings, inputs=inputs, samples_digest=samples_digest)
         workspace.observer.phase("Measuring", len(servings) + len(slots) * plan.level.rounds)
         for serving in servings:

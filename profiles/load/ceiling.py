@@ -34,6 +34,8 @@ START_S = 30.0
 class Ceilings:
     """The generator's ceiling for each protocol, encoding and size of request, kept in a file.
 
+    What was measured while the machine was busy is too low for ever: remove the file to have it measured anew.
+
     Args:
         folder: where `FILE` is kept. It may be shared: what was measured under other conditions has another key.
         server_cpus: the CPUs that the null server is pinned to, those of the server under test; empty for all.
@@ -55,8 +57,16 @@ class Ceilings:
             except UnreachableError as error:
                 logger.warning("the load generator's ceiling could not be measured: %s", error.message)
                 return None
-            _write(self._file, self._known)
+            self._remember()
         return self._known[key]
+
+    def _remember(self) -> None:
+        temporary = self._file.with_name(f".{FILE}.{os.getpid()}.tmp")
+        try:
+            temporary.write_text(json.dumps(self._known, indent=1, sort_keys=True), encoding="utf-8")
+            temporary.replace(self._file)
+        except OSError as error:
+            logger.warning("the load generator's ceiling cannot be kept in %s: %s", self._file, error.strerror)
 
     def _measure(self, generator: LoadGenerator, target: Target, payloads: tuple[Payload, ...]) -> float:
         raw = self._file.with_suffix(".npz")
@@ -120,10 +130,3 @@ def _read(file: Path) -> dict[str, float]:
         return {str(key): float(value) for key, value in found.items()}
     except (OSError, ValueError, AttributeError, TypeError):
         return {}
-
-
-def _write(file: Path, known: dict[str, float]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(known, indent=1, sort_keys=True), encoding="utf-8")
-    temporary.replace(file)

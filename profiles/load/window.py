@@ -67,13 +67,22 @@ class Offered:
 
 @dataclass(slots=True)
 class _Log:
-    """Times by request, in flat arrays: 27 bytes a request, appended as they are due."""
+    """Times by request, in flat arrays: 26 or 27 bytes a request, appended as they are due.
+
+    Attributes:
+        payloads: how many different ones there are.
+    """
+
+    payloads: int
 
     intended: "array[int]" = field(default_factory=lambda: array("q"))
     sent: "array[int]" = field(default_factory=lambda: array("q"))
     done: "array[int]" = field(default_factory=lambda: array("q"))
     status: "array[int]" = field(default_factory=lambda: array("b"))
-    payload: "array[int]" = field(default_factory=lambda: array("H"))
+    payload: "array[int]" = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.payload = array("B" if self.payloads <= 1 << 8 else "H")
 
     def append(self, due_ns: int, payload: int, status: int) -> int:
         """Books a request; returns its index."""
@@ -91,7 +100,7 @@ class _Log:
             sent_ns=np.frombuffer(self.sent, dtype=np.int64),
             done_ns=np.frombuffer(self.done, dtype=np.int64),
             status=np.frombuffer(self.status, dtype=np.int8),
-            payload=np.frombuffer(self.payload, dtype=np.uint16),
+            payload=np.frombuffer(self.payload, dtype=self.payload.typecode),
         )
 
 
@@ -129,7 +138,7 @@ class Window:
         self._on_begin = on_begin
         self._on_end = on_end
         self._timeout_ns = int(profile.timeout_s * NS_PER_S)
-        self._log = _Log()
+        self._log = _Log(len(payloads))
         self._rotation = itertools.cycle(
             np.random.default_rng((profile.seed, lane)).permutation(len(payloads)).tolist()
         )
