@@ -50,7 +50,7 @@ def test_too_few_points_fit_anything() -> None:
 def test_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
     chance = np.random.default_rng(31)
     held = []
-    for _ in range(60):
+    for _ in range(40):
         noisy = [(n, rps * (1 + chance.normal(0, 0.01))) for n, rps in law(0.05, 0.002) for _ in range(2)]
         fit = fit_usl(noisy)
         assert isinstance(fit, UslFit)
