@@ -17,7 +17,7 @@ from profiles.measure.host import fingerprint_host, split_cpus
 from profiles.measure.levels import Level, find_level, load_levels
 from profiles.measure.recorded import FILE, Recorded, read_recorded, recorded_of, write_recorded
 from profiles.measure.rounds import compare_apart, compare_rounds, reduce_rounds
-from profiles.measure.turns import Side, Turns, measure_in_turns
+from profiles.measure.turns import JUDGED, Side, Turns, measure_in_turns
 from registry.codec import digest, to_jsonable
 from registry.errors import InputError
 from registry.policy import METRICS
@@ -61,7 +61,8 @@ class Pair:
     def chosen(self) -> Comparison | None:
         """The comparison that the verdict is about; None where there is none."""
         by_key = {(one.metric, one.load): one for one in self.comparisons}
-        return by_key.get(self.first_of_all) or by_key.get(_MAXIMUM) or next(iter(self.comparisons), None)
+        tails = (one for one in self.comparisons if one.metric == f"latency_p{JUDGED}_ms")
+        return by_key.get(self.first_of_all) or by_key.get(_MAXIMUM) or next(iter((*tails, *self.comparisons)), None)
 
     @property
     def differences(self) -> list[tuple[str, str, str]]:
@@ -366,6 +367,7 @@ class Asked:
         rate_rps: open loop at this rate, or None; with neither, where both saturate is looked for first.
         rounds: instead of the level's; more are played, up to twice as many, while it is undecided.
         duration_s: of one window, instead of the level's.
+        headers: name=value; ``{model}`` in one stands for each endpoint's own model, as a mesh needs it.
         out: folder to keep the records in, one for each endpoint below it; or None.
     """
 
@@ -407,7 +409,8 @@ def compare_live(first: str, second: str, asked: Asked, *, told: Callable[[str],
             raise InputError(f"{word!r} is no endpoint", hint="An endpoint is host:port/model.")
         url = f"{found['scheme']}://{found['address']}" if found["scheme"] else found["address"]
         protocol = "rest" if (found["scheme"] or "").startswith("http") else asked.protocol
-        target = endpoint(url, found["model"], protocol, asked.headers, asked.tls)
+        headers = [header.replace("{model}", found["model"]) for header in asked.headers]
+        target = endpoint(url, found["model"], protocol, headers, asked.tls)
         payloads = encode_payloads(samples.inputs, target=target, seed=asked.seed)
         sides.append(Side(id=name, target=target, payloads=payloads))
     with TemporaryDirectory(prefix="burnish-compare-") as scratch:

@@ -20,7 +20,9 @@ def compare(
     level: Annotated[str, typer.Option(help="Endpoints: level of proof.")] = "standard",
     rounds: Annotated[int | None, typer.Option(help="Endpoints: so many, and twice as many at most.")] = None,
     duration_s: Annotated[float | None, typer.Option(help="Endpoints: length of one window.")] = None,
-    header: Annotated[list[str] | None, typer.Option(help="Endpoints: name=value, sent with each request.")] = None,
+    header: Annotated[
+        list[str] | None, typer.Option(help="Endpoints: name=value for each request; {model} is its own.")
+    ] = None,
     tls: Annotated[bool, typer.Option("--tls", help="Endpoints: encrypt, and verify certificates.")] = False,
     out: Annotated[Path | None, typer.Option(help="Endpoints: keep the raw records in this folder.")] = None,
     seed: Annotated[int, typer.Option(help="Endpoints: of arrivals, payloads and the order in rounds.")] = 0,

@@ -14,7 +14,7 @@ from optimize.comparing import Asked, Pair, compare_candidates, compare_live, co
 from optimize.reporting import write_campaign
 from profiles.measure.recorded import FILE, read_recorded
 from registry.errors import InputError
-from registry.records import Campaign, Failure, GateFinding, Round
+from registry.records import Campaign, Failure, GateFinding, Round, RunRecord, Target
 from tests.doubles.campaigns import campaign
 from tests.doubles.loads import StatedGenerator
 
@@ -118,7 +118,7 @@ def test_live_endpoints_are_measured_and_their_records_compared_as_pairs(
     told = live("127.0.0.1:1/float32", "localhost:2/int8", out=out)
     assert told.chosen is not None
     assert told.chosen.word == "faster"
-    assert told.sentence.startswith("localhost:2/int8 is faster than 127.0.0.1:1/float32: p50 at 40 rps 0.67×")
+    assert told.sentence.startswith("localhost:2/int8 is faster than 127.0.0.1:1/float32: p90 at 40 rps 0.67×")
     assert {what for what, _, _ in told.differences} == {"url", "model"}
     again = compare_recorded(out / "A", out / "B")
     assert [one.ratio for one in again.comparisons] == [one.ratio for one in told.comparisons]
@@ -209,6 +209,19 @@ def test_a_round_of_a_record_is_one_of_this_side(live: Callable[..., Pair], tmp_
     recorded = read_recorded(tmp_path / "kept" / "B")
     assert {one.candidate_id for one in recorded.rounds} == {"B"}
     assert all(isinstance(one, Round) for one in recorded.rounds)
+
+
+def test_a_header_may_name_each_sides_own_model(live: Callable[..., Pair], monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: dict[str, Any] = {}
+
+    class Watching(StatedGenerator):
+        def run(self, target: Target, *given: Any, **named: Any) -> RunRecord:
+            sent[target.model] = dict(target.headers)
+            return super().run(target, *given, **named)
+
+    monkeypatch.setattr(comparing, "LoadGenerator", Watching(RATES))
+    live("127.0.0.1:1/float32", "127.0.0.1:1/int8", headers=["seldon-model={model}"], rounds=2)
+    assert sent == {"float32": {"seldon-model": "float32"}, "int8": {"seldon-model": "int8"}}
 
 
 @pytest.mark.parametrize("given", [{"rounds": 0}, {"duration_s": -1.0}, {"duration_s": float("inf")}])
