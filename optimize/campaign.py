@@ -19,7 +19,7 @@ from optimize.measuring import Measured, Serving, measure
 from optimize.packages import PackageNotFoundError, version
 from optimize.plan import Observer, Plan, Workspace, plan, plan_id
 from optimize.samples import SampleFile, Samples, check_fit, load_samples, open_samples
-from optimize.serving_search import CandidateOf, find_profiles
+from optimize.serving_search import CandidateOf, find_profiles, space_of
 from optimize.tuning import tune_variants
 from profiles.deploy.core2_candidates import UNKNOWN_VERSION
 from profiles.deploy.reaper import reap
@@ -70,6 +70,8 @@ def run_campaign(
             it nothing is lost, and `burnish report --sync` sends it later.
     """
     planned = plan(config, base=base, work=work)
+    if config.search.serving is not None:
+        space_of(planned, config.search.serving)  # says so now where there is nothing to search
     planned.work.mkdir(parents=True, exist_ok=True)
     with _workspace(planned, observer) as workspace:
         _look_at_cluster(workspace)

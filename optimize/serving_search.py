@@ -15,7 +15,7 @@ from optimize.adaptation import adapt
 from optimize.config import ServingSearchConfig
 from optimize.judging import Judged, judge_one, limits_of
 from optimize.packages import version
-from optimize.plan import Workspace
+from optimize.plan import Plan, Workspace
 from optimize.samples import Samples
 from optimize.screening import screen_variant
 from profiles.deploy.cluster import Cluster
@@ -24,7 +24,7 @@ from profiles.load.payloads import encode_payloads
 from profiles.measure.rounds import run_until_valid
 from profiles.search import InProcessCurve, curve_of, highest_bound, search_serving, search_space
 from registry.codec import to_jsonable
-from registry.errors import BurnishError, CheckFailedError, GeneratorLostError, StorageError
+from registry.errors import BurnishError, CheckFailedError, GeneratorLostError, InputError, StorageError
 from registry.records import (
     Candidate,
     ClosedLoop,
@@ -83,7 +83,7 @@ def find_profiles(
     if budget is None:
         return Found(workspace=workspace, served=list(served))
     plan = workspace.plan
-    space = space_of(workspace, budget)
+    space = space_of(plan, budget)
     workspace.observer.phase("Searching serving profiles", 2 * (budget.points + _AGAIN))
     searches: list[ServingSearch] = []
     with LoadGenerator(cpus=plan.client_cpus, work=plan.work) as generator:
@@ -106,13 +106,12 @@ def find_profiles(
     return Found(workspace=widened, served=_judged_again(widened, served, evaluation), searches=tuple(searches))
 
 
-def space_of(workspace: Workspace, budget: ServingSearchConfig) -> tuple[ServingProfile, ...]:
+def space_of(plan: Plan, budget: ServingSearchConfig) -> tuple[ServingProfile, ...]:
     """The profiles to choose from: those of the axes that the cluster serves, by the backends of the campaign.
 
     Raises:
         InputError: there are none.
     """
-    plan = workspace.plan
     space = search_space(
         cores=len(plan.server_cpus),
         servers=budget.servers or tuple(dict.fromkeys(profile.server for profile in plan.profiles)),
@@ -124,7 +123,10 @@ def space_of(workspace: Workspace, budget: ServingSearchConfig) -> tuple[Serving
     )
     backends = {profile.server: profile.backend for profile in reversed(plan.profiles)}
     ours = [replace(profile, backend=backends.get(profile.server, profile.backend)) for profile in space]
-    return tuple(profile for profile in ours if plan.config.cluster.why_not(profile) is None)
+    refusals = [plan.config.cluster.why_not(profile) for profile in ours]
+    if all(refusals):
+        raise InputError(f"search.serving: nothing of it can be served: {refusals[0]}")
+    return tuple(profile for profile, why in zip(ours, refusals, strict=True) if why is None)
 
 
 def clients_of(space: Sequence[ServingProfile]) -> int:

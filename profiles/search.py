@@ -106,7 +106,7 @@ def search_space(
         found.setdefault(profile.key, profile)
     if not found:
         raise InputError(
-            f"no serving profile is left to search on {cores} cores",
+            f"no serving profile is left to search where servers have {cores} cores",
             hint="Lanes times threads must not be more than the cores, and MLServer batches only with a delay.",
         )
     return tuple(found.values())

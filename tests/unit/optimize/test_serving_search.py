@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from optimize import serving_search
+from optimize.campaign import run_campaign
 from optimize.config import CampaignConfig, SamplesConfig, SearchConfig, ServingSearchConfig, SourceConfig
 from optimize.judging import Judged
 from optimize.plan import Plan, Workspace
@@ -40,6 +41,7 @@ from registry.records import (
     Variant,
 )
 from registry.store import FolderStore
+from tests.doubles.models import mlp, write_onnx
 from tests.doubles.surfaces import SERVERS, MadeUpServer
 
 LEVEL = replace(find_level("quick"), ladder_s=0.2, warmup_s=0.05)
@@ -229,7 +231,7 @@ def test_a_profile_that_is_found_joins_those_that_are_named(tmp_path: Path, serv
     named, new = found.workspace.plan.profiles
     assert named == FIRST
     with workspace_in(tmp_path, BUDGET) as workspace:
-        most = max(FAST.rps(profile) for profile in space_of(workspace, BUDGET))
+        most = max(FAST.rps(profile) for profile in space_of(workspace.plan, BUDGET))
     assert FAST.rps(new) > 0.9 * most
     assert FAST.rps(new) > 2 * FAST.rps(FIRST)
     assert found.searches[0].variant_name == "int8"
@@ -281,18 +283,38 @@ def test_all_points_have_the_same_clients(tmp_path: Path, servers: Servers) -> N
     find(tmp_path, servers, judged("fp32"), judged("int8"))
     assert len({profile.load for _, profile in servers.windows}) == 1
     with workspace_in(tmp_path / "w", BUDGET) as workspace:
-        assert clients_of(space_of(workspace, BUDGET)) == 32
+        assert clients_of(space_of(workspace.plan, BUDGET)) == 32
 
 
 def test_what_the_cluster_cannot_serve_is_not_in_the_space(tmp_path: Path) -> None:
     own = ServingProfile(server="triton", backend="onnxruntime")
     with workspace_in(tmp_path, BUDGET, (FIRST, own)) as workspace:
-        assert {profile.server for profile in space_of(workspace, BUDGET)} == {"mlserver"}
+        assert {profile.server for profile in space_of(workspace.plan, BUDGET)} == {"mlserver"}
 
 
 def test_more_threads_than_cpus_leave_nothing(tmp_path: Path) -> None:
     with workspace_in(tmp_path, BUDGET) as workspace, pytest.raises(InputError, match="cores"):
-        space_of(workspace, BUDGET.model_copy(update={"threads": (8,)}))
+        space_of(workspace.plan, BUDGET.model_copy(update={"threads": (8,)}))
+
+
+def test_a_cluster_that_serves_none_of_the_space_is_told(tmp_path: Path) -> None:
+    own = ServingProfile(server="triton", backend="onnxruntime")
+    with workspace_in(tmp_path, BUDGET, (own,)) as workspace, pytest.raises(InputError, match="not on this machine"):
+        space_of(workspace.plan, BUDGET)
+
+
+def test_a_campaign_with_nothing_to_search_ends_before_it_begins(tmp_path: Path) -> None:
+    write_onnx(mlp(), tmp_path)
+    np.savez(tmp_path / "evaluation.npz", x=np.zeros((4, 4), "f4"), labels=np.zeros(4))
+    config = CampaignConfig(
+        name="c",
+        sources=(SourceConfig(onnx="model.onnx"),),
+        samples=SamplesConfig(evaluation="evaluation.npz"),
+        search=SearchConfig(serving=ServingSearchConfig(threads=(200,))),
+    )
+    with pytest.raises(InputError, match="no serving profile"):
+        run_campaign(config, base=tmp_path, work=tmp_path / "work", observer=Told())
+    assert not (tmp_path / "work").exists()
 
 
 def test_variants_whose_answers_depend_on_the_batch_are_judged_at_the_new_size(
