@@ -193,10 +193,18 @@ class _Hunt:
         return self._workspace.remember("ServingSearch", self._one.name, components, run)[0]
 
     def _curve(self) -> InProcessCurve:
-        """The variant in process, at each number of threads and batch size of the space."""
-        space = self._space
-        sizes = sorted({profile.max_batch_size for profile in space})
-        return curve_of(self._screen(threads, sizes) for threads in sorted({profile.threads for profile in space}))
+        """The variant in process, at each number of threads and batch size of the space, as far as it runs there."""
+        sizes = sorted({profile.max_batch_size for profile in self._space})
+        screenings = []
+        for threads in sorted({profile.threads for profile in self._space}):
+            try:
+                screenings.append(self._screen(threads, sizes))
+            except StorageError:
+                raise
+            except BurnishError as error:
+                told = f"{self._one.name} is searched without its time in process on {threads} threads: {error.message}"
+                self._workspace.observer.note(told)
+        return curve_of(screenings)
 
     def _screen(self, threads: int, sizes: Sequence[int]) -> Screening:
         plan, one = self._workspace.plan, self._one

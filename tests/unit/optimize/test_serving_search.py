@@ -21,7 +21,7 @@ from profiles.load.summary import summarize
 from profiles.measure.levels import find_level
 from profiles.testing import Queue, simulate
 from registry.codec import digest, to_jsonable
-from registry.errors import CheckFailedError, GeneratorLostError, InputError, UnreachableError
+from registry.errors import CheckFailedError, GeneratorLostError, InputError, StageError, UnreachableError
 from registry.ledger import Ledger
 from registry.policy import parse_policy
 from registry.records import (
@@ -252,6 +252,21 @@ def test_a_baseline_with_a_chance_is_searched_too(tmp_path: Path, servers: Serve
     servers.laws["fp32"] = replace(FAST, row=0.6)
     found = find(tmp_path, servers, judged("fp32"), judged("int8"))
     assert [search.variant_name for search in found.searches] == ["int8", "fp32"]
+
+
+def test_a_variant_that_cannot_be_timed_is_searched_without_a_bound(
+    tmp_path: Path, servers: Servers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def screen_variant(*_: Any, **__: Any) -> Screening:
+        raise StageError("it takes batches of 1 alone")
+
+    monkeypatch.setattr(serving_search, "screen_variant", screen_variant)
+    found = find(tmp_path, servers, judged("fp32"), judged("int8"))
+    assert [search.variant_name for search in found.searches] == ["int8", "fp32"]
+    assert found.searches[0].bounded_out == 0
+    told = found.workspace.observer
+    assert isinstance(told, Told)
+    assert any("batches of 1 alone" in line for line in told.lines)
 
 
 def test_a_search_that_was_killed_goes_on_where_it_stopped(tmp_path: Path, servers: Servers) -> None:
