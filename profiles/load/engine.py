@@ -400,7 +400,12 @@ def _spent(marks: Sequence[Usage | None]) -> tuple[float, float] | None:
 def _instances(marks: Sequence[Usage | None]) -> tuple[str, str] | None:
     """Which server it was at both ends; None where that is not known."""
     begin, end = marks if len(marks) == 2 else (None, None)
-    return None if begin is None or end is None else (begin.instance, end.instance)
+    return None if begin is None or end is None else (_life(begin), _life(end))
+
+
+def _life(usage: Usage) -> str:
+    """What tells this life of a server from the next: a worker that it started anew makes it another, too."""
+    return usage.instance or (f"processes {', '.join(map(str, sorted(usage.pids)))}" if usage.pids else "")
 
 
 def _liken(payload: int, body: bytes, headers: dict[str, str], target: Target, expected: Expected | None) -> Likeness:

@@ -341,8 +341,13 @@ def test_a_lost_process_of_two_is_replaced(tmp_path: Path) -> None:
         assert killed[0] not in generator.pids
 
 
-def test_a_server_that_was_restarted_in_the_window_makes_it_invalid(generator: LoadGenerator, tmp_path: Path) -> None:
-    readings = iter([Usage(cpu_s=1.0, rss_mb=50.0, instance="pod 1"), Usage(cpu_s=0.1, rss_mb=60.0, instance="pod 2")])
+@pytest.mark.parametrize(
+    ("before", "after"), [({"instance": "pod 1"}, {"instance": "pod 2"}), ({"pids": (7, 8)}, {"pids": (7, 9)})]
+)
+def test_a_server_that_was_restarted_in_the_window_makes_it_invalid(
+    generator: LoadGenerator, tmp_path: Path, before: dict[str, Any], after: dict[str, Any]
+) -> None:
+    readings = iter([Usage(cpu_s=1.0, rss_mb=50.0, **before), Usage(cpu_s=0.1, rss_mb=60.0, **after)])
     with FakeV2Server(Fixed(0.005)) as server:
         record = run(generator, server, profile(ClosedLoop(concurrency=1)), tmp_path, usage=lambda: next(readings))
     assert "restarted" in gates(record)
