@@ -8,6 +8,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
+from numpy.typing import NDArray
+
 from optimize.reporting import read_campaign
 from optimize.samples import load_samples
 from optimize.serving import endpoint
@@ -401,30 +403,34 @@ def compare_live(first: str, second: str, asked: Asked, *, told: Callable[[str],
     loads = [f"concurrency {asked.concurrency}"] if asked.concurrency is not None else []
     loads += [f"{asked.rate_rps:g} rps"] if asked.rate_rps is not None else []
     samples = load_samples(asked.samples)
+    sides = [_side(name, word, samples.inputs, asked) for name, word in (("A", first), ("B", second))]
     _, client_cpus, pinning = split_cpus()
-    sides = []
-    for name, word in (("A", first), ("B", second)):
-        found = _ENDPOINT.fullmatch(word)
-        if found is None:
-            raise InputError(f"{word!r} is no endpoint", hint="An endpoint is host:port/model.")
-        url = f"{found['scheme']}://{found['address']}" if found["scheme"] else found["address"]
-        protocol = "rest" if (found["scheme"] or "").startswith("http") else asked.protocol
-        headers = [header.replace("{model}", found["model"]) for header in asked.headers]
-        target = endpoint(url, found["model"], protocol, headers, asked.tls)
-        payloads = encode_payloads(samples.inputs, target=target, seed=asked.seed)
-        sides.append(Side(id=name, target=target, payloads=payloads))
+    client = fingerprint_host(pinning)
+    played: list[Round] = []
+    capacities: tuple[Capacity, ...] = ()
     with TemporaryDirectory(prefix="burnish-compare-") as scratch:
         root = asked.out or Path(scratch)
         root.mkdir(parents=True, exist_ok=True)
-        with LoadGenerator(cpus=client_cpus, work=Path(scratch)) as generator:
-            turns = measure_in_turns(
-                generator, sides, loads=loads, level=level, seed=asked.seed, raw_root=root, told=told
-            )
-        client = fingerprint_host(pinning)
-        records = [_record(side, turns, asked, level, client=client, samples_digest=samples.digest) for side in sides]
-        if asked.out is not None:
-            for side, recorded in zip(sides, records, strict=True):
-                write_recorded(recorded, asked.out / side.id)
+        how: dict[str, Any] = {"seed": asked.seed, "raw_root": root, "told": told, "on_round": played.append}
+        try:
+            with LoadGenerator(cpus=client_cpus, work=Path(scratch)) as generator:
+                turns = measure_in_turns(generator, sides, loads=loads, level=level, **how)
+            capacities = turns.capacities
+        finally:  # what was measured stays, whatever ended it
+            settings = {
+                "seed": asked.seed,
+                "level": level.name,
+                "rounds": level.rounds,
+                "most_rounds": level.most_rounds,
+            }
+            records = [
+                _record(side, played, capacities, client=client, samples_digest=samples.digest, settings=settings)
+                for side in sides
+            ]
+            if asked.out is not None:
+                for side, recorded in zip(sides, records, strict=True):
+                    if recorded.rounds:
+                        write_recorded(recorded, asked.out / side.id)
     refused = _unlike(*((_server_of(side.target.url), client.fingerprint) for side in sides))
     notes = [] if first != second else ["Both are the same endpoint: what differs is noise."]
     notes += _invalid(turns.rounds, {"A": first, "B": second})
@@ -455,21 +461,41 @@ def _level(asked: Asked) -> Level:
     return level
 
 
-def _record(side: Side, turns: Turns, asked: Asked, level: Level, *, client: Host, samples_digest: str) -> Recorded:
+def _side(name: str, word: str, inputs: Mapping[str, NDArray[Any]], asked: Asked) -> Side:
+    """The endpoint that a word names."""
+    found = _ENDPOINT.fullmatch(word)
+    if found is None:
+        raise InputError(f"{word!r} is no endpoint", hint="An endpoint is host:port/model.")
+    url = f"{found['scheme']}://{found['address']}" if found["scheme"] else found["address"]
+    protocol = "rest" if (found["scheme"] or "").startswith("http") else asked.protocol
+    headers = [header.replace("{model}", found["model"]) for header in asked.headers]
+    target = endpoint(url, found["model"], protocol, headers, asked.tls)
+    return Side(id=name, target=target, payloads=encode_payloads(inputs, target=target, seed=asked.seed))
+
+
+def _record(
+    side: Side,
+    played: Sequence[Round],
+    capacities: Sequence[Capacity],
+    *,
+    client: Host,
+    samples_digest: str,
+    settings: Mapping[str, Any],
+) -> Recorded:
     own = [
         replace(one, runs=tuple(replace(run, raw=str(Path(run.raw).relative_to(side.id))) for run in one.runs))
-        for one in turns.rounds
+        for one in played
         if one.candidate_id == side.id
     ]
-    searched = next(one for one in turns.capacities if one.candidate_id == side.id)
+    searched = next((one for one in capacities if one.candidate_id == side.id and one.ladder), None)
     return recorded_of(
         side.target,
         own,
-        searched if searched.ladder else None,
+        searched,
         client=client,
         samples_digest=samples_digest,
-        settings={"seed": asked.seed, "level": level.name, "rounds": level.rounds, "most_rounds": level.most_rounds},
-        session=digest([to_jsonable(one) for one in turns.rounds]),
+        settings=settings,
+        session=digest([to_jsonable(one) for one in played]),
     )
 
 

@@ -71,6 +71,7 @@ def measure_in_turns(
     seed: int,
     raw_root: Path,
     told: Callable[[str], None] = lambda _: None,
+    on_round: Callable[[Round], None] = lambda _: None,
 ) -> Turns:
     """Measures endpoints in interleaved, randomised rounds; the first has two slots in each, for the noise floor.
 
@@ -86,6 +87,7 @@ def measure_in_turns(
         seed: of arrivals, payloads and the order in rounds.
         raw_root: folder for the raw arrays.
         told: takes a line on each thing that is done.
+        on_round: takes each slot's round as soon as it was measured, so that what was measured stays.
 
     Raises:
         UnreachableError: an endpoint refused, or stopped answering.
@@ -126,6 +128,7 @@ def measure_in_turns(
                         folder=raw_root / slot.candidate_id / f"round-{number}",
                     )
                 )
+                on_round(rounds[-1])
             told(f"round {number + 1}")
     measurements = [
         one

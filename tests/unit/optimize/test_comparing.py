@@ -211,6 +211,23 @@ def test_a_round_of_a_record_is_one_of_this_side(live: Callable[..., Pair], tmp_
     assert all(isinstance(one, Round) for one in recorded.rounds)
 
 
+def test_what_was_measured_before_an_end_stays(
+    live: Callable[..., Pair], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Dying(StatedGenerator):
+        def run(self, *given: Any, **named: Any) -> RunRecord:
+            if len(self.windows) == 7:
+                raise KeyboardInterrupt
+            return super().run(*given, **named)
+
+    monkeypatch.setattr(comparing, "LoadGenerator", Dying(RATES))
+    with pytest.raises(KeyboardInterrupt):
+        live("127.0.0.1:1/float32", "127.0.0.1:2/int8", out=tmp_path / "kept")
+    kept = [read_recorded(tmp_path / "kept" / name) for name in "AB"]
+    assert sum(len(one.rounds) for one in kept) == 7
+    assert compare_recorded(tmp_path / "kept" / "A", tmp_path / "kept" / "B").comparisons
+
+
 def test_a_header_may_name_each_sides_own_model(live: Callable[..., Pair], monkeypatch: pytest.MonkeyPatch) -> None:
     sent: dict[str, Any] = {}
 
