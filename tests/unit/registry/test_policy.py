@@ -175,7 +175,7 @@ def test_objectives_may_have_weights():
     policy = parse_policy([], ["maximize max_throughput_rps weight 2", "minimize latency_p90_ms at 10 rps weight .5"])
     assert [objective.weight for objective in policy.objectives] == [2.0, 0.5]
     assert policy.objectives[1].load == "10 rps"
-    with pytest.raises(PolicyError, match="this one has none\n  minimize rss_mb\n {17}\\^"):
+    with pytest.raises(PolicyError, match=r"this one has none\n  minimize rss_mb\n {17}\^"):
         parse_policy([], ["maximize max_throughput_rps weight 2", "minimize rss_mb"])
 
 
