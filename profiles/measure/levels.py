@@ -23,6 +23,7 @@ class Level:
         served: how many of the best screened variants are served beside the baseline; None for all.
         rounds: in each every candidate is measured once.
         most_rounds: as many are played by candidates of which fewer do not say whether they differ from the baseline.
+            A file that leaves it out has no more than ``rounds``.
         reruns: how often an invalid window is measured again.
         a_a: whether the baseline has two slots in each round, for the noise floor.
         warmup_s: sent before each window, not recorded.
@@ -72,7 +73,7 @@ class _LevelModel(BaseModel):
     screen_s: float = Field(gt=0)
     served: int | None = Field(ge=1)
     rounds: int = Field(ge=1)
-    most_rounds: int = Field(ge=1)
+    most_rounds: int | None = Field(default=None, ge=1)
     reruns: int = Field(ge=0)
     a_a: bool
     warmup_s: float = Field(ge=0)
@@ -103,12 +104,15 @@ def load_levels(path: Path = LIBRARY) -> dict[str, Level]:
     """
     document = load_document(path, _LevelsModel)
     for model in document.levels:
-        if model.most_rounds < model.rounds:
+        if model.most_rounds is not None and model.most_rounds < model.rounds:
             raise DocumentError(
                 f"{path}: the level {model.name} has {model.rounds} rounds and at most {model.most_rounds}",
                 hint="most_rounds is at least rounds.",
             )
-    return {model.name: Level(**model.model_dump()) for model in document.levels}
+    return {
+        model.name: Level(**{**model.model_dump(), "most_rounds": model.most_rounds or model.rounds})
+        for model in document.levels
+    }
 
 
 def find_level(name: str) -> Level:

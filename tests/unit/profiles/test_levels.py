@@ -74,3 +74,9 @@ def test_a_level_with_fewer_rounds_at_most_than_at_first_is_refused(tmp_path: Pa
     path.write_text(LIBRARY.read_text(encoding="utf-8").replace("most_rounds: 10", "most_rounds: 4"), encoding="utf-8")
     with pytest.raises(DocumentError, match="5 rounds and at most 4"):
         load_levels(path)
+
+
+def test_a_level_without_a_bound_plays_its_rounds(tmp_path: Path) -> None:
+    path = tmp_path / "levels.yaml"
+    path.write_text(LIBRARY.read_text(encoding="utf-8").replace("    most_rounds: 10\n", ""), encoding="utf-8")
+    assert load_levels(path)["standard"].most_rounds == load_levels(path)["standard"].rounds
