@@ -7,13 +7,14 @@ A plug-in is an entry point of the group ``burnish.stages``: its name is the sta
 import difflib
 import importlib
 from collections.abc import Mapping
-from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING
 
 from registry.errors import InputError
 from registry.records import StageCall
 
 if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
+
     from optimize.stages.base import Stage
 
 GROUP = "burnish.stages"
@@ -93,11 +94,14 @@ def broken_stages() -> Mapping[str, str]:
     return reasons
 
 
-def _plugins() -> dict[str, EntryPoint]:
+def _plugins() -> "dict[str, EntryPoint]":
+    # Here, because stages of the house need none of it, and importing it takes as long as many a check.
+    from importlib.metadata import entry_points
+
     return {plugin.name: plugin for plugin in entry_points(group=GROUP)}
 
 
-def _load(plugin: EntryPoint) -> "type[Stage]":
+def _load(plugin: "EntryPoint") -> "type[Stage]":
     from optimize.stages.base import Stage
 
     try:

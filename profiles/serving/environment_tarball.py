@@ -7,6 +7,7 @@ need not hold MLServer.
 venv-pack links to the Python of the machine it ran on, and conda-pack needs conda; so this writes the few files itself.
 """
 
+import csv
 import gzip
 import io
 import platform
@@ -125,9 +126,12 @@ def _distribution(name: str, engine: str, version: str) -> metadata.Distribution
 
 def _files(distribution: metadata.Distribution) -> Iterator[tuple[str, Path]]:
     """The files of a distribution that a program imports or a license asks for, by their path in site-packages."""
-    if distribution.files is None:
+    # Not `files`: where the package importlib_metadata was imported, that leaves out what is missing.
+    record = distribution.read_text("RECORD")
+    if record is None:
         raise InputError(f"{distribution.name} is installed here without a list of its files, so it cannot be packed")
-    for file in distribution.files:
+    for path, *_ in csv.reader(record.splitlines()):
+        file = PurePosixPath(path)
         if ".." in file.parts or "__pycache__" in file.parts or file.name in _ABOUT_THIS_INSTALL:
             continue
         source = Path(str(distribution.locate_file(file)))

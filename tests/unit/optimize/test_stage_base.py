@@ -2,6 +2,7 @@
 
 import logging
 import warnings
+from importlib import metadata
 from importlib.metadata import EntryPoint
 
 import numpy as np
@@ -204,7 +205,7 @@ def test_an_unknown_stage_is_told_with_the_nearest():
 def plugins(monkeypatch):
     def install(**values):
         found = [EntryPoint(name=name, value=value, group=stages.GROUP) for name, value in values.items()]
-        monkeypatch.setattr(stages, "entry_points", lambda group: found if group == stages.GROUP else [])
+        monkeypatch.setattr(metadata, "entry_points", lambda group: found if group == stages.GROUP else [])
 
     return install
 

@@ -72,6 +72,8 @@ def test_another_version_than_was_measured_is_refused(installed: Path, tmp_path:
 
 
 def test_half_an_installation_is_refused(installed: Path, tmp_path: Path) -> None:
+    import importlib_metadata  # noqa: F401 - it changes what importlib.metadata finds
+
     (installed / "tiny/core.so").unlink()
     with pytest.raises(InputError, match=r"tiny is not installed here as a whole: .*core\.so is missing"):
         pack_environment("tiny", "1.2", tmp_path / "one.tar.gz")
