@@ -1,9 +1,9 @@
 """What a stage costs over calling its library by hand: time and peak memory, each in a fresh process, in pairs.
 
-The model is MiniLM's sentence encoder in float32 (90 MB). A stage starts 0.2 s later than its library, since more has to
-be imported; libraries that take no longer than a second there are measured on the same model with as large a vocabulary
-as its multilingual siblings have (428 MB). The hand-written side does what a user would write from the library's
-documentation, with the settings that the stage chooses, and writes the model to a file, too.
+The model is MiniLM's sentence encoder in float32 (90 MB). A stage starts 0.2 s later than its library, since more has
+to be imported; libraries that take no longer than a second there are measured on the same model with as large a
+vocabulary as its multilingual siblings have (428 MB). The hand-written side does what a user would write from the
+library's documentation, with the settings that the stage chooses, and writes the model to a file, too.
 """
 
 import json
@@ -199,7 +199,8 @@ def main() -> None:
             cpu.append(found["stage"][1] / found["hand"][1])
             peaks.append(found["stage"][2] / found["hand"][2])
         hand = found["hand"]
-        say(f"{name} on {model.stat().st_size / 1e6:.0f} MB: by hand {hand[0]:.1f} s, {hand[1]:.1f} s of CPU, {hand[2] / 1e6:.0f} MB; "
+        size = f"{model.stat().st_size / 1e6:.0f} MB"
+        say(f"{name} on {size}: by hand {hand[0]:.1f} s, {hand[1]:.1f} s of CPU, {hand[2] / 1e6:.0f} MB; "
             f"time ratios {json.dumps([round(ratio, 2) for ratio in times])}, CPU time {median(cpu):.3f}")  # fmt: skip
         met.append(figure(f"stage_time_ratio_{name}", median(times), "<= 1.10"))
         met.append(figure(f"stage_memory_ratio_{name}", median(peaks), "<= 1.2"))

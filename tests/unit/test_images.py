@@ -18,7 +18,7 @@ from tests.doubles.image_builder import Builder, Image, Stage, ancestry, parse
 ROOT = Path(__file__).resolve().parents[2]
 TARGETS = ("serve", "job-cpu", "job-gpu")
 # What the builds for CUDA bring with them, and cuDNN.
-CUDA = re.compile(r"nvidia-(?!pytriton)|cuda-|triton$")
+CUDA = re.compile(r"nvidia-(?!pytriton|ml-py)|cuda-|triton$")
 
 
 @pytest.fixture(scope="module")
