@@ -297,8 +297,6 @@ class _Worker:
         self.close()
         root = str(Path(__file__).parents[2])
         path = os.pathsep.join(part for part in (root, os.environ.get("PYTHONPATH")) if part)
-        # Freed arrays go back to the system at once, whatever glibc has seen before.
-        frugal = {"MALLOC_MMAP_THRESHOLD_": "131072"}
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "profiles.load.worker", *map(str, self._cpus)],
@@ -306,7 +304,7 @@ class _Worker:
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
-                env={**frugal, **os.environ, "PYTHONPATH": path},
+                env={**os.environ, "PYTHONPATH": path},
             )
         # A queue of its own, so that nothing of an earlier process is taken for this one's.
         self._events = queue.SimpleQueue()
