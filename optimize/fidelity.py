@@ -519,17 +519,15 @@ def measure_fidelity(
         python_path=python_path,
         environment=thread_limits(threads),
     )
-    return Fidelity(
+    return _fidelity(
+        found,
         variant_id=variant_id,
         engine=engine,
         engine_version=found["engine_version"],
         instruction_set=instruction_set,
         batch_size=batch_size,
         samples_digest=samples_digest,
-        samples=found["samples"],
         task_metric=metric,
-        metrics={name: Estimate(**fields) for name, fields in found["metrics"].items()},
-        notes=tuple(found["notes"]),
     )
 
 
@@ -587,17 +585,25 @@ def judge_answers(
         limits=limits,
         python_path=python_path,
     )
-    return Fidelity(
+    return _fidelity(
+        found,
         variant_id=variant_id,
         engine=engine,
         engine_version=engine_version,
         instruction_set=instruction_set,
         batch_size=batch_size,
         samples_digest=samples_digest,
-        samples=found["samples"],
         task_metric=metric,
+    )
+
+
+def _fidelity(found: Mapping[str, Any], **of: Any) -> Fidelity:
+    """What a child process found out, as a record; ``of`` says of what it is."""
+    return Fidelity(
+        samples=found["samples"],
         metrics={name: Estimate(**fields) for name, fields in found["metrics"].items()},
         notes=tuple(found["notes"]),
+        **of,
     )
 
 
