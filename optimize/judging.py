@@ -247,17 +247,38 @@ def screen_one(workspace: Workspace, one: Judged) -> Judged:
     Raises:
         BurnishError: it cannot be timed.
     """
-    plan = workspace.plan
-    profile = plan.profiles[0]
+    profile = workspace.plan.profiles[0]
     sizes = tuple(sorted({1, profile.max_batch_size}))
+    budget_s = workspace.plan.level.screen_s
+    screening = time_in_process(workspace, one, one.name, sizes=sizes, threads=profile.threads, budget_s=budget_s)
+    return replace(one, screening=screening)
+
+
+def time_in_process(
+    workspace: Workspace, one: Judged, name: str, *, sizes: Sequence[int], threads: int, budget_s: float
+) -> Screening:
+    """The variant's time in process, remembered under ``name``.
+
+    Args:
+        workspace: the plan, and where results go.
+        one: the variant in its engine.
+        name: what the journal calls it.
+        sizes: batch sizes to time.
+        threads: of the session.
+        budget_s: for each batch size.
+
+    Raises:
+        BurnishError: it cannot be timed.
+    """
+    plan = workspace.plan
     components = {
         "variant": one.variant.id,
         "engine": one.engine.key,
         "engine_version": version(one.engine.name),
         "host": plan.host.fingerprint,
         "batch_sizes": list(sizes),
-        "threads": profile.threads,
-        "budget_s": plan.level.screen_s,
+        "threads": threads,
+        "budget_s": budget_s,
         "samples": next(iter(one.fidelities.values())).samples_digest,
     }
 
@@ -268,15 +289,14 @@ def screen_one(workspace: Workspace, one: Judged) -> Judged:
             one.engine,
             samples=plan.path(plan.config.samples.evaluation),
             batch_sizes=sizes,
-            threads=profile.threads,
-            budget_s=plan.level.screen_s,
+            threads=threads,
+            budget_s=budget_s,
             adaptation=one.variant.adaptation,
             cpus=plan.server_cpus,
             limits=limits_of(workspace),
         )
 
-    screening, _ = workspace.remember("Screening", one.name, components, time_it)
-    return replace(one, screening=screening)
+    return workspace.remember("Screening", name, components, time_it)[0]
 
 
 def choose_served(workspace: Workspace, judged: Sequence[Judged]) -> tuple[list[Judged], list[Failure]]:

@@ -13,11 +13,9 @@ from typing import Any
 
 from optimize.adaptation import adapt
 from optimize.config import ServingSearchConfig
-from optimize.judging import Judged, judge_one, limits_of
-from optimize.packages import version
+from optimize.judging import Judged, judge_one, time_in_process
 from optimize.plan import Plan, Workspace
 from optimize.samples import Samples
-from optimize.screening import screen_variant
 from profiles.deploy.cluster import Cluster
 from profiles.load.engine import LoadGenerator
 from profiles.load.payloads import encode_payloads
@@ -207,34 +205,9 @@ class _Hunt:
         return curve_of(screenings)
 
     def _screen(self, threads: int, sizes: Sequence[int]) -> Screening:
-        plan, one = self._workspace.plan, self._one
-        budget_s = min(plan.level.screen_s, _LONGEST_SCREEN_S)
-        components = {
-            "variant": one.variant.id,
-            "engine": one.engine.key,
-            "engine_version": version(one.engine.name),
-            "host": plan.host.fingerprint,
-            "batch_sizes": list(sizes),
-            "threads": threads,
-            "budget_s": budget_s,
-            "samples": self._place.evaluation.digest,
-        }
-
-        def time_it() -> Screening:
-            return screen_variant(
-                one.variant.id,
-                self._workspace.store.path(one.variant.artifact) / one.variant.artifact.entry,
-                one.engine,
-                samples=plan.path(plan.config.samples.evaluation),
-                batch_sizes=sizes,
-                threads=threads,
-                budget_s=budget_s,
-                adaptation=one.variant.adaptation,
-                cpus=plan.server_cpus,
-                limits=limits_of(self._workspace),
-            )
-
-        return self._workspace.remember("Screening", f"{one.name} on {threads} threads", components, time_it)[0]
+        budget_s = min(self._workspace.plan.level.screen_s, _LONGEST_SCREEN_S)
+        name = f"{self._one.name} on {threads} threads"
+        return time_in_process(self._workspace, self._one, name, sizes=sizes, threads=threads, budget_s=budget_s)
 
     def _measure(self, profile: ServingProfile) -> Estimate:
         """The rate of one window; a failure is remembered like a rate.

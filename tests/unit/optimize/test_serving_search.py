@@ -9,7 +9,7 @@ from typing import Any, Self
 import numpy as np
 import pytest
 
-from optimize import serving_search
+from optimize import judging, serving_search
 from optimize.campaign import run_campaign
 from optimize.config import CampaignConfig, SamplesConfig, SearchConfig, ServingSearchConfig, SourceConfig
 from optimize.judging import Judged
@@ -210,7 +210,7 @@ def servers(monkeypatch: pytest.MonkeyPatch) -> Servers:
         return Screening(variant_id=variant_id, engine=engine, threads=given["threads"], metrics=metrics)
 
     monkeypatch.setattr(serving_search, "LoadGenerator", servers)
-    monkeypatch.setattr(serving_search, "screen_variant", screen_variant)
+    monkeypatch.setattr(judging, "screen_variant", screen_variant)
     return servers
 
 
@@ -260,7 +260,7 @@ def test_a_variant_that_cannot_be_timed_is_searched_without_a_bound(
     def screen_variant(*_: Any, **__: Any) -> Screening:
         raise StageError("it takes batches of 1 alone")
 
-    monkeypatch.setattr(serving_search, "screen_variant", screen_variant)
+    monkeypatch.setattr(judging, "screen_variant", screen_variant)
     found = find(tmp_path, servers, judged("fp32"), judged("int8"))
     assert [search.variant_name for search in found.searches] == ["int8", "fp32"]
     assert found.searches[0].bounded_out == 0
