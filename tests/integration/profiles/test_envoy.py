@@ -101,9 +101,16 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Served, S
 
 
 @pytest.fixture(scope="module")
-def front(served: tuple[Served, Served], tmp_path_factory: pytest.TempPathFactory) -> Iterator[EnvoyFront]:
+def envoy(served: tuple[Served, Served], tmp_path_factory: pytest.TempPathFactory) -> Iterator[EnvoyFront]:
     with EnvoyFront(tmp_path_factory.mktemp("front"), [one.route for one in served], retries=0) as front:
         yield front
+
+
+@pytest.fixture
+def front(envoy: EnvoyFront, served: tuple[Served, Served]) -> EnvoyFront:
+    """The one Envoy of these tests, which leads to both servers and splits nothing, whatever ran before."""
+    envoy.update(models=[one.route for one in served], experiments=[])
+    return envoy
 
 
 @dataclass(frozen=True)
@@ -179,7 +186,6 @@ def experiment(weights: dict[str, int], **more: Any) -> Experiment:
 def test_each_model_is_reached_by_its_header_whatever_name_the_caller_writes(
     front: EnvoyFront, served: tuple[Served, Served], protocol: str
 ) -> None:
-    front.update(experiments=[])
     for one in served:
         target = front.target(one.name, protocol)
         assert target.headers == {"seldon-model": one.name}
@@ -192,7 +198,6 @@ def test_each_model_is_reached_by_its_header_whatever_name_the_caller_writes(
 
 @pytest.mark.parametrize("size", [1, 20_000, 800_000])
 def test_messages_of_any_size_pass(front: EnvoyFront, served: tuple[Served, Served], size: int) -> None:
-    front.update(experiments=[])
     x = np.ones((1, size), np.float32)
     with Client(front.target(served[0].name, "grpc")) as client:
         assert client.ask(x, model="other").offset == pytest.approx(served[0].offset, rel=1e-3)
@@ -217,7 +222,6 @@ def test_what_a_model_says_of_itself(front: EnvoyFront, served: tuple[Served, Se
 
 
 def test_over_rest_the_path_alone_names_the_model(front: EnvoyFront, served: tuple[Served, Served]) -> None:
-    front.update(experiments=[])
     target = Target(url=front.url, protocol="rest", model=served[1].name)
     with Client(target) as client:
         assert client.ask().offset == served[1].offset
@@ -310,7 +314,6 @@ def test_answers_are_proved_through_it(front: EnvoyFront, served: tuple[Served, 
         assert {reply.status for reply in replies} == {Status.OK}
         return [answerer_of(reply.body, reply.headers, target) for reply in replies]
 
-    front.update(experiments=[])
     found = answerers()
     assert find_stranger(found, target) is None
     assert f":{one.name}_1:" in {answerer.route for answerer in found}
@@ -352,12 +355,11 @@ def test_a_dead_server_is_a_clear_error_and_an_update_leads_elsewhere(
     )
     with Client(front.target("gone", "grpc")) as client:
         assert client.ask() == Answer(offset=served[0].offset, route=":gone_2:", model=there.served_as)
-    front.update(models=before)
 
 
 def test_it_listens_on_loopback_alone_and_takes_no_orders(front: EnvoyFront) -> None:
-    (envoy,) = psutil.Process(front._child.supervisor).children()
-    listening = {one.laddr for one in envoy.net_connections() if one.status == psutil.CONN_LISTEN}
+    (child,) = psutil.Process(front._child.supervisor).children()
+    listening = {one.laddr for one in child.net_connections() if one.status == psutil.CONN_LISTEN}
     assert {address.ip for address in listening} == {"127.0.0.1"}
     assert len(listening) == 3
     (admin,) = {address.port for address in listening} - set(front._ports.values())
@@ -385,9 +387,9 @@ def test_what_envoy_refuses_is_told_by_its_log(tmp_path: Path, monkeypatch: pyte
         assert left[0]["virtual_hosts"][0]["routes"] == []
         monkeypatch.undo()
         front.update(experiments=[experiment({"m": 1})])
-        (envoy,) = psutil.Process(front._child.supervisor).children()
-        os.kill(envoy.pid, signal.SIGKILL)
-        envoy.wait(10)
+        (child,) = psutil.Process(front._child.supervisor).children()
+        os.kill(child.pid, signal.SIGKILL)
+        child.wait(10)
         until(lambda: front._child.status is not None)
         for work in (front.check, front.update):
             with pytest.raises(ServerDiedError, match="with status 137"):
