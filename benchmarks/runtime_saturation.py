@@ -30,7 +30,7 @@ from profiles.serving.session import Session, open_session
 from registry.records import ClosedLoop, LoadProfile, ServingProfile, TensorSpec
 
 ROUNDS = 5
-WINDOW_S = 6.0
+WINDOW_S = 12.0  # about a hundred batches: one more or less is not seen
 ALONE_S = 4.0
 BATCH_SIZES = (2, 4, 8, 16)
 DELAY_MS = 5.0

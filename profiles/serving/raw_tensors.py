@@ -388,7 +388,8 @@ class RequestBatcher:
     """Hands a model several requests at once, each as it came: the runtime knows which of them fit together.
 
     A batch is open until it is full or its first request has waited ``max_batch_time``, and after that for as long as
-    the model is busy, since it would only wait in another queue.
+    the model is busy, since it would only wait in another queue. A full one goes while the model is busy, too, so that
+    the model's thread finds it there and goes on at once.
     """
 
     def __init__(self, model: Any) -> None:
@@ -403,7 +404,12 @@ class RequestBatcher:
         self._size = model.settings.max_batch_size
         self._wait_s = model.settings.max_batch_time
         self._remote = isinstance(model, ParallelModel)
-        self._free = asyncio.Semaphore(max(1, len(model._dispatcher._workers)) if self._remote else 1)
+        # Batches that run at once. Only where a single thread takes them in turn is one sent ahead: of several workers
+        # it might be the last to be free.
+        self._places = max(1, len(model._dispatcher._workers)) if self._remote else 1
+        self._ahead = 0 if self._remote else 1
+        self._running = 0
+        self._may_go = asyncio.Event()
         self._waiting: deque[_Waiting] = deque()
         self._is_full = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -424,6 +430,7 @@ class RequestBatcher:
         self._waiting.append(_Waiting(request, loop.time(), answer))
         if len(self._waiting) >= self._size:
             self._is_full.set()
+            self._may_go.set()
         if self._forming is None or self._forming.done():
             self._forming = loop.create_task(self._form())
         return await answer
@@ -431,7 +438,8 @@ class RequestBatcher:
     async def _form(self) -> None:
         while self._waiting:
             await self._fill()
-            await self._free.acquire()
+            await self._place()
+            self._running += 1
             batch = [self._waiting.popleft() for _ in range(min(self._size, len(self._waiting)))]
             task = asyncio.create_task(self._answer([item for item in batch if not item.answer.done()]))
             # The event loop alone would not keep it alive.
@@ -450,6 +458,12 @@ class RequestBatcher:
             finally:
                 closing.cancel()
 
+    async def _place(self) -> None:
+        """Returns when the batch, as it is then, may go to the model."""
+        while self._running >= self._places + (self._ahead if len(self._waiting) >= self._size else 0):
+            self._may_go.clear()
+            await self._may_go.wait()
+
     async def _answer(self, batch: Sequence[_Waiting]) -> None:
         requests = [item.request for item in batch]
         answers: Sequence[Any]
@@ -462,7 +476,8 @@ class RequestBatcher:
         except Exception as error:  # whatever it was, all who wait must hear of it
             answers = [error] * len(batch)
         finally:
-            self._free.release()
+            self._running -= 1
+            self._may_go.set()
         for item, answer in zip(batch, answers, strict=True):
             if item.answer.done():
                 continue  # its client has gone

@@ -106,6 +106,19 @@ class Counting(mlserver.MLModel):
         return [ValueError("one of it") if request == "bad" else len(requests) for request in requests]
 
 
+class Held(Counting):
+    """Answers nobody before it is told to; ``given`` is how many requests it was given each time."""
+
+    def __init__(self, settings):
+        super().__init__(settings)
+        self.given, self.done = [], asyncio.Event()
+
+    async def predict_many(self, requests):
+        self.given.append(len(requests))
+        await self.done.wait()
+        return [0] * len(requests)
+
+
 async def batches():
     settings = ModelSettings(name="m", implementation=Counting, max_batch_size=4, max_batch_time=0.05)
     stock, ours = mlserver.MLModel(settings), Counting(settings)
@@ -126,6 +139,15 @@ async def batches():
         await asyncio.sleep(0)
         gone.cancel()
         found["one gone"] = await ask("a", "b")
+        for count in (6, 14):
+            held = Held(settings)
+            setattr(held, raw.TAKES_RAW, raw.CONTRACT)
+            asked = asyncio.gather(*map(hooks.AdaptiveBatcher(held).predict, range(count)))
+            await asyncio.sleep(0.1)
+            found[f"{count} meet a busy model"] = list(held.given)
+            held.done.set()
+            await asked
+            found[f"{count} in all"] = held.given
 
 
 asyncio.run(batches())
@@ -192,6 +214,13 @@ def test_requests_are_handed_over_together(found: dict[str, Any]) -> None:
     assert found["batchers"] == ["AdaptiveBatcher", "RequestBatcher"]
     assert found["alone"] == [1]
     assert found["full"] == [4] * 8
+
+
+def test_a_busy_model_is_sent_one_full_batch_ahead(found: dict[str, Any]) -> None:
+    assert found["6 meet a busy model"] == [4]
+    assert found["6 in all"] == [4, 2]
+    assert found["14 meet a busy model"] == [4, 4]
+    assert found["14 in all"] == [4, 4, 4, 2]
 
 
 def test_an_error_reaches_those_it_concerns(found: dict[str, Any]) -> None:
