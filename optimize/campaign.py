@@ -42,7 +42,7 @@ from registry.records import (
     Variant,
 )
 from registry.selection import metric_table, select
-from registry.store import FolderStore
+from registry.shared_store import open_store
 
 _PACKAGES = (
     "burnish", "mlflow", "mlserver", "nncf", "numpy", "nvidia-pytriton", "onnx", "onnxruntime", "onnxscript",
@@ -91,7 +91,7 @@ def _workspace(planned: Plan, observer: Observer) -> Iterator[Workspace]:
     with Ledger.open(planned.work / "ledger.jsonl") as ledger:
         reap(planned.work)
         shutil.rmtree(planned.work / "tmp", ignore_errors=True)
-        yield Workspace(plan=planned, store=FolderStore(planned.work), ledger=ledger, observer=observer)
+        yield Workspace(plan=planned, store=open_store(planned.work), ledger=ledger, observer=observer)
 
 
 @contextlib.contextmanager

@@ -7,10 +7,11 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from profiles.deploy.storage_uris import fetched_as, rclone_uri, scheme_of
+from profiles.deploy.storage_uris import fetched_as, rclone_uri
 from profiles.serving.naming import check_core2_name
 from registry.documents import load_document
 from registry.errors import InputError
+from registry.filesystems import scheme_of
 from registry.records import Artifact, Candidate, ServingProfile
 
 _ADDRESS = re.compile(r"(?P<host>\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?):(?P<port>[0-9]{1,5})")

@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -27,6 +28,7 @@ from optimize.stages.base import TorchOrigin, input_of
 from registry import codec
 from registry.errors import BurnishError, NotApplicableError, StorageError
 from registry.records import Failure, Recipe, Source, TensorSpec, Variant
+from registry.shared_store import once
 
 
 def make_sources(workspace: Workspace) -> tuple[list[Source], list[Failure]]:
@@ -140,7 +142,7 @@ def make_variant(
     identity = variant_id(source.digest, recipe, calibrated, workspace.plan.config.seed, versions)
     foreseen = workspace.plan.config.predict and predictable(recipe)
 
-    def make() -> Variant | Failure:
+    def make() -> Variant:
         begin = monotonic()
         with tempfile.TemporaryDirectory(prefix="make-", dir=workspace.folder("tmp")) as scratch:
             arguments = {
@@ -154,15 +156,12 @@ def make_variant(
                 "threads": workspace.plan.host.cores,
                 "work": scratch,
             }
-            try:
-                made = run_in_child(
-                    "optimize.making:make_here",
-                    arguments,
-                    limits=limits_of(workspace),
-                    python_path=workspace.plan.base if needs_module(recipe) else None,
-                )
-            except NotApplicableError as error:
-                return failure_of(name, "make", error)
+            made = run_in_child(
+                "optimize.making:make_here",
+                arguments,
+                limits=limits_of(workspace),
+                python_path=workspace.plan.base if needs_module(recipe) else None,
+            )
             artifact = workspace.store.add(
                 Path(made["folder"]),
                 format=made["format"],
@@ -198,7 +197,17 @@ def make_variant(
         "tools": versions,
         "predict": foreseen,
     }
-    return workspace.remember("Variant", name, components, make)[0]
+
+    def made() -> Variant | Failure:
+        try:
+            shared = once(workspace.store, f"variant-{identity}", make)
+        except NotApplicableError as error:
+            return failure_of(name, "make", error)
+        workspace.store.path(shared.artifact)  # into the working folder, where all else looks for it
+        # Another campaign may have made it, under names of its own.
+        return replace(shared, name=name, source=source.name, recipe=recipe)
+
+    return workspace.remember("Variant", name, components, made)[0]
 
 
 def origin_of(plan: Plan, source: Source, recipe: Recipe) -> dict[str, Any] | None:

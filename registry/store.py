@@ -16,8 +16,9 @@ import re
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -84,6 +85,35 @@ class FolderStore:
             artifact = Artifact(
                 digest=_digest(files), format=format, entry=entry, files=files, inputs=inputs, outputs=outputs
             )
+            return self._commit(artifact, workplace)
+
+    def receive(self, artifact: Artifact, chunks: Callable[[ArtifactFile], Iterable[bytes]]) -> Artifact:
+        """Takes in an artifact that is kept elsewhere; nothing is kept unless all bytes are those of its digest.
+
+        Args:
+            artifact: its record.
+            chunks: the bytes of one of its files, some at a time.
+
+        Raises:
+            InputError: record or bytes are not those of the digest, or a file would stand outside its folder.
+            StorageError: the store cannot be written.
+        """
+        if _digest(artifact.files) != artifact.digest:
+            raise InputError(f"artifact {artifact.digest}: the record's files are not those of its digest")
+        with self._refusals(), _workplace(self._incoming) as workplace:
+            place = workplace / "files"
+            place.mkdir()
+            for file in artifact.files:
+                path = place / file.path
+                if not path.resolve().is_relative_to(place.resolve()) or not file.path.isprintable():
+                    raise InputError(f"artifact {artifact.digest} names the file {file.path!r}, which is none of its")
+                path.parent.mkdir(parents=True, exist_ok=True)
+                found = _written(path, chunks(file))
+                if found != (file.sha256, file.size_bytes):
+                    raise InputError(
+                        f"artifact {artifact.digest}: {file.path} arrived with {found[1]} bytes of another digest"
+                    )
+            _fsync_folders(place)
             return self._commit(artifact, workplace)
 
     def path(self, artifact: Artifact) -> Path:
@@ -222,19 +252,30 @@ def _copy(sources: dict[str, Path], place: Path) -> tuple[ArtifactFile, ...]:
     for name, source in sorted(sources.items()):
         path = place / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        hasher, size_bytes = hashlib.sha256(), 0
-        with source.open("rb") as reader, path.open("xb") as writer:
-            while chunk := reader.read(_CHUNK_BYTES):
-                hasher.update(chunk)
-                writer.write(chunk)
-                size_bytes += len(chunk)
-            writer.flush()
-            os.fchmod(writer.fileno(), _READ_ONLY)
-            os.fsync(writer.fileno())
-        files.append(ArtifactFile(path=name, sha256=hasher.hexdigest(), size_bytes=size_bytes))
-    for parent, _, _ in os.walk(place):
-        fsync_folder(Path(parent))
+        with source.open("rb") as reader:
+            sha256, size_bytes = _written(path, iter(partial(reader.read, _CHUNK_BYTES), b""))
+        files.append(ArtifactFile(path=name, sha256=sha256, size_bytes=size_bytes))
+    _fsync_folders(place)
     return tuple(files)
+
+
+def _written(path: Path, chunks: Iterable[bytes]) -> tuple[str, int]:
+    """(SHA-256 (hex), size) of what was written to a new read-only file, durably."""
+    hasher, size_bytes = hashlib.sha256(), 0
+    with path.open("xb") as writer:
+        for chunk in chunks:
+            hasher.update(chunk)
+            writer.write(chunk)
+            size_bytes += len(chunk)
+        writer.flush()
+        os.fchmod(writer.fileno(), _READ_ONLY)
+        os.fsync(writer.fileno())
+    return hasher.hexdigest(), size_bytes
+
+
+def _fsync_folders(root: Path) -> None:
+    for parent, _, _ in os.walk(root):
+        fsync_folder(Path(parent))
 
 
 def _digest(files: tuple[ArtifactFile, ...]) -> str:

@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from profiles.deploy.storage import Store
-from profiles.deploy.storage_uris import destination_of, rclone_uri
+from profiles.deploy.storage_uris import rclone_uri
 from profiles.serving.naming import check_core2_name
 from registry.codec import file_sha256
 from registry.errors import InputError, UnreachableError
+from registry.filesystems import destination_of
 
 _log = logging.getLogger(__name__)
 

@@ -1,20 +1,14 @@
-"""URIs of places for models: what this machine calls them, what the cluster's rclone does, and where MLflow's are."""
+"""URIs of places for models: what the cluster's rclone calls them, and where MLflow's are."""
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from profiles.serving.roundtrip import DEFAULT_REMOTE
 from registry.errors import InputError
+from registry.filesystems import MLFLOW_SCHEMES, destination_of, scheme_of
 from registry.tracking import artifact_location, redact
 
-Scheme = Literal["file", "s3", "gs"]
-MLFLOW_SCHEMES = frozenset({"runs", "models", "mlflow-artifacts"})
-"""What MLflow resolves; rclone has no remote for any of it."""
-_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
-_BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,220}[A-Za-z0-9]")
 _REMOTE = re.compile(r"\w[\w.+-]*")
 _PARAMETERS: Mapping[str, str] = {
     "s3": '{"provider": "AWS", "region": "...", "access_key_id": "...", "secret_access_key": "..."}',
@@ -129,60 +123,3 @@ def resolve(
             "into a bucket (`rclone copy FOLDER s3:bucket/path`), and give that URI.",
         )
     return rclone_uri(location, remotes=remotes, mounts=mounts)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Destination:
-    """A place: the store's scheme, and ``bucket/prefix`` or an absolute path, without a slash at the end."""
-
-    scheme: Scheme
-    root: str
-
-    def uri(self, path: str) -> str:
-        """The URI of a path that begins with the bucket, or with ``/``."""
-        return path if self.scheme == "file" else f"{self.scheme}://{path}"
-
-
-def scheme_of(uri: str) -> str | None:
-    """What stands before the colon, in small letters; None for a path."""
-    found = _SCHEME.match(uri)
-    return None if found is None else found[1].lower()
-
-
-def destination_of(uri: str) -> Destination:
-    """The place that a URI or local path names.
-
-    Raises:
-        InputError: nothing can be placed there, or the URI may have credentials in it.
-    """
-    scheme = scheme_of(uri)
-    if scheme not in (None, "file") and ("@" in uri or "?" in uri or "#" in uri):
-        # Not shown: what stands there may be a password or a signature.
-        raise InputError(
-            f"the {scheme} URI has '@', '?' or '#' in it, as one with credentials has",
-            hint="Give scheme://bucket/prefix alone; credentials come from the environment or its files.",
-        )
-    if re.search(r"\s", uri) or not uri.isprintable() or not uri:
-        raise InputError(f"{uri!r} is empty, or has a space in it", hint="Core 2 takes a URI without one.")
-    if scheme in MLFLOW_SCHEMES:
-        raise InputError(f"{uri} is MLflow's, and Core 2 cannot fetch from there", hint="Give s3://, gs:// or a path.")
-    if scheme in (None, "file"):
-        return Destination(scheme="file", root=_local_root(uri))
-    if scheme not in ("s3", "gs"):
-        raise InputError(f"there is no way to place anything at {scheme}:", hint="Give s3://, gs:// or a path.")
-    bucket, _, prefix = uri.partition(":")[2].removeprefix("//").strip("/").partition("/")
-    if not _BUCKET.fullmatch(bucket) or any(part in {"", ".", ".."} for part in prefix.split("/") if prefix):
-        raise InputError(f"{uri!r} names no bucket and prefix", hint=f"It is {scheme}://bucket/prefix.")
-    root = f"{bucket}/{prefix}" if prefix else bucket
-    return Destination(scheme="s3" if scheme == "s3" else "gs", root=root)
-
-
-def _local_root(uri: str) -> str:
-    path = uri
-    if uri.lower().startswith("file:"):
-        path = uri[len("file:") :]
-        if path.startswith("//"):
-            path = path.removeprefix("//")
-        if not path.startswith("/"):
-            raise InputError(f"{uri!r} is no file of this machine", hint="Write file:///path, or the path alone.")
-    return str(Path(path).expanduser().resolve())

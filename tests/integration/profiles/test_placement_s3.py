@@ -5,7 +5,6 @@ import re
 import signal
 import subprocess
 import sys
-import sysconfig
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,9 +14,8 @@ import pytest
 
 from profiles.deploy.placement import Placed, check_destination, place
 from registry.errors import InputError, UnreachableError
+from tests.doubles.rclone import FOREIGN, KEY, RCLONE, SECRET, serve_s3, settings
 
-RCLONE = Path(sysconfig.get_path("scripts"), "rclone")
-KEY, SECRET = "burnish-test", "hunter2-of-the-test"
 NAME = "digits-63f1b5fb"
 REMOTES = {"s3": "my-remote"}
 
@@ -32,42 +30,17 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path
     """The URL of an S3 server on loopback with the bucket ``models``, and the folder that is the bucket."""
     buckets = tmp_path_factory.mktemp("buckets")
     (buckets / "models").mkdir()
-    config = tmp_path_factory.mktemp("config") / "rclone.conf"
-    config.touch()
-    environment = {**os.environ, "RCLONE_AUTH_KEY": f'"{KEY},{SECRET}"', "RCLONE_CONFIG": str(config)}
-    command = [str(RCLONE), "serve", "s3", "--addr", "127.0.0.1:0", str(buckets)]
-    log = config.with_name("log")
-    with log.open("wb") as stderr:
-        process = subprocess.Popen(command, env=environment, stderr=stderr)
-    try:
-        yield listening(process, log), buckets / "models"
-    finally:
-        process.terminate()
-        process.wait(timeout=10)
-
-
-def listening(process: "subprocess.Popen[bytes]", log: Path) -> str:
-    while process.poll() is None:
-        if found := re.search(r"http://127\.0\.0\.1:\d+", log.read_text()):
-            return found[0]
-        time.sleep(0.02)
-    raise AssertionError(log.read_text())
+    with serve_s3(buckets, tmp_path_factory.mktemp("config")) as url:
+        yield url, buckets / "models"
 
 
 @pytest.fixture
 def bucket(server: tuple[str, Path], monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Path:
     """What the test has of the bucket, a folder of its own that nobody made yet, and the environment to reach it."""
     url, models = server
-    for variable in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+    for variable in FOREIGN:
         monkeypatch.delenv(variable, raising=False)
-    given = {
-        "AWS_ENDPOINT_URL": url,
-        "AWS_ACCESS_KEY_ID": KEY,
-        "AWS_SECRET_ACCESS_KEY": SECRET,
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_EC2_METADATA_DISABLED": "true",
-    }
-    for variable, value in given.items():
+    for variable, value in settings(url).items():
         monkeypatch.setenv(variable, value)
     return models / re.sub(r"[^a-z0-9]+", "-", request.node.name)[:60].strip("-")
 

@@ -150,7 +150,7 @@ def test_a_write_that_went_wrong_is_found_and_leaves_no_manifest(
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(source.read_bytes().replace(b"d", b"D"))
 
-    monkeypatch.setattr(storage, "_put_local", damage)
+    monkeypatch.setattr(storage, "put_local", damage)
     with pytest.raises(UnreachableError, match="reads back with other bytes"):
         placed_in(folder, tmp_path)
     assert not list((tmp_path / "volume").rglob("*.json"))

