@@ -436,9 +436,7 @@ def predict(recipe: Recipe, weights: Mapping[str, int]) -> str | None:
 
 def weights_of(path: Path) -> dict[str, int]:
     """Operator -> elements of the constant weights of an ONNX file; for a process with limits."""
-    import onnx
+    from optimize.stages.onnx_files import load_graph, weight_elements
 
-    from optimize.stages.onnx_files import weight_elements
-
-    counts = weight_elements(onnx.load(str(path), load_external_data=False))
+    counts = weight_elements(load_graph(path))
     return {name: count for name, count in counts.items() if count and name in _WEIGHTED}

@@ -28,23 +28,40 @@ def length_fields(data: mmap.mmap, begin: int, end: int) -> Iterator[tuple[int, 
     Raises:
         ValueError: the bytes do not follow the wire format.
     """
+    for key, _, start, place in _fields(data, begin, end):
+        if key & 7 == _LENGTH:
+            yield key >> 3, start, place
+
+
+def without(data: mmap.mmap, message: Span, *numbers: int) -> bytes:
+    """The bytes of a message without its fields of these numbers, which are not looked at.
+
+    Raises:
+        ValueError: the bytes do not follow the wire format.
+    """
+    kept = (data[first:place] for key, first, _, place in _fields(data, *message) if key >> 3 not in numbers)
+    return b"".join(kept)
+
+
+def _fields(data: mmap.mmap, begin: int, end: int) -> Iterator[tuple[int, int, int, int]]:
+    """Key, first byte, content's first byte and the byte after the last of each field of a message."""
     place = begin
     while place < end:
-        key, place = _varint(data, place, end)
-        kind = key & 7
+        first = place
+        key, start = _varint(data, place, end)
+        kind, place = key & 7, start
         if kind == _VARINT:
-            _, place = _varint(data, place, end)
+            _, place = _varint(data, start, end)
         elif kind == _LENGTH:
-            length, start = _varint(data, place, end)
+            length, start = _varint(data, start, end)
             place = start + length
-            if place <= end:
-                yield key >> 3, start, place
         elif kind in {_FIXED64, _FIXED32}:
-            place += 8 if kind == _FIXED64 else 4
+            place = start + (8 if kind == _FIXED64 else 4)
         else:
             place = end + 1
-    if place > end:
-        raise ValueError("it does not follow protobuf's wire format")
+        if place > end:
+            raise ValueError("it does not follow protobuf's wire format")
+        yield key, first, start, place
 
 
 @contextlib.contextmanager

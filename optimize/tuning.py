@@ -30,7 +30,7 @@ from optimize.sensitivity import RANKED_ROWS, Found, rank_groups, search_float_n
 from optimize.sources import code_digests
 from optimize.stages import make_stage
 from optimize.stages.base import Context, StageInput, StageResult, TorchOrigin, input_of
-from optimize.stages.preparation import prepare
+from optimize.stages.preparation import PREPARED, load, prepare
 from optimize.stages.quantize import DynamicInt8, StaticInt8
 from profiles.measure.host import widest_instruction_set
 from registry import codec
@@ -318,7 +318,8 @@ def _rank(
     quantized = _made(explicit, given, samples, work / "quantized", seed=seed, threads=threads)
     scratch = work / "prepared"
     scratch.mkdir()
-    prepared, _ = prepare(given, scratch)
+    prepare(given, scratch)
+    prepared = load(scratch / PREPARED)
     batches = iter(whole_batches(samples, given.inputs, wanted=_RANKED_AT_ONCE))
     first = next(batches)
     more = RANKED_ROWS // len(next(iter(first.values()))) - 1

@@ -5,12 +5,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from optimize.protobuf_wire import contents, mapped, without
 from optimize.stages.base import StageInput
 from registry.errors import NotApplicableError
 
 ENTRY = "model.onnx"
 # protobuf ends at 2 GiB; weights of a larger model go into a file beside the graph.
 LARGEST_FILE_BYTES = 1_900_000_000
+# Fields of ModelProto, GraphProto and TensorProto in onnx.proto; the last are those that hold a tensor's numbers.
+_GRAPH = 7
+_INITIALIZER = 5
+_NUMBERS = (4, 5, 6, 7, 9, 10, 11)
 
 
 def load(source: StageInput) -> Any:
@@ -30,14 +35,39 @@ def load(source: StageInput) -> Any:
     return model
 
 
+def load_graph(path: Path) -> Any:
+    """The model in a file without its weights: initializers keep name, type and shape, and have no numbers.
+
+    For what looks at nodes alone: a model that is read whole takes its size again, and most of the time.
+
+    Raises:
+        ValueError: the file is no ONNX model.
+    """
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        with mapped(path) as data:
+            whole = (0, len(data))
+            model = onnx.ModelProto.FromString(without(data, whole, _GRAPH))
+            for graph in contents(data, whole, _GRAPH):
+                model.graph.MergeFromString(without(data, graph, _INITIALIZER))
+                for tensor in contents(data, graph, _INITIALIZER):
+                    model.graph.initializer.add().MergeFromString(without(data, tensor, *_NUMBERS))
+    except DecodeError as error:
+        raise ValueError(f"{path.name} is not an ONNX model: {error}") from error
+    return model
+
+
 def has_external_weights(path: Path) -> bool:
     """Whether weights of the model stand in other files than ``path``, which are in its folder."""
+    return any(other != path for other in path.parent.rglob("*")) and _has_external_weights(load_graph(path))
+
+
+def _has_external_weights(model: Any) -> bool:
     import onnx
 
-    if not any(other != path for other in path.parent.rglob("*")):
-        return False
-    graph = onnx.load(str(path), load_external_data=False).graph
-    return any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in graph.initializer)
+    return any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in model.graph.initializer)
 
 
 def save(model: Any, folder: Path) -> str:
@@ -52,13 +82,29 @@ def save(model: Any, folder: Path) -> str:
     return ENTRY
 
 
-def _drop_unused_imports(model: Any) -> None:
-    """Takes out opsets of domains that no node is of: older ONNX Runtimes refuse those that they do not know."""
+def move(made: Path, folder: Path) -> str:
+    """Moves a model that a library wrote into the folder, as `save` would write it; returns the entry's name."""
+    import onnx
+
+    graph = load_graph(made)
+    if _has_external_weights(graph) or _drop_unused_imports(graph):
+        return save(onnx.load(str(made)), folder)
+    made.replace(folder / ENTRY)
+    return ENTRY
+
+
+def _drop_unused_imports(model: Any) -> bool:
+    """Takes out opsets of domains that no node is of: older ONNX Runtimes refuse those that they do not know.
+
+    Returns:
+        Whether there was one.
+    """
     used = {node.domain for node in nodes(model.graph)} | {function.domain for function in model.functions}
     used |= {entry.domain for function in model.functions for entry in function.opset_import}
-    for entry in list(model.opset_import):
-        if entry.domain not in used | {"", "ai.onnx"}:
-            model.opset_import.remove(entry)
+    unused = [entry for entry in model.opset_import if entry.domain not in used | {"", "ai.onnx"}]
+    for entry in unused:
+        model.opset_import.remove(entry)
+    return bool(unused)
 
 
 def nodes(graph: Any) -> Iterator[Any]:

@@ -35,7 +35,7 @@ class FloatNodesParams(StageParams):
 
 
 def prepare(source: StageInput, scratch: Path, *, stage: str = "quantization") -> tuple[Any, list[str]]:
-    """The model made ready for quantization, also written to ``prepared.onnx`` in ``scratch``, and notes on it.
+    """Writes the model made ready for quantization to ``prepared.onnx`` in ``scratch``.
 
     Constant nodes become initializers, batch normalization is folded into convolutions, shapes are inferred (with
     sympy), and an opset below 13 is raised. Every node has a name of its own: one without is named
@@ -46,6 +46,9 @@ def prepare(source: StageInput, scratch: Path, *, stage: str = "quantization") -
         source: the model; it is not written to.
         scratch: a folder for files in between.
         stage: who asks, for messages.
+
+    Returns:
+        The prepared graph without its weights (see `onnx_files.load_graph`), and notes on it.
 
     Raises:
         NotApplicableError: the model is not in float32, or its opset cannot be raised.
@@ -67,10 +70,13 @@ def prepare(source: StageInput, scratch: Path, *, stage: str = "quantization") -
         quant_pre_process(given, skip_symbolic_shape=True, **common)
     for path in scratch.glob("given.onnx*"):
         path.unlink()
-    model = load(target)
-    if _name_nodes(model) | _own_transposed(model):
+    graph = onnx_files.load_graph(target)
+    if _name_nodes(graph) | _own_transposed(graph):
+        model = load(target)
+        _name_nodes(model)
+        _own_transposed(model)
         write(model, target, large=large)
-    return model, notes
+    return graph, notes
 
 
 def _prepare_symbolically(
@@ -133,19 +139,20 @@ def _given(source: StageInput, scratch: Path, stage: str) -> tuple[Path, bool, l
     """A file that the library takes, whether it is large, and notes. It is the source's own where that will do."""
     import onnx
 
-    model, notes = onnx.load(str(source.path), load_external_data=False), []
+    notes: list[str] = []
+    model = onnx_files.load_graph(source.path)
     onnx_files.refuse_quantized(stage, model)
     weights = {tensor.name: tensor for tensor in model.graph.initializer}
     rewritten = any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in weights.values())
     rewritten |= any(value.name in weights for value in model.graph.input)
-    if rewritten:
-        model = onnx_files.load(source)
     opset = next((item.version for item in model.opset_import if item.domain in {"", "ai.onnx"}), _LEAST_OPSET)
-    if opset < _LEAST_OPSET:
-        model, rewritten = _raised(model, opset), True
-        notes.append(f"opset raised from {opset} to {_LEAST_OPSET}")
-    if not _name_nodes(model) and not rewritten:
+    if not _name_nodes(model) and not rewritten and opset >= _LEAST_OPSET:
         return source.path, source.path.stat().st_size > onnx_files.LARGEST_FILE_BYTES, notes
+    model = onnx_files.load(source)
+    if opset < _LEAST_OPSET:
+        model = _raised(model, opset)
+        notes.append(f"opset raised from {opset} to {_LEAST_OPSET}")
+    _name_nodes(model)
     large = onnx_files.is_large(model)
     write(model, scratch / "given.onnx", large=large)
     return scratch / "given.onnx", large, notes

@@ -13,7 +13,6 @@ from optimize.stages.preparation import (
     FloatNodesParams,
     check_float_nodes,
     is_large,
-    load,
     prepare,
 )
 from registry.errors import NotApplicableError
@@ -81,15 +80,12 @@ class DynamicInt8(Stage):
                 # Fused operators have no type inference; what is left in this graph is float32.
                 extra_options={"DefaultTensorType": TensorProto.FLOAT},
             )
-            made = load(scratch / "int8.onnx")
-        done = sum(
-            count
-            for name, count in onnx_files.op_counts(made).items()
-            if name in {"MatMulInteger", "ConvInteger", "QAttention", "DynamicQuantizeLSTM"}
-        )
-        if not done:
-            raise NotApplicableError(f"{self.name}: no node with constant weights that could be quantized")
-        return self.written(context, onnx_files.save(made, context.out), *notes, f"{done} nodes in int8")
+            counts = onnx_files.op_counts(onnx_files.load_graph(scratch / "int8.onnx"))
+            done = sum(counts[name] for name in ("MatMulInteger", "ConvInteger", "QAttention", "DynamicQuantizeLSTM"))
+            if not done:
+                raise NotApplicableError(f"{self.name}: no node with constant weights that could be quantized")
+            entry = onnx_files.move(scratch / "int8.onnx", context.out)
+        return self.written(context, entry, *notes, f"{done} nodes in int8")
 
     def operators(self, prepared: Any) -> list[str]:
         """Types of the operators whose nodes are quantized, where they are not left in float32."""
@@ -185,11 +181,12 @@ class StaticInt8(Stage):
                 threads=context.threads,
             )
             made = self._quantize(ranges, scratch, ops, float_outputs)
-        counts = onnx_files.op_counts(made)
-        if not counts["DequantizeLinear"] and not any(name.startswith(("QLinear", "QGemm")) for name in counts):
-            raise NotApplicableError(f"{self.name}: no {', '.join(ops)} in this model that could be quantized")
+            counts = onnx_files.op_counts(onnx_files.load_graph(made))
+            if not counts["DequantizeLinear"] and not any(name.startswith(("QLinear", "QGemm")) for name in counts):
+                raise NotApplicableError(f"{self.name}: no {', '.join(ops)} in this model that could be quantized")
+            entry = onnx_files.move(made, context.out)
         told = f"{_told(ops)} in int8, outputs of MatMul in {'float32' if float_outputs else 'int8'}"
-        return self.written(context, onnx_files.save(made, context.out), *notes, told)
+        return self.written(context, entry, *notes, told)
 
     def operators(self, prepared: Any) -> list[str]:
         """Types of the operators whose nodes are quantized, where they are not left in float32."""
@@ -208,7 +205,7 @@ class StaticInt8(Stage):
         keeps_float = self.params.format == "qdq" and wanted != "all"
         return list(ops), output == "float" or (output == "auto" and keeps_float)
 
-    def _quantize(self, ranges: Path, scratch: Path, ops: list[str], float_outputs: bool) -> Any:
+    def _quantize(self, ranges: Path, scratch: Path, ops: list[str], float_outputs: bool) -> Path:
         from onnx import TensorProto
         from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
 
@@ -239,7 +236,7 @@ class StaticInt8(Stage):
                 "OpTypesToExcludeOutputQuantization": list(_MATMUL_OPS) if float_outputs else [],
             },
         )
-        return load(scratch / "int8.onnx")
+        return scratch / "int8.onnx"
 
 
 def _all_ops() -> tuple[str, ...]:

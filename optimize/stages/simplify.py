@@ -105,7 +105,7 @@ class Constants(Stage):
 
     def requires(self, source: StageInput, context: Context) -> None:
         """Looks whether the model fits one protobuf, which onnxslim needs."""
-        if onnx_files.is_large(onnx_files.load(source)):
+        if onnx_files.is_large(onnx_files.load_graph(source.path)):
             raise NotApplicableError(f"{self.name} takes models below 2 GB: onnxslim works in one protobuf")
 
     def apply(self, source: StageInput, context: Context) -> StageResult:

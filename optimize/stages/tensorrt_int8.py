@@ -15,6 +15,7 @@ from optimize.stages.preparation import (
     PREPARED,
     FloatNodesParams,
     check_float_nodes,
+    load,
     prepare,
 )
 from registry.errors import NotApplicableError
@@ -60,7 +61,8 @@ class TensorRtInt8(Stage):
         """Prepares the graph, finds the ranges, then puts the pairs in."""
         assert context.calibration is not None  # the contract has looked
         with context.scratch() as scratch:
-            model, notes = prepare(source, scratch, stage=self.name)
+            _, notes = prepare(source, scratch, stage=self.name)
+            model = load(scratch / PREPARED)
             self._check_domains(model)
             check_float_nodes(self.name, model, self.params.float_nodes)
             pairs = _Pairs(model, left_out=set(self.params.float_nodes))

@@ -9,8 +9,10 @@ from typing import Any, Literal
 from optimize.stages import onnx_files
 from optimize.stages.base import Context, Stage, StageInput, StageResult
 from optimize.stages.preparation import (
+    PREPARED,
     FloatNodesParams,
     check_float_nodes,
+    load,
     prepare,
 )
 from registry.errors import NotApplicableError
@@ -56,9 +58,10 @@ class WeightOnly(Stage):
         from onnxruntime.quantization.onnx_model import ONNXModel
 
         with context.scratch() as scratch:
-            model, notes = prepare(source, scratch, stage=self.name)
-        self._check_worth(model)
-        check_float_nodes(self.name, model, self.params.float_nodes)
+            graph, notes = prepare(source, scratch, stage=self.name)
+            self._check_worth(graph)
+            check_float_nodes(self.name, graph, self.params.float_nodes)
+            model = load(scratch / PREPARED)
         left_out = [*self.params.float_nodes, *(f"{name}_MatMul" for name in self.params.float_nodes)]
         ONNXModel(model).replace_gemm_with_matmul()
         made = self._quantized(model, left_out)

@@ -16,7 +16,7 @@ from optimize.calibration import whole_batches
 from optimize.sensitivity import MOST_GROUPS, Found, search_float_nodes
 from optimize.stages import make_stage
 from optimize.stages.base import Context, read_input
-from optimize.stages.preparation import prepare
+from optimize.stages.preparation import PREPARED, load, prepare
 from registry import codec
 from registry.records import AccuracySearch, Estimate, NodeGroup, SearchTrial, Sensitivity, StageCall
 from tests.doubles.sensitive import clear_samples, conv_chain
@@ -327,7 +327,8 @@ def test_switches_off_give_the_float_model_and_all_on_the_quantized_one(tmp_path
     for folder in ("out", "scratch"):
         (tmp_path / folder).mkdir()
     made = make_stage(StageCall(name="quantize.static"))(given, Context(out=tmp_path / "out", calibration=images))
-    prepared, _ = prepare(given, tmp_path / "scratch")
+    prepare(given, tmp_path / "scratch")
+    prepared = load(tmp_path / "scratch" / PREPARED)
     quantized = onnx.load(str(made.folder / made.entry))
     everything = onnx.ModelProto()
     everything.CopyFrom(prepared)
