@@ -5,7 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
-from registry.records import Artifact, Campaign, TensorSpec
+from registry.records import (
+    Artifact,
+    Campaign,
+    Observation,
+    PromotionStep,
+    Reign,
+    RolloutSnapshot,
+    TensorSpec,
+)
 
 
 class Store(Protocol):
@@ -71,4 +79,121 @@ class Tracker(Protocol):
 
         Raises:
             UnreachableError: the tracking store does not answer or refuses.
+        """
+
+
+# --- promotion -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RegisteredVersion:
+    """A version of a registered model, as the registry has it.
+
+    Attributes:
+        model: the registered model.
+        version: its number.
+        fingerprint: digest of what it is: its source, campaign, candidate and the campaign's content.
+        candidate_id: what it was registered as; empty for a version that is not burnish's.
+        candidate: the name of that; empty where it is not known.
+        signature: its inputs and outputs; None where the registry does not say.
+    """
+
+    model: str
+    version: str
+    fingerprint: str
+    candidate_id: str
+    candidate: str
+    signature: str | None
+
+
+class ModelRegistry(Protocol):
+    """Knows versions of registered models, and which of them is called what."""
+
+    def find(self, model: str, *, campaign_id: str, candidate_id: str) -> RegisteredVersion | None:
+        """The version that a campaign's candidate was registered as, or None.
+
+        Raises:
+            UnreachableError: the registry does not answer or refuses.
+        """
+
+    def version(self, model: str, version: str) -> RegisteredVersion | None:
+        """A version, or None where there is none of this number (any more)."""
+
+    def aliases(self, model: str) -> Mapping[str, str]:
+        """Alias -> version."""
+
+    def set_alias(self, model: str, alias: str, version: str | None) -> None:
+        """Gives an alias to a version, or takes it away; to do so twice is to do it once."""
+
+    def crown(self, reign: Reign) -> None:
+        """Keeps from when on a version was the champion, and why; twice the same is once."""
+
+    def reigns(self, model: str) -> tuple[Reign, ...]:
+        """All that `crown` kept, the first champion first.
+
+        Raises:
+            InputError: there is no such registered model.
+            UnreachableError: the registry does not answer or refuses.
+        """
+
+
+class Rollout(Protocol):
+    """Where a model is in production, and how its traffic is shared between champion and challenger.
+
+    Every method can be called again after a kill at any point of it, and then completes what it began.
+    """
+
+    @property
+    def location(self) -> str:
+        """Where that is, for people."""
+
+    def snapshot(self) -> RolloutSnapshot:
+        """What is applied and in force now; the first thing that a promotion asks for.
+
+        Raises:
+            InputError: something that is not ours stands where the promotion would put something, or what is in force
+                cannot be restored.
+            UnreachableError: it cannot be asked.
+        """
+
+    def serving(self) -> str:
+        """What the production Model serves; empty where there is none."""
+
+    def planned(self, snapshot: RolloutSnapshot) -> str:
+        """What `serving` tells after `swap`."""
+
+    def load(self, snapshot: RolloutSnapshot) -> None:
+        """Serves the challenger beside the champion; it gets no requests yet."""
+
+    def mirror(self, percent: int) -> None:
+        """The challenger gets copies of so many percent of the requests; nobody gets its answers."""
+
+    def weights(self, percent: int) -> None:
+        """The challenger answers so many percent of the requests."""
+
+    def swap(self, snapshot: RolloutSnapshot) -> None:
+        """The production Model serves what the challenger does, and returns when it is ready."""
+
+    def unload(self) -> None:
+        """Ends the split, and then what was served beside the production Model."""
+
+    def restore(self, snapshot: RolloutSnapshot) -> None:
+        """Makes all as it was, and returns when what is in force is equal to the snapshot.
+
+        Raises:
+            UnreachableError: it does not come about, or is not equal.
+        """
+
+
+class Probe(Protocol):
+    """Watches champion and challenger while requests flow."""
+
+    def sees(self, metric: str) -> bool:
+        """Whether it can tell of a metric of the policy."""
+
+    def watch(self, step: PromotionStep) -> Observation:
+        """What is seen in ``step.watch_s`` seconds from now on.
+
+        Raises:
+            UnreachableError: nothing can be seen.
         """

@@ -758,6 +758,42 @@ class Capacity:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CapacityAdvice:
+    """What follows from a capacity.
+
+    Attributes:
+        knee: the smallest concurrency whose throughput is within 5 % of the highest; None where nothing was answered.
+        law: parameters of the Universal Scalability Law of the ladder, ``gamma``, ``sigma`` and ``kappa``; empty where
+            it does not follow that.
+        explanation: what the law says, or why it does not hold; empty where nothing was answered.
+        target_rps: (least, most) requests a second to give one replica; None where there is no saturation point.
+        lines: all of it for people, a sentence each.
+    """
+
+    candidate_id: str
+    knee: int | None
+    law: Metrics
+    explanation: str
+    target_rps: tuple[float, float] | None
+    lines: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spectrum:
+    """The latencies of a candidate at one load, all valid runs together, as far as their number earns percentiles.
+
+    Attributes:
+        requests: behind it.
+        points: (percentile, latency in ms), rising.
+    """
+
+    candidate_id: str
+    load: str
+    requests: int
+    points: tuple[tuple[float, float], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Round:
     """What one candidate gave in one round: a run for each load, in the place that chance gave it."""
 
@@ -775,12 +811,14 @@ class Deployed:
         load_time_s: from the request to load the model, on a server that runs, to its readiness.
         rendered: path -> text of the files that were rendered for it.
         first_request_ms: the very first inference, over a connection that was open; None where it was not timed.
+        reload_times_s: the same time when the model was loaded anew, in the same server, before any load.
     """
 
     candidate_id: str
     load_time_s: float
     rendered: Mapping[str, str]
     first_request_ms: float | None = None
+    reload_times_s: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -1007,6 +1045,8 @@ class Verdict:
         provisional: whether the level of proof forbids promotion (``quick``).
         pareto: ids of the candidates that no other beats on every objective axis.
         unknown: ids of candidates that could be neither passed nor failed.
+        champion: id of the candidate that serves now, which limits with ``vs champion`` refer to; None where none is
+            named.
     """
 
     policy: Policy
@@ -1018,6 +1058,30 @@ class Verdict:
     rejections: tuple[Rejection, ...]
     unknown: tuple[str, ...]
     closest: tuple[ClosestMiss, ...]
+    champion: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Champion:
+    """The candidate that serves now, and what came of measuring it again beside the others.
+
+    Attributes:
+        named: where the campaign file says that it is.
+        candidate_id: in this campaign; None where there is none yet, or where it could not be served again.
+        was: its name in the campaign that chose it; empty where there is none yet.
+        campaign_id: of that campaign; empty where there is none yet.
+        comparisons: of the other candidates with it, in the same rounds.
+        passed_over: limits that hold against the champion, and were not judged as there is none yet.
+        notes: what differs from how it was measured then.
+    """
+
+    named: str
+    candidate_id: str | None
+    was: str = ""
+    campaign_id: str = ""
+    comparisons: tuple[Comparison, ...] = ()
+    passed_over: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -1034,6 +1098,9 @@ class Campaign:
         samples_name: name of the file that held the evaluation samples, without its folder; empty where none did.
         hardware: the machine that costs are counted for; None where the user names none.
         serving_searches: what came of each search for a serving profile.
+        advice: what follows from the capacities.
+        spectra: latencies at each load, percentile by percentile.
+        champion: what serves now, measured again; None where the campaign names none.
     """
 
     id: str
@@ -1062,3 +1129,153 @@ class Campaign:
     samples_name: str = ""
     hardware: HardwareProfile | None = None
     serving_searches: tuple[ServingSearch, ...] = ()
+    advice: tuple[CapacityAdvice, ...] = ()
+    spectra: tuple[Spectrum, ...] = ()
+    champion: Champion | None = None
+
+
+# --- promotion -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromotionStep:
+    """One step of a promotion.
+
+    Attributes:
+        name: tells it from the others: the action, for a split with its share (``weights-10``).
+        action: what is done.
+        percent: share of the requests that the challenger answers (or gets copies of, for ``mirror``).
+        watch_s: how long it is watched afterwards; 0 for not at all.
+    """
+
+    name: str
+    action: Literal["register", "load", "mirror", "weights", "swap", "champion", "unload"]
+    percent: int = 0
+    watch_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Promotion:
+    """What is to be done so that a candidate becomes the champion; nothing in it changes once it has begun.
+
+    Attributes:
+        id: its own, another for each time that it is begun anew.
+        model: the registered model.
+        production: the name of the Model that callers ask.
+        challenger: the name of the Model beside it, for the time of the promotion.
+        experiment: the name of the split between the two.
+        location: where it is served, for people.
+        campaign_id: that chose the candidate.
+        candidate_id: the challenger.
+        candidate_name: its name.
+        version: of the registered model: the challenger.
+        fingerprint: digest of what the registry says of that version.
+        champion: the version that is the champion before; None where there is none.
+        challenger_before: the version that had the alias ``challenger`` before; None where none had.
+        policy: whose limits are watched.
+        steps: in their order.
+        reason: why it is promoted: the verdict's sentence.
+        notes: what cannot be watched, and what else is to be known, a sentence each.
+    """
+
+    id: str
+    model: str
+    production: str
+    challenger: str
+    experiment: str
+    location: str
+    campaign_id: str
+    candidate_id: str
+    candidate_name: str
+    version: str
+    fingerprint: str
+    champion: str | None
+    challenger_before: str | None
+    policy: Policy
+    steps: tuple[PromotionStep, ...]
+    reason: str
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutSnapshot:
+    """What was applied and in force before the first step of a promotion.
+
+    Attributes:
+        manifests: ``<Kind>/<name>`` -> the text of the manifest, byte for byte.
+        live: ``<Kind>/<name>`` -> canonical JSON of the spec in force.
+        absent: ``<Kind>/<name>`` of what the promotion adds and was not there.
+        serving: what the production Model serves, as `Rollout.serving` tells it; empty where there is none.
+    """
+
+    manifests: Mapping[str, str]
+    live: Mapping[str, str]
+    absent: tuple[str, ...]
+    serving: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Observation:
+    """What was seen while a step was watched.
+
+    Attributes:
+        watched_s: for how long.
+        challenger: metric -> what was seen of it.
+        champion: the same of the champion.
+        answered: ``challenger``, ``champion`` and ``others`` -> how many requests to the experiment each answered.
+        notes: what is to be known of it, a sentence each.
+    """
+
+    watched_s: float
+    challenger: Metrics
+    champion: Metrics
+    answered: Mapping[str, int]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromotionEvent:
+    """One line of a promotion's journal.
+
+    Attributes:
+        promotion_id: of the promotion.
+        number: counts its events from 1.
+        step: the name of a step, or ``promotion`` or ``rollback`` for the whole.
+        phase: what is about to be done, was done, or failed.
+        at: when, in ISO 8601, UTC.
+        detail: what came of it, for people; of an intended swap, what the production Model is to serve.
+        observation: what was watched, where something was.
+    """
+
+    promotion_id: str
+    number: int
+    step: str
+    phase: Literal["intent", "done", "failed"]
+    at: str
+    detail: str = ""
+    observation: Observation | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reign:
+    """From when on a version of a registered model was the champion, and why.
+
+    Attributes:
+        model: the registered model.
+        version: of it; None from when on there was no champion.
+        since: ISO 8601, UTC.
+        how: it was promoted, or came back when another was rolled back.
+        reason: why.
+        candidate: what the version serves; empty where that is not known.
+        promotion_id: of the promotion or rollback.
+        location: where it was served.
+    """
+
+    model: str
+    version: str | None
+    since: str
+    how: Literal["promoted", "rolled back"]
+    reason: str
+    candidate: str = ""
+    promotion_id: str = ""
+    location: str = ""

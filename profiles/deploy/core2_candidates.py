@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 from profiles.serving.core2.folder import ModelFolder, model_folder, write_folder
 from profiles.serving.core2.manifests import REQUIREMENTS
@@ -179,6 +180,23 @@ class Mesh:
             headers={"seldon-model": name},
             tls=self._tls,
             binary=serving.server == "triton" and serving.protocol == "rest",
+        )
+
+    def target_of(self, name: str, protocol: Literal["grpc", "rest"], *, binary: bool = False) -> Target:
+        """Where whatever has a name is asked: a model, or ``<experiment>.experiment``.
+
+        Args:
+            name: as the header ``seldon-model`` has it.
+            protocol: what is spoken.
+            binary: whether all that may answer take binary tensors over REST.
+        """
+        return Target(
+            url=self._address,
+            protocol=protocol,
+            model=name.partition(".")[0],
+            headers={"seldon-model": name},
+            tls=self._tls,
+            binary=binary,
         )
 
     def wait_for(self, target: Target, deadline: float) -> None:

@@ -62,6 +62,7 @@ class ModelVersion:
         available_replicas: how many answer.
         parameters: what it was loaded with; None where the scheduler does not say.
         definition: the whole of that; None where the scheduler does not say.
+        deployment: how many replicas were asked for; None where the scheduler does not say.
     """
 
     version: int
@@ -71,6 +72,7 @@ class ModelVersion:
     available_replicas: int
     parameters: Mapping[str, str] | None
     definition: pb.ModelSpec | None = field(default=None, repr=False)
+    deployment: pb.DeploymentSpec | None = field(default=None, repr=False)
 
     @property
     def live(self) -> bool:
@@ -223,6 +225,7 @@ def model_version(status: pb.ModelVersionStatus) -> ModelVersion:
         available_replicas=status.state.availableReplicas,
         parameters=None if spec is None else {one.name: one.value for one in spec.parameters},
         definition=spec,
+        deployment=None if spec is None else status.modelDefn.deploymentSpec,
     )
 
 

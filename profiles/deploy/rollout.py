@@ -1,0 +1,286 @@
+"""How traffic moves from a champion to a challenger: by manifests of Core 2, whoever applies them.
+
+Three resources are all there is: the production Model, which callers ask; the challenger's Model beside it; and the
+Experiment between the two. Each method writes the manifest that it wants into the folder of applied manifests first,
+and then has it applied, so that the same call again completes what a kill cut short.
+"""
+
+import copy
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from pydantic import BaseModel, ConfigDict
+
+from profiles.deploy.kubernetes_resources import CAMPAIGN, RUN
+from profiles.serving.core2.manifests import Manifest, as_yaml, render_experiment
+from profiles.serving.naming import check_core2_name
+from registry.codec import canonical
+from registry.documents import parse_document
+from registry.errors import InputError, UnreachableError
+from registry.ledger import fsync_folder
+from registry.records import RolloutSnapshot
+
+PRODUCTION = "production"
+"""The run that resources of production carry as a label: they are no campaign's, and nobody clears them away."""
+# What makes a Model another one; how many replicas there are does not.
+_IDENTITY = ("storageUri", "artifactVersion", "requirements", "server", "parameters", "secretName")
+
+
+class Applier(Protocol):
+    """Applies resources of Core 2 somewhere, and knows what is in force there."""
+
+    @property
+    def location(self) -> str:
+        """Where that is, for people."""
+
+    def read(self, kind: str, name: str) -> Manifest | None:
+        """What is in force: kind, metadata with name and labels, and spec; None where there is nothing.
+
+        Of an experiment that cannot be read, the spec is empty.
+        """
+
+    def apply(self, manifest: Manifest) -> None:
+        """Has a resource made or changed, and returns when it is in force.
+
+        Raises:
+            InputError: it is refused.
+            UnreachableError: it does not come about.
+        """
+
+    def delete(self, kind: str, name: str) -> None:
+        """Takes a resource away, and returns when it is gone; of one that is not there, at once."""
+
+    def splits(self, model: str) -> tuple[str, ...]:
+        """The names of the experiments that share out a model's requests, as far as that can be known."""
+
+
+class _Text(BaseModel):
+    """Any resource."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    kind: str
+    metadata: dict[str, Any]
+    spec: dict[str, Any]
+
+
+def owned(production: str, **more: str) -> dict[str, str]:
+    """The labels of everything that belongs to a production Model."""
+    return {CAMPAIGN: f"{PRODUCTION}-{production}"[:63].rstrip("-"), RUN: PRODUCTION, **more}
+
+
+def challenger_name(production: str) -> str:
+    """The name of the Model beside a production Model.
+
+    Raises:
+        InputError: Core 2 takes no such name.
+    """
+    check_core2_name(f"{production}-challenger", "Model")
+    return f"{production}-challenger"
+
+
+def experiment_name(production: str) -> str:
+    """The name of the split between the two."""
+    return f"{production}-promotion"
+
+
+class ManifestRollout:
+    """The `registry.ports.Rollout` of one production Model, by manifests."""
+
+    def __init__(
+        self, applier: Applier, *, production: str, folder: Path, render: Callable[[str], Manifest] | None
+    ) -> None:
+        """Applies nothing yet.
+
+        Args:
+            applier: has manifests applied.
+            production: the name of the Model that callers ask.
+            folder: keeps the manifests that are applied, as text.
+            render: gives the challenger's Model under a name, with the labels of `owned`; None where all that is to be
+                done is to go back.
+
+        Raises:
+            InputError: Core 2 takes no such name.
+        """
+        check_core2_name(production, "Model")
+        self.production = production
+        self.challenger = challenger_name(production)
+        self.experiment = experiment_name(production)
+        self._applier = applier
+        self._folder = folder
+        self._render = render
+
+    @property
+    def location(self) -> str:
+        """Where it is in production, for people."""
+        return self._applier.location
+
+    def snapshot(self) -> RolloutSnapshot:
+        """What is applied and in force now; see `registry.ports.Rollout`."""
+        for kind, name in (("Model", self.challenger), ("Experiment", self.experiment)):
+            if self._applier.read(kind, name) is not None:
+                raise InputError(
+                    f"there is a{'n' if kind[0] in 'AEIOU' else ''} {kind} {name} at {self.location} already",
+                    hint="Another promotion is under way from another folder, or left it: end that one, or delete it.",
+                )
+        if others := [name for name in self._applier.splits(self.production) if name != self.experiment]:
+            raise InputError(
+                f"the Experiment {others[0]} shares out the requests to {self.production} already",
+                hint="End it first: Core 2 lets one experiment take over a model's endpoint.",
+            )
+        absent = [_key("Model", self.challenger), _key("Experiment", self.experiment)]
+        found, key = self._applier.read("Model", self.production), _key("Model", self.production)
+        if found is None:
+            return RolloutSnapshot(manifests={}, live={}, absent=(*absent, key), serving="")
+        live = canonical(found["spec"])
+        return RolloutSnapshot(
+            manifests={key: self._text_of(found)}, live={key: live}, absent=tuple(absent), serving=_identity(found)
+        )
+
+    def serving(self) -> str:
+        """What the production Model serves: where its folder is, and what else makes it another one, as JSON."""
+        return _identity(self._applier.read("Model", self.production))
+
+    def planned(self, snapshot: RolloutSnapshot) -> str:
+        """What `serving` tells after `swap`."""
+        return _identity(self._swapped(snapshot))
+
+    def load(self, snapshot: RolloutSnapshot) -> None:
+        """Serves the challenger, with as many replicas as the champion has."""
+        manifest = self._rendered(self.challenger)
+        before = self._before(snapshot)
+        if before is not None:
+            manifest["spec"] |= {"replicas": before["spec"].get("replicas", 1)}
+        self._put(manifest)
+
+    def mirror(self, percent: int) -> None:
+        """The challenger gets copies of so many percent of the requests."""
+        self._split({self.production: 100}, mirror=(self.challenger, percent))
+
+    def weights(self, percent: int) -> None:
+        """The challenger answers so many percent of the requests."""
+        self._split({self.production: 100 - percent, self.challenger: percent})
+
+    def swap(self, snapshot: RolloutSnapshot) -> None:
+        """The production Model serves what the challenger does."""
+        self._put(self._swapped(snapshot))
+
+    def unload(self) -> None:
+        """Ends the split, then the challenger beside the production Model."""
+        self._drop("Experiment", self.experiment)
+        self._drop("Model", self.challenger)
+
+    def restore(self, snapshot: RolloutSnapshot) -> None:
+        """Makes all as it was.
+
+        The production Model comes first: as long as it is another one, the split goes on.
+
+        Raises:
+            UnreachableError: it does not come about, or what is in force then is not what was.
+        """
+        for key, text in snapshot.manifests.items():
+            kind, _, name = key.partition("/")
+            self._write(key, text)
+            if _spec(self._applier.read(kind, name)) != snapshot.live[key]:
+                self._applier.apply(_parsed(text, key))
+        for key in sorted(snapshot.absent):
+            kind, _, name = key.partition("/")
+            self._drop(kind, name)
+        self._check_restored(snapshot)
+
+    # --- parts of it ---
+
+    def _check_restored(self, snapshot: RolloutSnapshot) -> None:
+        for key, wanted in snapshot.live.items():
+            kind, _, name = key.partition("/")
+            if (found := _spec(self._applier.read(kind, name))) != wanted:
+                raise UnreachableError(
+                    f"the {kind} {name} was applied as it was before, and is in force otherwise: {found or 'gone'}, "
+                    f"not {wanted}",
+                    hint="Something else changes it: an autoscaler, or another hand.",
+                )
+        for key in snapshot.absent:
+            kind, _, name = key.partition("/")
+            if self._applier.read(kind, name) is not None:
+                raise UnreachableError(f"the {kind} {name} was taken away, and is there again")
+
+    def _rendered(self, name: str) -> Manifest:
+        if self._render is None:
+            raise ValueError("this rollout can only go back")
+        return copy.deepcopy(self._render(name))
+
+    def _before(self, snapshot: RolloutSnapshot) -> Manifest | None:
+        key = _key("Model", self.production)
+        text = snapshot.manifests.get(key)
+        return None if text is None else _parsed(text, key)
+
+    def _swapped(self, snapshot: RolloutSnapshot) -> Manifest:
+        """The production Model with what the challenger serves; how often it is served stays."""
+        made, before = self._rendered(self.production), self._before(snapshot)
+        if before is None:
+            return made
+        kept = {name: value for name, value in before["spec"].items() if name not in {*_IDENTITY, "memory"}}
+        new = {name: made["spec"][name] for name in (*_IDENTITY, "memory") if name in made["spec"]}
+        labels = {**before["metadata"].get("labels", {}), **made["metadata"].get("labels", {})}
+        return {**made, "metadata": {"name": self.production, "labels": labels}, "spec": {**new, **kept}}
+
+    def _split(self, weights: Mapping[str, int], mirror: tuple[str, int] | None = None) -> None:
+        labels = owned(self.production)
+        self._put(render_experiment(self.experiment, weights, labels=labels, default=self.production, mirror=mirror))
+
+    def _put(self, manifest: Manifest) -> None:
+        self._write(_key(str(manifest["kind"]), str(manifest["metadata"]["name"])), as_yaml(manifest))
+        self._applier.apply(manifest)
+
+    def _drop(self, kind: str, name: str) -> None:
+        self._applier.delete(kind, name)
+        self._path(_key(kind, name)).unlink(missing_ok=True)
+
+    def _text_of(self, found: Manifest) -> str:
+        """The text that was applied, where that is what is in force; else what is in force as text."""
+        key = _key(str(found["kind"]), str(found["metadata"]["name"]))
+        path = self._path(key)
+        if path.is_file():
+            text = path.read_text(encoding="utf-8")
+            if _identity(_parsed(text, key)) == _identity(found):
+                return text
+        metadata = {name: found["metadata"][name] for name in ("name", "labels") if found["metadata"].get(name)}
+        return as_yaml({"apiVersion": found["apiVersion"], "kind": found["kind"], "metadata": metadata} | _only(found))
+
+    def _write(self, key: str, text: str) -> None:
+        path = self._path(key)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_name(f".{path.name}.new")
+        with draft.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+        fsync_folder(path.parent)
+
+    def _path(self, key: str) -> Path:
+        return self._folder / f"{key.replace('/', '-')}.yaml"
+
+
+def _key(kind: str, name: str) -> str:
+    return f"{kind}/{name}"
+
+
+def _only(found: Manifest) -> Manifest:
+    return {"spec": found["spec"]}
+
+
+def _parsed(text: str, key: str) -> Manifest:
+    return parse_document(text, _Text, name=key).model_dump()
+
+
+def _spec(found: Manifest | None) -> str:
+    return "" if found is None else canonical(found["spec"])
+
+
+def _identity(found: Manifest | None) -> str:
+    if found is None:
+        return ""
+    spec = found["spec"]
+    return canonical({name: spec[name] for name in _IDENTITY if spec.get(name) not in (None, [], "")})

@@ -1,0 +1,143 @@
+"""Manifests of production, applied through Core 2's scheduler where nobody else commands it."""
+
+import time
+
+from profiles.deploy.core2_candidates import Mesh
+from profiles.deploy.core2_messages import GOING, Core2Model, Experiment, ModelVersion, model_message
+from profiles.deploy.scheduler import SchedulerClient
+from profiles.serving.core2.manifests import Manifest
+from profiles.serving.core2.schema import MLOPS
+from profiles.serving.core2.sizing import quantity_bytes
+from registry.errors import InputError
+
+TIMEOUT_S = 300.0
+
+
+class SchedulerApplier:
+    """Implements `profiles.deploy.rollout.Applier`.
+
+    The scheduler keeps no labels, and does not tell what an experiment is of.
+    """
+
+    def __init__(self, client: SchedulerClient, mesh: Mesh, *, location: str, timeout_s: float = TIMEOUT_S) -> None:
+        """Connects to nothing yet.
+
+        Args:
+            client: of the scheduler; the caller closes it.
+            mesh: where requests go.
+            location: which Core 2 it is, for people.
+            timeout_s: longest wait for one resource.
+        """
+        self._client = client
+        self._mesh = mesh
+        self._location = location
+        self._timeout_s = timeout_s
+
+    @property
+    def location(self) -> str:
+        """Which Core 2 it is."""
+        return self._location
+
+    def read(self, kind: str, name: str) -> Manifest | None:
+        """What is in force; see `profiles.deploy.rollout.Applier`.
+
+        Raises:
+            InputError: it has settings that burnish could not restore, or the scheduler does not tell what it is.
+            UnreachableError: the scheduler did not answer.
+        """
+        if kind == "Experiment":
+            return None if self._client.experiment(name) is None else _resource(kind, name, {})
+        found = self._client.model(name)
+        if found is None or not found.live:
+            return None
+        return _resource(kind, name, _spec_of(name, found))
+
+    def apply(self, manifest: Manifest) -> None:
+        """Has a model loaded, or an experiment started, and returns when it is in force."""
+        name, deadline = str(manifest["metadata"]["name"]), time.monotonic() + self._timeout_s
+        if manifest["kind"] == "Experiment":
+            experiment = experiment_of(manifest)
+            self._client.start_experiment(experiment)
+            self._client.wait_for_experiment(experiment, timeout_s=self._timeout_s)
+            return
+        found = self._client.model(name)
+        if found is not None and found.state in GOING:
+            self._client.wait_until_unloaded(name, timeout_s=self._timeout_s)
+        self._client.wait_for_model(self._client.load_model(_model_of(manifest)), timeout_s=self._timeout_s)
+        self._mesh.wait_for(self._mesh.target_of(name, "rest"), deadline)
+
+    def delete(self, kind: str, name: str) -> None:
+        """Has a model unloaded, or an experiment stopped, and returns when it is gone."""
+        if kind == "Experiment":
+            self._client.stop_experiment(name)
+            return
+        found = self._client.model(name)
+        if found is not None and found.live:
+            self._client.unload_model(name)
+            self._client.wait_until_unloaded(name, timeout_s=self._timeout_s)
+
+    def splits(self, model: str) -> tuple[str, ...]:
+        """Nothing: the scheduler does not tell, and refuses a second experiment with a model for its default."""
+        return ()
+
+
+def experiment_of(manifest: Manifest) -> Experiment:
+    """What the scheduler is told of an Experiment."""
+    spec = manifest["spec"]
+    mirror = spec.get("mirror")
+    return Experiment(
+        name=str(manifest["metadata"]["name"]),
+        weights={str(one["name"]): int(one["weight"]) for one in spec["candidates"]},
+        default=spec.get("default"),
+        mirror=None if mirror is None else (str(mirror["name"]), int(mirror["percent"])),
+    )
+
+
+def _model_of(manifest: Manifest) -> Core2Model:
+    spec = manifest["spec"]
+    memory = spec.get("memory")
+    return Core2Model(
+        name=str(manifest["metadata"]["name"]),
+        uri=spec["storageUri"],
+        requirements=tuple(spec["requirements"]),
+        memory_bytes=None if memory is None else round(quantity_bytes(memory)),
+        server=spec.get("server"),
+        parameters={one["name"]: one["value"] for one in spec.get("parameters", [])},
+        replicas=spec.get("replicas", 1),
+        min_replicas=spec.get("minReplicas"),
+        max_replicas=spec.get("maxReplicas"),
+        artifact_version=spec.get("artifactVersion"),
+        secret_name=spec.get("secretName"),
+    )
+
+
+def _spec_of(name: str, found: ModelVersion) -> Manifest:
+    told, deployed = found.definition, found.deployment
+    if told is None or deployed is None:
+        raise InputError(
+            f"the scheduler does not tell what {name} was loaded with, so that it could not be restored",
+            hint="Use a Core 2 whose scheduler tells the definitions of its models.",
+        )
+    spec = {
+        "storageUri": told.uri,
+        "artifactVersion": told.artifactVersion if told.HasField("artifactVersion") else None,
+        "requirements": list(told.requirements),
+        "memory": str(told.memoryBytes) if told.HasField("memoryBytes") else None,
+        "server": told.server if told.HasField("server") else None,
+        "replicas": deployed.replicas,
+        "minReplicas": deployed.minReplicas or None,
+        "maxReplicas": deployed.maxReplicas or None,
+        "parameters": [{"name": one.name, "value": one.value} for one in told.parameters] or None,
+        "secretName": told.storageConfig.storageSecretName or None,
+    }
+    spec = {key: value for key, value in spec.items() if value is not None}
+    if model_message(_model_of(_resource("Model", name, spec))).modelSpec != told or deployed.replicas < 1:
+        raise InputError(
+            f"{name} has settings at the scheduler that burnish could not restore",
+            hint="Load it with a URI, requirements, memory, server, parameters and replicas alone.",
+        )
+    return spec
+
+
+def _resource(kind: str, name: str, spec: Manifest) -> Manifest:
+    return {"apiVersion": MLOPS, "kind": kind, "metadata": {"name": name}, "spec": spec}

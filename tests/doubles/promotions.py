@@ -1,0 +1,182 @@
+"""A registry, a place for manifests and a probe that live in memory, and end with whoever is killed."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from profiles.deploy.rollout import ManifestRollout, owned
+from profiles.serving.core2.manifests import Manifest, as_yaml
+from registry.errors import InputError, UnreachableError
+from registry.ports import RegisteredVersion
+from registry.records import Estimate, Observation, PromotionStep, Reign
+
+SAME = '[["x"],["y"]]'
+
+
+def version(number: str, **changed: Any) -> RegisteredVersion:
+    """A version that burnish registered."""
+    told = RegisteredVersion(
+        model="digits",
+        version=number,
+        fingerprint=f"fingerprint-{number}",
+        candidate_id=f"candidate-{number}",
+        candidate=f"int8 {number}",
+        signature=SAME,
+    )
+    return replace(told, **changed)
+
+
+@dataclass
+class MemoryRegistry:
+    """Versions 1 and 2 of ``digits``, of which the first is the champion.
+
+    Attributes:
+        down: whether it does not answer.
+    """
+
+    versions: dict[str, RegisteredVersion] = field(
+        default_factory=lambda: {one.version: one for one in (version("1"), version("2"))}
+    )
+    named: dict[str, str] = field(default_factory=lambda: {"champion": "1"})
+    kept: dict[str, Reign] = field(default_factory=dict)
+    down: bool = False
+
+    def find(self, model: str, *, campaign_id: str, candidate_id: str) -> RegisteredVersion | None:
+        return next((one for one in self.versions.values() if one.candidate_id == candidate_id), None)
+
+    def version(self, model: str, version: str) -> RegisteredVersion | None:
+        self._answer()
+        return self.versions.get(version)
+
+    def aliases(self, model: str) -> Mapping[str, str]:
+        self._answer()
+        return dict(self.named)
+
+    def set_alias(self, model: str, alias: str, version: str | None) -> None:
+        self._answer()
+        if version is None:
+            self.named.pop(alias, None)
+        else:
+            self.named[alias] = version
+
+    def crown(self, reign: Reign) -> None:
+        self._answer()
+        self.kept[f"{reign.since}.{reign.promotion_id}.{reign.how}"] = reign
+
+    def reigns(self, model: str) -> tuple[Reign, ...]:
+        return tuple(self.kept[key] for key in sorted(self.kept))
+
+    def _answer(self) -> None:
+        if self.down:
+            raise UnreachableError("the registry is down")
+
+
+@dataclass
+class MemoryApplier:
+    """What is in force, by kind and name.
+
+    Attributes:
+        failures: storage URI -> why a Model from there does not come about.
+        down: whether nothing can be applied.
+    """
+
+    resources: dict[str, Manifest] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+    down: bool = False
+    location: str = "memory"
+
+    def read(self, kind: str, name: str) -> Manifest | None:
+        self._answer()
+        return self.resources.get(f"{kind}/{name}")
+
+    def apply(self, manifest: Manifest) -> None:
+        self._answer()
+        if told := self.failures.get(str(manifest["spec"].get("storageUri"))):
+            raise UnreachableError(told)
+        if manifest["kind"] == "Experiment":
+            named = [one["name"] for one in manifest["spec"]["candidates"]]
+            if missing := [one for one in named if f"Model/{one}" not in self.resources]:
+                raise InputError(f"no model {missing[0]}")
+        self.resources[f"{manifest['kind']}/{manifest['metadata']['name']}"] = manifest
+
+    def delete(self, kind: str, name: str) -> None:
+        self._answer()
+        self.resources.pop(f"{kind}/{name}", None)
+
+    def splits(self, model: str) -> tuple[str, ...]:
+        return tuple(
+            str(one["metadata"]["name"])
+            for one in self.resources.values()
+            if one["kind"] == "Experiment" and one["spec"].get("default") == model
+        )
+
+    def _answer(self) -> None:
+        if self.down:
+            raise UnreachableError("the cluster is down")
+
+
+def model_manifest(name: str, uri: str, **spec: Any) -> Manifest:
+    """A Model that serves what is at a URI."""
+    return {
+        "apiVersion": "mlops.seldon.io/v1alpha1",
+        "kind": "Model",
+        "metadata": {"name": name, "labels": owned("digits")},
+        "spec": {"storageUri": uri, "requirements": ["mlserver", "burnish"], "replicas": 1, **spec},
+    }
+
+
+def production(applier: MemoryApplier, folder: Path, uri: str = "gs://models/old") -> str:
+    """Puts a champion into production, and returns the text of its manifest, which has a comment of its own."""
+    manifest = model_manifest("digits", uri, replicas=3)
+    text = f"# by hand\n{as_yaml(manifest)}"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "Model-digits.yaml").write_text(text)
+    applier.resources["Model/digits"] = manifest
+    return text
+
+
+def rollout(applier: Any, folder: Path, uri: str = "gs://models/new") -> ManifestRollout:
+    """The rollout of a challenger from this URI."""
+    return ManifestRollout(
+        applier, production="digits", folder=folder, render=lambda name: model_manifest(name, uri, memory="64Mi")
+    )
+
+
+@dataclass
+class StatedProbe:
+    """Sees what it is told to.
+
+    Attributes:
+        p90_ms: of the challenger.
+        failed: share of the challenger's requests.
+        answered: in place of the counts that fit the step.
+        watched: the steps so far.
+        meanwhile: is called during each watch.
+    """
+
+    p90_ms: float = 10.0
+    failed: float = 0.0
+    answered: dict[str, int] | None = None
+    watched: list[str] = field(default_factory=list)
+    meanwhile: Callable[[PromotionStep], None] = lambda _: None
+
+    def sees(self, metric: str) -> bool:
+        return metric in {"latency_p90_ms", "failed_share"}
+
+    def watch(self, step: PromotionStep) -> Observation:
+        self.watched.append(step.name)
+        self.meanwhile(step)
+        percent = 0 if step.action == "mirror" else step.percent
+        split = {"challenger": percent * 10, "champion": 1000 - percent * 10, "others": 0}
+        return Observation(
+            watched_s=step.watch_s,
+            challenger={"latency_p90_ms": told(self.p90_ms, "ms"), "failed_share": told(self.failed, "fraction")},
+            champion={"latency_p90_ms": told(10.0, "ms")},
+            answered=split if self.answered is None else self.answered,
+        )
+
+
+def told(value: float, unit: str) -> Estimate:
+    """An estimate with a narrow interval."""
+    return Estimate(value=value, low=value * 0.99, high=value * 1.01, runs=3, method="stated", unit=unit)
