@@ -3,6 +3,8 @@
 It stands alone: only numpy and openvino are imported, and nothing is unpickled.
 """
 
+import importlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,7 @@ class OpenVinoModel:
     """
 
     def __init__(self, entry: Path, *, precision: str = "default") -> None:
-        import openvino
-
+        openvino = _openvino()
         settings = {"INFERENCE_PRECISION_HINT": "f32"} if precision == "float32" else {}
         self._compiled = openvino.Core().compile_model(str(entry), "CPU", settings)
         self._inputs = [port.get_any_name() for port in self._compiled.inputs]
@@ -46,6 +47,19 @@ class OpenVinoModel:
             model_input = {self._inputs[0]: np.asarray(model_input)}
         answers = self._compiled({name: model_input[name] for name in self._inputs})
         return {name: answers[index] for index, name in enumerate(self._outputs)}
+
+
+def _openvino() -> Any:
+    """OpenVINO, imported without its telemetry, which reports each use over the network unless ``CI`` is ``true``."""
+    before = os.environ.get("CI")
+    os.environ["CI"] = "true"
+    try:
+        return importlib.import_module("openvino")
+    finally:
+        if before is None:
+            del os.environ["CI"]
+        else:
+            os.environ["CI"] = before
 
 
 def _load_pyfunc(path: str, model_config: dict[str, Any] | None = None) -> OpenVinoModel:

@@ -1,20 +1,17 @@
-"""A campaign as flat parameters, metrics, curves and tags: what a tracker's tables compare. No tracker in here."""
+"""A campaign as flat parameters, tags and tables: what a tracker's pages compare and filter by. No tracker in here.
 
-import re
-from collections.abc import Mapping
+The numbers are in `registry.tracked_metrics`.
+"""
 
-from registry.records import Campaign, Candidate, Estimate, HardwareProfile, Metrics, StageCall
-from registry.report.table import BYTES_PER_MB, capacity_of, outcome, variant_of
+from registry.records import Campaign, Candidate, HardwareProfile, ServingSearch, StageCall, Variant
+from registry.report.table import outcome, variant_of
 from registry.selection import fidelity_of
+from registry.tracked_metrics import curves, name_of
 
-# What MLflow takes in the name of a metric or parameter; a blank is one of ours.
-_NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9_./-]")
 MOST_TAG_CHARS = 5000
-
-
-def name_of(metric: str, load: str | None = None) -> str:
-    """A metric's name with its load, in the characters a tracker takes: ``latency_p90_ms.at_0.8_saturation``."""
-    return _NOT_IN_A_NAME.sub("_", metric if load is None else f"{metric}.at_{load}")
+# MLflow's own limit on a parameter is 6000.
+MOST_PARAM_CHARS = 5000
+_CUT = " ..."
 
 
 def parameters(campaign: Campaign, candidate: Candidate) -> dict[str, str]:
@@ -43,19 +40,23 @@ def parameters(campaign: Campaign, candidate: Candidate) -> dict[str, str]:
     if variant is not None:
         params |= {
             "source": variant.source,
-            "recipe": " | ".join(stage_words(stage) for stage in variant.recipe.stages) or "none",
+            "recipe": recipe_words(variant),
             "format": variant.artifact.format,
             "artifact_digest": variant.artifact.digest,
+            "calibration_digest": variant.calibration_digest or "none",
             "seed": str(variant.seed),
         }
-    return params
+    fidelity = fidelity_of(candidate, campaign.variants, campaign.fidelities)
+    if fidelity is not None:
+        params["instruction_set"] = fidelity.instruction_set
+    return {name: shortened(value, MOST_PARAM_CHARS) for name, value in params.items()}
 
 
 def campaign_parameters(campaign: Campaign) -> dict[str, str]:
     """What was set for the whole campaign, its host and its policy; versions as ``version.<package>``."""
     policy = campaign.verdict.policy
     host = campaign.host
-    return {
+    params = {
         "level": campaign.level,
         "seed": str(campaign.seed),
         "task_metric": campaign.task_metric,
@@ -72,6 +73,33 @@ def campaign_parameters(campaign: Campaign) -> dict[str, str]:
         **_hardware_parameters(campaign.hardware),
         **{name_of(f"version.{package}"): version for package, version in campaign.versions.items()},
     }
+    return {name: shortened(value, MOST_PARAM_CHARS) for name, value in params.items()}
+
+
+def search_parameters(search: ServingSearch) -> dict[str, str]:
+    """What a search for a serving profile could choose from, why it ended, and what it chose."""
+    return {
+        "variant": search.variant_name,
+        "space": str(search.space),
+        "looked_at": str(len(search.points)),
+        "bounded_out": str(search.bounded_out),
+        "stopped": search.stopped,
+        "best": "none" if search.best is None else search.best.profile.key,
+    }
+
+
+def model_parameters(variant: Variant, precision: str) -> dict[str, str]:
+    """What a logged model was made of, and how."""
+    params = {
+        "recipe": recipe_words(variant),
+        "format": variant.artifact.format,
+        "precision": precision,
+        "size_bytes": str(variant.artifact.size_bytes),
+        "source_digest": variant.source_digest,
+        "calibration_digest": variant.calibration_digest or "none",
+        "seed": str(variant.seed),
+    }
+    return {name: shortened(value, MOST_PARAM_CHARS) for name, value in params.items()}
 
 
 def _hardware_parameters(hardware: HardwareProfile | None) -> dict[str, str]:
@@ -87,58 +115,26 @@ def _hardware_parameters(hardware: HardwareProfile | None) -> dict[str, str]:
     return found
 
 
-def metrics(campaign: Campaign, candidate: Candidate) -> dict[str, float]:
-    """Every number of a candidate: ``<name>``, and ``<name>_low`` and ``<name>_high`` where they are known."""
-    found: dict[str, float] = {}
-    fidelity = fidelity_of(candidate, campaign.variants, campaign.fidelities)
-    if fidelity is not None:
-        found |= _flat(fidelity.metrics)
-    for screening in campaign.screenings:
-        if (screening.variant_id, screening.engine) == (candidate.variant_id, candidate.engine):
-            found |= _flat(screening.metrics)
-    for measurement in campaign.measurements:
-        if measurement.candidate_id == candidate.id:
-            found |= _flat(measurement.metrics, measurement.load)
-            found[name_of("invalid_runs", measurement.load)] = float(measurement.invalid_runs)
-    for comparison in campaign.comparisons:
-        if comparison.candidate_id == candidate.id:
-            found |= _flat({f"ratio.{comparison.metric}": comparison.ratio}, comparison.load)
-    variant = variant_of(campaign, candidate)
-    if variant is not None:
-        found["size_mb"] = variant.artifact.size_bytes / BYTES_PER_MB
-    return found
-
-
-def curves(campaign: Campaign, candidate: Candidate) -> list[tuple[str, int, float]]:
-    """Points (name, step, value) of the candidate's curves.
-
-    ``curve.latency_p50_ms``, ``curve.latency_p90_ms`` and ``curve.achieved_rps`` step by the offered rate in requests
-    a second, rounded; ``curve.closed_rps`` by the requests outstanding.
-    """
-    capacity = capacity_of(campaign, candidate.id)
-    if capacity is None:
-        return []
-    points = {("curve.closed_rps", concurrency): rate for concurrency, rate in capacity.ladder}
-    for stage in capacity.stages:
-        step = round(stage.offered_rps)
-        points["curve.achieved_rps", step] = stage.achieved_rps
-        if stage.latency_p50_ms is not None:
-            points["curve.latency_p50_ms", step] = stage.latency_p50_ms
-        if stage.latency_p90_ms is not None:
-            points["curve.latency_p90_ms", step] = stage.latency_p90_ms
-    return [(name, step, value) for (name, step), value in points.items()]
-
-
 def tags(campaign: Campaign, candidate: Candidate) -> dict[str, str]:
     """Who a candidate is, and what the verdict says of it."""
     word, reason = outcome(campaign, candidate)
     return {
         "burnish.campaign_id": campaign.id,
+        "burnish.kind": "candidate",
         "burnish.candidate_id": candidate.id,
         "burnish.baseline": _flag(candidate.id == campaign.verdict.baseline),
         "burnish.pareto": _flag(candidate.id in campaign.verdict.pareto),
         "burnish.verdict": word,
-        "burnish.reason": reason[:MOST_TAG_CHARS],
+        "burnish.reason": shortened(reason, MOST_TAG_CHARS),
+    }
+
+
+def search_tags(campaign: Campaign, search: ServingSearch) -> dict[str, str]:
+    """Whose search it is, and what came of it."""
+    return {
+        "burnish.campaign_id": campaign.id,
+        "burnish.kind": "search",
+        "burnish.reason": shortened(search.sentence, MOST_TAG_CHARS),
     }
 
 
@@ -151,7 +147,7 @@ def campaign_tags(campaign: Campaign) -> dict[str, str]:
         "burnish.kind": "campaign",
         "burnish.level": campaign.level,
         "burnish.verdict": "selected" if verdict.selected is not None else "none",
-        "burnish.reason": verdict.sentence[:MOST_TAG_CHARS],
+        "burnish.reason": shortened(verdict.sentence, MOST_TAG_CHARS),
         "burnish.selected": verdict.selected or "",
         "burnish.provisional": _flag(verdict.provisional),
         "burnish.failures": str(len(kinds)),
@@ -168,22 +164,41 @@ def failures_table(campaign: Campaign) -> dict[str, list[object]]:
     }
 
 
+def curves_table(campaign: Campaign) -> dict[str, list[object]]:
+    """Every point of the candidates' curves, where the steps of a metric are whole numbers."""
+    data: list[object] = [
+        [candidate.name, point.name, point.at, point.value]
+        for candidate in campaign.candidates
+        for point in curves(campaign, candidate)
+    ]
+    return {"columns": ["candidate", "curve", "at", "value"], "data": data}
+
+
+def search_table(search: ServingSearch) -> dict[str, list[object]]:
+    """The profiles that a search looked at, in their order."""
+    columns: list[object] = ["look", "profile", "closed_rps", "low", "high", "why", "failure", "best"]
+    data: list[object] = []
+    for number, point in enumerate(search.points, 1):
+        score = point.score
+        rate = [None, None, None] if score is None else [score.value, score.low, score.high]
+        data.append([number, point.profile.key, *rate, point.reason, point.failure, point == search.best])
+    return {"columns": columns, "data": data}
+
+
+def recipe_words(variant: Variant) -> str:
+    """The stages of a variant in one line; ``none`` for the source as it is."""
+    return " | ".join(stage_words(stage) for stage in variant.recipe.stages) or "none"
+
+
+def shortened(text: str, most: int) -> str:
+    """The text, cut where a tracker would refuse it as too long."""
+    return text if len(text) <= most else text[: most - len(_CUT)] + _CUT
+
+
 def stage_words(stage: StageCall) -> str:
     """A stage with its parameters in one line: ``quantize(per_channel=true, scheme=static)``."""
     params = ", ".join(f"{name}={_scalar(value)}" for name, value in sorted(stage.params.items()))
     return f"{stage.name}({params})" if params else stage.name
-
-
-def _flat(estimates: Metrics | Mapping[str, Estimate], load: str | None = None) -> dict[str, float]:
-    found: dict[str, float] = {}
-    for metric, estimate in estimates.items():
-        name = name_of(metric, load)
-        found[name] = estimate.value
-        if estimate.low is not None:
-            found[f"{name}_low"] = estimate.low
-        if estimate.high is not None:
-            found[f"{name}_high"] = estimate.high
-    return found
 
 
 def _scalar(value: object) -> str:

@@ -3,13 +3,24 @@
 import os
 import re
 from pathlib import Path
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import unquote, urlsplit, urlunsplit
 
 from registry.errors import InputError
 from registry.ports import Tracker
 
 _SECRET_IN_QUERY = re.compile(r"([?&][^=&]*(?:password|passwd|pwd|secret|token|key)[^=&]*=)[^&#]*", re.IGNORECASE)
 HIDDEN = "***"
+SECRET_VARIABLES = (
+    "MLFLOW_TRACKING_PASSWORD",
+    "MLFLOW_TRACKING_TOKEN",
+    "PGPASSWORD",
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+    "AZURE_STORAGE_ACCESS_KEY",
+    "AZURE_STORAGE_CONNECTION_STRING",
+)
+"""Environment variables whose values no message shows."""
 
 
 def open_tracker(uri: str | None, work: Path) -> Tracker:
@@ -65,13 +76,28 @@ def redact(uri: str) -> str:
 
 
 def without_secrets(text: str, uri: str) -> str:
-    """The text with every mention of the URI redacted, and the secrets of the URI hidden wherever they stand."""
+    """The text with every mention of the URI redacted, and all secrets hidden wherever they stand.
+
+    Secrets are those of the URI, as they are written there and as they are meant, and those of the variables that
+    MLflow and its stores take credentials from.
+    """
     shown = text.replace(uri, redact(uri))
+    secrets = {os.environ.get(name) for name in SECRET_VARIABLES}
     try:
-        secrets = (urlsplit(uri).password, urlsplit(uri).username)
+        of_uri = (urlsplit(uri).password, urlsplit(uri).username)
     except ValueError:
-        return shown
-    for secret in secrets:
-        if secret:
-            shown = shown.replace(secret, HIDDEN)
+        of_uri = (None, None)
+    secrets |= {*of_uri, *(unquote(secret) for secret in of_uri if secret)}
+    for secret in sorted((secret for secret in secrets if secret), key=len, reverse=True):
+        shown = shown.replace(secret, HIDDEN)
     return shown
+
+
+def holds_secret(uri: str) -> bool:
+    """Whether a URI holds a password, or what a server of HTTP takes for a token."""
+    try:
+        parts = urlsplit(uri)
+    except ValueError:
+        return False
+    user_is_token = parts.scheme in {"http", "https"} and bool(parts.username)
+    return bool(parts.password) or user_is_token or bool(_SECRET_IN_QUERY.search(uri))

@@ -23,7 +23,7 @@ from registry.errors import InputError, UnreachableError
 from registry.mlflow_tracking import MlflowTracker
 from registry.records import Artifact, ArtifactFile, Campaign, TensorSpec
 from registry.tracking import embedded_uri, open_tracker
-from tests.doubles import campaigns
+from tests.doubles import campaigns, searches
 
 pytestmark = [
     pytest.mark.slow,
@@ -153,13 +153,15 @@ def test_a_campaign_is_a_parent_run_with_a_child_for_each_candidate(
     assert parent.data.tags["burnish.campaign_id"] == own_name.id
     assert parent.data.tags["burnish.failures.not_applicable"] == "1"
     assert parent.data.params["host.fingerprint"] == own_name.host.fingerprint
-    assert {"campaign.json", "failures.json", "host.json", "report.html"} <= artifacts_of(client, parent.info.run_id)
+    files = {"campaign.json", "curves.json", "failures.json", "host.json", "report.html"}
+    assert artifacts_of(client, parent.info.run_id) == files
 
     for candidate in own_name.candidates:
         child = runs[published.runs[candidate.id]]
         assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
         assert child.data.params["variant"] == candidate.variant_name
         assert child.data.params["server"] == candidate.serving.server
+        assert child.data.tags["burnish.kind"] == "candidate"
         rendered = {f"rendered/{path}" for path in own_name.rendered[candidate.id]}
         assert artifacts_of(client, child.info.run_id) == rendered
 
@@ -168,21 +170,62 @@ def test_a_campaign_is_a_parent_run_with_a_child_for_each_candidate(
     assert winner.data.metrics["max_throughput_rps"] == 1236.9
     assert winner.data.metrics["max_throughput_rps_low"] == pytest.approx(1222.1)
     assert winner.data.metrics["latency_p90_ms.at_0.8_saturation"] == pytest.approx(17.283)
-    curve = client.get_metric_history(winner.info.run_id, "curve.latency_p90_ms")
+    curve = client.get_metric_history(winner.info.run_id, "curve/latency_p90_ms")
     assert [point.step for point in sorted(curve, key=lambda point: point.step)] == [245, 491, 736, 981, 1104, 1202]
     unknown = runs[published.runs[campaigns.OPENVINO_TRITON.id]]
     assert unknown.data.tags["burnish.verdict"] == "unknown"
     assert "invalid" in unknown.data.tags["burnish.reason"]
 
 
-def test_the_evaluation_samples_are_the_campaigns_dataset(uri: str, own_name: Campaign, tmp_path: Path) -> None:
+def test_the_samples_are_datasets_of_the_runs_that_used_them(uri: str, own_name: Campaign, tmp_path: Path) -> None:
     named = dataclasses.replace(own_name, samples_name="evaluation.npz")
     published = MlflowTracker(uri, tmp_path / "work").publish(named, files={})
-    (given,) = MlflowClient(tracking_uri=uri).get_run(published.runs[named.id]).inputs.dataset_inputs
-    assert (given.dataset.name, json.loads(given.dataset.source)) == ("evaluation.npz", {"uri": "evaluation.npz"})
-    assert named.samples_digest.startswith(given.dataset.digest)
-    assert json.loads(given.dataset.profile) == {"num_rows": 899}
-    assert {tag.key: tag.value for tag in given.tags} == {"mlflow.data.context": "evaluation"}
+    client = MlflowClient(tracking_uri=uri)
+
+    def given(key: str) -> dict[str, mlflow.entities.Dataset]:
+        inputs = client.get_run(published.runs[key]).inputs.dataset_inputs
+        return {tag.value: one.dataset for one in inputs for tag in one.tags if tag.key == "mlflow.data.context"}
+
+    evaluation = given(named.id)["evaluation"]
+    assert (evaluation.name, json.loads(evaluation.source)) == ("evaluation.npz", {"uri": "evaluation.npz"})
+    assert named.samples_digest.startswith(evaluation.digest)
+    assert json.loads(evaluation.profile) == {"num_rows": 899}
+    features = json.loads(json.loads(evaluation.schema)["mlflow_tensorspec"]["features"])
+    assert [(one["name"], one["tensor-spec"]["shape"]) for one in features] == [("image", [-1, 1, 32, 32])]
+    calibrated, plain = given(campaigns.STATIC_TRITON.id), given(campaigns.BASELINE.id)
+    assert campaigns.STATIC.calibration_digest.startswith(calibrated["calibration"].digest)
+    assert set(plain) == {"evaluation"}
+    assert plain["evaluation"].digest == evaluation.digest
+
+
+def test_what_is_the_models_own_stands_on_the_model_with_its_samples(
+    uri: str, own_name: Campaign, tmp_path: Path
+) -> None:
+    published = MlflowTracker(uri, tmp_path / "work").publish(own_name, files={})
+    client = MlflowClient(tracking_uri=uri)
+    run = client.get_run(published.runs[campaigns.STATIC_TRITON.id])
+    model = client.get_logged_model(run.inputs.model_inputs[0].model_id)
+    found = {one.key: one for one in model.metrics}
+    assert found["accuracy_drop_high"].value == pytest.approx(0.0044)
+    assert own_name.samples_digest.startswith(found["accuracy_drop_high"].dataset_digest)
+    assert found["inprocess_ms.batch_1"].value == 0.46
+    assert "max_throughput_rps" not in found
+    assert model.params["recipe"] == "simplify | quantize(per_channel=true, scheme=static)"
+
+
+def test_a_search_is_a_run_whose_looks_are_steps(uri: str, own_name: Campaign, tmp_path: Path) -> None:
+    searched = dataclasses.replace(own_name, serving_searches=(searches.search(),))
+    tracker = MlflowTracker(uri, tmp_path / "work")
+    published = tracker.publish(searched, files={})
+    client = MlflowClient(tracking_uri=uri)
+    (run,) = [run for run in runs_of(client, own_name) if run.data.tags["burnish.kind"] == "search"]
+    assert run.data.tags["mlflow.parentRunId"] == published.runs[own_name.id]
+    assert run.data.params["best"] == "mlserver-grpc-b16-d5"
+    looks = client.get_metric_history(run.info.run_id, "search/closed_rps")
+    assert sorted((one.step, one.value) for one in looks) == [(1, 450.0), (3, 610.0), (4, 580.0)]
+    table = json.loads(Path(client.download_artifacts(run.info.run_id, "search.json", str(tmp_path))).read_text())
+    assert [row[1] for row in table["data"] if row[-1]] == ["mlserver-grpc-b16-d5"]
+    assert tracker.publish(searched, files={}) == published
 
 
 def test_no_environment_variable_reaches_a_run(
@@ -321,9 +364,7 @@ def test_a_try_that_was_interrupted_is_replaced(
     assert len(published.runs) == 1 + len(own_name.candidates)
     experiment = client.get_experiment_by_name(f"burnish/{own_name.model_name}")
     models = list(client.search_logged_models([experiment.experiment_id]))
-    assert sorted(model.tags["burnish.variant_id"] for model in models) == sorted(
-        {candidate.variant_id for candidate in own_name.candidates}
-    )
+    assert sorted(model.tags["burnish.variant_id"] for model in models) == sorted(one.id for one in own_name.variants)
     assert published.model_version == "1"
 
 

@@ -6,7 +6,7 @@ import io
 import pytest
 from rich.console import Console
 
-from registry import tracked
+from registry import tracked_metrics
 from registry.records import Campaign, Candidate, Failure, Variant
 from registry.report.markdown import render_markdown
 from registry.report.table import latency_name, outcome, printable, rows
@@ -76,7 +76,7 @@ def test_reports_tracker_and_verdict_know_the_same_accuracy(variant: Variant, kn
     judged = metric_table(made.candidates, made.measurements, made.fidelities, made.variants)[served.id]
     assert (("accuracy", None) in judged) is known
     assert (rows(made)[0].accuracy is not None) is known
-    assert ("accuracy" in tracked.metrics(made, served)) is known
+    assert ("accuracy" in tracked_metrics.metrics(made, served)) is known
 
 
 def test_without_a_limit_the_latency_shown_is_p90_as_it_was_measured() -> None:

@@ -1,13 +1,13 @@
 """Where campaigns are recorded, and as what: no MLflow in here."""
 
-import re
+import dataclasses
 from pathlib import Path
 
 import pytest
 
 from registry import tracked
 from registry.records import StageCall
-from registry.tracking import embedded_uri, redact, without_secrets
+from registry.tracking import embedded_uri, holds_secret, redact, without_secrets
 from tests.doubles import campaigns
 
 
@@ -39,30 +39,35 @@ def test_the_embedded_store_is_in_the_working_folder(tmp_path: Path) -> None:
     assert embedded_uri(tmp_path) == f"sqlite:///{tmp_path.resolve()}/mlflow.db"
 
 
-def test_names_hold_only_what_a_tracker_takes() -> None:
-    made = campaigns.campaign()
-    for candidate in made.candidates:
-        names = [*tracked.metrics(made, candidate), *(name for name, _, _ in tracked.curves(made, candidate))]
-        assert len(names) > 20
-        assert all(re.fullmatch(r"[A-Za-z0-9_./-]+", name) for name in names)
-    assert tracked.name_of("latency_p90_ms", "0.8 saturation") == "latency_p90_ms.at_0.8_saturation"
-    assert tracked.name_of("latency_p99_ms", "100 rps") == "latency_p99_ms.at_100_rps"
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("MLFLOW_TRACKING_TOKEN", "tok-123"), ("PGPASSWORD", "pg-123"), ("AWS_SECRET_ACCESS_KEY", "aws-123")],
+)
+def test_a_message_is_shown_without_the_secrets_of_the_environment(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    assert without_secrets(f"the proxy saw {value}", "http://host:5000") == "the proxy saw ***"
 
 
-def test_an_estimate_is_three_metrics() -> None:
-    found = tracked.metrics(campaigns.campaign(), campaigns.STATIC_TRITON)
-    assert found["latency_p90_ms.at_0.8_saturation_low"] < found["latency_p90_ms.at_0.8_saturation"]
-    assert found["latency_p90_ms.at_0.8_saturation_high"] > found["latency_p90_ms.at_0.8_saturation"]
-    assert found["ratio.max_throughput_rps"] == pytest.approx(2.7167, abs=1e-3)
-    assert "latency_p90_ms.at_0.8_saturation" not in tracked.metrics(campaigns.campaign(), campaigns.OPENVINO_TRITON)
+def test_a_password_is_hidden_as_it_is_meant_too() -> None:
+    assert without_secrets("bad password: p@ss", "postgresql://ann:p%40ss@db/mlflow") == "bad password: ***"
 
 
-def test_a_curve_has_a_step_for_each_rate() -> None:
-    points = tracked.curves(campaigns.campaign(), campaigns.BASELINE)
-    assert len({(name, step) for name, step, _ in points}) == len(points)
-    assert {name for name, _, _ in points} == {
-        "curve.achieved_rps", "curve.closed_rps", "curve.latency_p50_ms", "curve.latency_p90_ms",
-    }  # fmt: skip
+@pytest.mark.parametrize(
+    ("uri", "secret"),
+    [
+        ("http://ann:s3cret@host", True),
+        ("https://token@host", True),
+        ("postgresql://ann@db/mlflow", False),
+        ("postgresql://db/mlflow?user=ann&password=s3cret", True),
+        ("http://host:5000", False),
+        ("sqlite:////tmp/mlflow.db", False),
+        ("http://[::1", False),
+    ],
+)
+def test_a_uri_with_a_secret_is_known(uri: str, secret: bool) -> None:
+    assert holds_secret(uri) == secret
 
 
 def test_parameters_are_flat_texts() -> None:
@@ -87,3 +92,17 @@ def test_failures_are_counted_by_kind_and_kept_whole() -> None:
     table = tracked.failures_table(made)
     assert len(table["data"]) == 4
     assert table["columns"][0] == "subject"
+
+
+def test_what_a_tracker_would_refuse_as_too_long_is_cut() -> None:
+    made = campaigns.campaign()
+    nodes = tuple(f"/encoder/layer.{number}/attention/MatMul" for number in range(400))
+    recipe = dataclasses.replace(
+        campaigns.STATIC.recipe, stages=(StageCall(name="quantize", params={"float_nodes": nodes}),)
+    )
+    long = dataclasses.replace(campaigns.STATIC, recipe=recipe)
+    params = tracked.parameters(dataclasses.replace(made, variants=(long,)), campaigns.STATIC_TRITON)
+    assert len(params["recipe"]) == tracked.MOST_PARAM_CHARS
+    assert params["recipe"].endswith(" ...")
+    assert tracked.model_parameters(long, "default")["recipe"] == params["recipe"]
+    assert tracked.shortened("short", 100) == "short"
