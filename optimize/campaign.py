@@ -15,7 +15,7 @@ from optimize.fidelity import load_outputs
 from optimize.judging import Judged, choose_served, judge_variants, screen_variants
 from optimize.making import make_sources
 from optimize.making import make_variants as make_all
-from optimize.measuring import Measured, Serving, measure
+from optimize.measuring import Measured, Serving, loads_of, measure
 from optimize.packages import PackageNotFoundError, version
 from optimize.plan import Observer, Plan, Workspace, plan, plan_id
 from optimize.samples import SampleFile, Samples, check_fit, load_samples, open_samples
@@ -23,8 +23,10 @@ from optimize.serving_search import CandidateOf, find_profiles, space_of
 from optimize.tuning import tune_variants
 from profiles.deploy.core2_candidates import UNKNOWN_VERSION
 from profiles.deploy.reaper import reap
+from profiles.measure.advice import advice_of
 from profiles.measure.cost import with_costs
 from profiles.measure.rounds import compare_rounds, reduce_rounds
+from profiles.measure.spectrum import spectra_of
 from registry.codec import digest, to_jsonable
 from registry.errors import InputError
 from registry.ledger import Ledger
@@ -358,6 +360,8 @@ def _assembled(
         verdict=verdict,
         serving_searches=searches,
         hardware=planned.hardware,
+        advice=tuple(advice_of(one) for one in measured.capacities),
+        spectra=spectra_of(measured.rounds, raw_root=planned.work, loads=loads_of(planned.policy)),
     )
 
 

@@ -159,7 +159,7 @@ class _Hall:
         self._cluster = cluster
         self._generator = generator
         self._inputs = inputs
-        self._loads = loads_named(self._plan.policy) or (DEFAULT_LOAD,)
+        self._loads = loads_of(self._plan.policy)
         self._shared = {
             "host": self._plan.host.fingerprint,
             "level": asdict(self._plan.level),
@@ -440,6 +440,11 @@ class _Hall:
         except UnreachableError as error:
             # No reason to end the campaign: closing the cluster tries again, and says what stays.
             self._workspace.observer.note(f"{deployment.target.model} is not taken away yet: {error.message}")
+
+
+def loads_of(policy: Policy) -> tuple[str, ...]:
+    """The loads that every candidate is measured at in each round, beside the closed loop."""
+    return loads_named(policy) or (DEFAULT_LOAD,)
 
 
 def _meters(workspace: Workspace) -> tuple[GpuProbe | None, PackageEnergy | None]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,10 @@ from registry.tracking import open_tracker
 
 RECORD = "campaign.json"
 PAGE = "report.html"
+PICTURES = "pictures"
+"""Folder beside the page with its pictures as PNG files."""
+# The names that pictures of a report may have, see `registry.report.pictures`.
+_OWN_PICTURES = ("waterfall.png", "pareto.png", "latency.png", "throughput.png", "spectrum*.png", "surface-*.png")
 _STORE = "tracking-uri"  # only where the campaign file names a store
 
 
@@ -47,10 +52,37 @@ def begun(work: Path, campaign_id: str) -> str | None:
 
 
 def write_report(campaign: Campaign, work: Path) -> Path:
-    """Writes the page into the working folder, whole or not at all."""
+    """Writes the page into the working folder, whole or not at all, and its pictures as PNG files into a folder."""
     from registry.report.html import render_html
+    from registry.report.pictures import png_files
 
+    write_pictures(png_files(campaign), work / PICTURES)
     return _write(work / PAGE, render_html(campaign))
+
+
+def write_pictures(files: Mapping[str, bytes], folder: Path) -> list[Path]:
+    """Writes PNG files into a folder and removes those of an earlier report that are not among them.
+
+    Raises:
+        InputError: the folder cannot be made or written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            (folder / name).write_bytes(content)
+        for old in _OWN_PICTURES:
+            for path in folder.glob(old):
+                if path.name not in files:
+                    path.unlink()
+    except OSError as error:
+        raise InputError(f"no pictures can be written into {folder}: {error.strerror or error}") from error
+    return [folder / name for name in files]
+
+
+def files_of(work: Path) -> dict[str, Path]:
+    """Name -> file of a written report: the page, and its pictures below ``pictures/``."""
+    pictures = sorted((work / PICTURES).glob("*.png"))
+    return {PAGE: work / PAGE, **{f"{PICTURES}/{path.name}": path for path in pictures}}
 
 
 def as_markdown(campaign: Campaign) -> str:
@@ -67,7 +99,7 @@ def publish(campaign: Campaign, work: Path) -> Published:
         UnreachableError: the tracking store does not answer; nothing is lost, the working folder holds it all.
     """
     try:
-        return _tracker(work).publish(campaign, files={PAGE: work / PAGE})
+        return _tracker(work).publish(campaign, files=files_of(work))
     except UnreachableError as error:
         hint = f"Nothing is lost: once it answers, `burnish report {work} --sync` sends it."
         raise UnreachableError(error.message, hint=hint) from error

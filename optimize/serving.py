@@ -22,13 +22,15 @@ from profiles.deploy.local import LOOPBACK, LocalDeployment
 from profiles.load.ceiling import Ceilings
 from profiles.load.library import LoadPlan, load_plan
 from profiles.load.payloads import Payload, encode_payloads, encoding_of
-from profiles.measure.advice import Advice, advise
+from profiles.measure.advice import Advice, advice_of, advise
 from profiles.measure.bench import Bench, bench_target, takes_binary
 from profiles.measure.breakdown import WatchingGenerator, statistics_at
 from profiles.measure.host import fingerprint_host, split_cpus
-from profiles.measure.plans import Planned, run_plan
+from profiles.measure.plans import Planned, curves_of, run_plan
 from profiles.measure.recorded import recorded_of, write_recorded
+from profiles.measure.rounds import CLOSED
 from profiles.measure.slo import SloSearch
+from profiles.measure.spectrum import spectra_of
 from registry.codec import digest, to_jsonable
 from registry.errors import InputError
 from registry.records import Artifact, Candidate, EngineSpec, Estimate, Round, RunRecord, ServingProfile, Target
@@ -224,6 +226,7 @@ def bench_endpoint(
     workers: int = 1,
     statistics: str | None = None,
     for_rate_rps: float | None = None,
+    pictures: Path | None = None,
     told: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Measures a V2 endpoint; see ``burnish bench --help``.
@@ -259,7 +262,9 @@ def bench_endpoint(
     capacity = None
     with TemporaryDirectory(prefix="burnish-bench-") as scratch:
         raw_root = out or Path(scratch)
-        _make_folder(raw_root)
+        _make_folder(raw_root, "--out")
+        if pictures is not None:
+            _make_folder(pictures, "--pictures")
         ceilings = Ceilings(raw_root, server_cpus, client.fingerprint)
         process: dict[str, Any] = {"cpus": client_cpus, "work": Path(scratch), "workers": workers}
         try:
@@ -272,6 +277,7 @@ def bench_endpoint(
                         generator, target, payloads, loads=loads, duration_s=duration_s, exact=exact, runs=runs, **how
                     )
             capacity = found.capacity
+            drawn = [] if pictures is None else _draw(target, found, raw_root, pictures)
         finally:
             if out is not None and journal.rounds:
                 settings: dict[str, Any] = {"seed": seed, "rounds": runs, "duration_s": duration_s}
@@ -287,7 +293,20 @@ def bench_endpoint(
                     ),
                     out,
                 )
-    return _plain(target, found, payloads, for_rate_rps)
+    return _plain(target, found, payloads, for_rate_rps) | {"pictures": [str(path) for path in drawn]}
+
+
+def _draw(target: Target, found: Bench, raw_root: Path, folder: Path) -> list[Path]:
+    """Pictures of what was measured, as PNG files in a folder."""
+    from optimize.reporting import write_pictures
+    from registry.report.pictures import endpoint_files
+
+    # A closed loop's latency is that of its concurrency; the closed-loop maximum is no load of anybody's.
+    loads = dict.fromkeys(run.load.name for one in found.rounds for run in one.runs if run.load.name != CLOSED)
+    spectra = spectra_of(found.rounds, raw_root=raw_root, loads=loads)
+    # Where no capacity was looked for, windows at several loads make curves all the same.
+    capacity = found.capacity or curves_of(found.rounds)
+    return write_pictures(endpoint_files(target.model, capacity, advice_of(capacity), spectra), folder)
 
 
 def _plan(load: str | None, arrivals: Path | None, **chosen: float | None) -> LoadPlan | None:
@@ -324,11 +343,11 @@ class _Journal:
         return tuple(Round(candidate_id="bench", number=n, position=0, runs=tuple(runs)) for n, runs in made)
 
 
-def _make_folder(folder: Path) -> None:
+def _make_folder(folder: Path, option: str) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"--out {folder} cannot be made: {error.strerror}", hint="Name another folder.") from error
+        raise InputError(f"{option} {folder} cannot be made: {error.strerror}", hint="Name another folder.") from error
 
 
 def endpoint(
@@ -454,6 +473,8 @@ def show_bench(result: dict[str, Any]) -> None:
             console.print(f"  {stage['offered_rps']:.1f}/s: {stage['achieved_rps']:.1f}/s came back, {held}")
         for line in result["advice"]["lines"]:
             console.print(line, highlight=False)
+    for path in result["pictures"]:
+        console.print(f"Picture: {path}", highlight=False, soft_wrap=True)
     for measurement in result["measurements"]:
         table = Table("metric", "value", title=measurement["load"] or "closed loop", title_justify="left")
         for name, fields in measurement["metrics"].items():

@@ -87,6 +87,7 @@ def bench(
     out: Annotated[
         Path | None, typer.Option(help="Keep the records in this folder, also of a run that is ended.")
     ] = None,
+    pictures: Annotated[Path | None, typer.Option(help="Draw PNG files of the result into this folder.")] = None,
     seed: Annotated[int, typer.Option(help="Of arrivals and payloads.")] = 0,
     json_output: Json = False,
 ) -> None:
@@ -119,6 +120,7 @@ def bench(
             workers=workers,
             statistics=statistics,
             for_rate_rps=for_rate,
+            pictures=pictures,
             told=say,
         )
     if json_output:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from profiles.measure.capacity import estimate_saturation
 from profiles.measure.usl import UslFit, explain_fit, find_knee, fit_usl
 from profiles.serving.core2.sizing import MARGIN, MARGINS, rate_per_replica, replicas_for
-from registry.records import Capacity
+from registry.records import Capacity, CapacityAdvice
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,10 +48,8 @@ def advise(capacity: Capacity, *, for_rate_rps: float | None = None) -> Advice:
     lines = []
     if knee is not None:
         lines.append(f"More than {knee} requests at a time only wait longer.")
-    if isinstance(law, UslFit):
-        lines.append(f"{explain_fit(law)} (Universal Scalability Law, at most {law.worst:.1%} off).")
-    elif knee is not None:
-        lines.append(f"{law[0].upper()}{law[1:]}.")
+    if knee is not None:
+        lines.append(_explained(law))
     if saturation is not None:
         # The lower end: what was sustained.
         known_rps = saturation.value if saturation.low is None else saturation.low
@@ -66,3 +64,23 @@ def advise(capacity: Capacity, *, for_rate_rps: float | None = None) -> Advice:
     elif for_rate_rps is not None:
         lines.append("No saturation point was found, so that no number of replicas follows.")
     return Advice(knee=knee, law=law, target_rps=target, replicas=replicas, lines=tuple(lines))
+
+
+def advice_of(capacity: Capacity) -> CapacityAdvice:
+    """The same as a campaign records it, for one replica of one candidate."""
+    found = advise(capacity)
+    law = {} if isinstance(found.law, str) else {name: getattr(found.law, name) for name in ("gamma", "sigma", "kappa")}
+    return CapacityAdvice(
+        candidate_id=capacity.candidate_id,
+        knee=found.knee,
+        law=law,
+        explanation="" if found.knee is None else _explained(found.law),
+        target_rps=found.target_rps,
+        lines=found.lines,
+    )
+
+
+def _explained(law: UslFit | str) -> str:
+    if isinstance(law, str):
+        return f"{law[0].upper()}{law[1:]}."
+    return f"{explain_fit(law)} (Universal Scalability Law, at most {law.worst:.1%} off)."

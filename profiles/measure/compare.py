@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 
-from profiles.measure.percentiles import CONFIDENCE, t_half_width
+from registry.intervals import CONFIDENCE, paired_ratio
 from registry.records import Comparison, Estimate
 
 Word = Literal["faster", "equivalent", "slower", "undecided"]
@@ -85,7 +85,7 @@ def compare_pairs(
     if min(itertools.chain.from_iterable(pairs)) <= 0:
         raise ValueError(f"ratios of {metric} need positive values, not {list(pairs)}")
     logs = np.log([candidate / baseline for candidate, baseline in pairs])
-    ratio = _ratio(logs, confidence)
+    ratio = paired_ratio(pairs, confidence)
     return Comparison(
         candidate_id=candidate_id,
         baseline_id=baseline_id,
@@ -180,15 +180,6 @@ def _welch(
         ends = stats.ttest_ind(logs, others, equal_var=False).confidence_interval(confidence)
         low, high = math.exp(ends.low), math.exp(ends.high)
     return Estimate(value=value, low=low, high=high, runs=runs, method="Welch's t, not in turns", unit="1")
-
-
-def _ratio(logs: "np.ndarray[tuple[int], np.dtype[np.float64]]", confidence: float) -> Estimate:
-    centre, rounds = float(logs.mean()), len(logs)
-    if rounds == 1:
-        return Estimate(value=math.exp(centre), low=None, high=None, runs=1, method="single pair", unit="1")
-    half = t_half_width(logs, confidence)
-    low, high = math.exp(centre - half), math.exp(centre + half)
-    return Estimate(value=math.exp(centre), low=low, high=high, runs=rounds, method="t over paired rounds", unit="1")
 
 
 def _word(

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from profiles.measure.early_stopping import requests_needed, upper_bound
+from registry.intervals import CONFIDENCE, t_half_width
 from registry.records import Estimate
 
 # Ten values beyond the percentile: p99 is printed from 1,000 requests on, p90 from 100 on. The p50 asks for ten on
@@ -19,7 +20,6 @@ from registry.records import Estimate
 EARNED: Mapping[int, int] = {50: 20, 90: 100, 95: 200, 99: 1000}
 # One run of several says something of its own from a third of that on (three values beyond the percentile).
 EARNED_IN_RUN: Mapping[int, int] = {percentile: math.ceil(count / 3) for percentile, count in EARNED.items()}
-CONFIDENCE = 0.95
 # Above this share of saturation a tail has no upper end: waits reach over whole windows, and so over runs, of which
 # even long ones then seldom show the tail (at 0.9 of an M/M/1 queue five runs of 2,000 requests miss the p99 in one
 # interval of four). A tail begins above the median.
@@ -127,11 +127,3 @@ def estimate_over_runs(
     half = t_half_width(points, confidence)
     low, value, high = back(centre - half), back(centre), back(centre + half)
     return Estimate(value=value, low=low, high=high, runs=runs, method="t over runs", unit=unit)
-
-
-def t_half_width(points: NDArray[np.float64], confidence: float = CONFIDENCE) -> float:
-    """Half the width of Student's interval for the mean of at least two points."""
-    from scipy import stats
-
-    spread = float(points.std(ddof=1)) / math.sqrt(len(points))
-    return float(stats.t.ppf((1 + confidence) / 2, len(points) - 1)) * spread

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 
 from profiles.load.arrivals import read_arrivals, replay_s
 from profiles.load.engine import LoadGenerator
@@ -223,6 +223,23 @@ class _Bench:
         return Planned(
             capacity=capacity, measurements=tuple(one for one in measured if one.metrics), rounds=tuple(rounds)
         )
+
+
+def curves_of(rounds: Sequence[Round]) -> Capacity:
+    """Windows at several rates and concurrencies as a ladder and stages, to draw; no saturation point is looked for.
+
+    A concurrency's throughput is the mean of its valid windows, a rate's numbers are medians over its windows.
+    """
+    closed, opened = dict[int, list[float]](), dict[float, list[RunRecord]]()
+    for run in (run for one in rounds for run in one.runs):
+        if isinstance(run.load.load, ClosedLoop):
+            closed.setdefault(run.load.load.concurrency, []).extend([_throughput(run)] if run.valid else [])
+        elif isinstance(run.load.load, OpenLoop):
+            opened.setdefault(run.load.load.rate_rps, []).append(run)
+    ladder = tuple((n, fmean(rates)) for n, rates in sorted(closed.items()) if rates)
+    concurrency = max(ladder, key=lambda rung: rung[1], default=(1, 0.0))[0]
+    stages = tuple(_stage(rate, runs, concurrency) for rate, runs in sorted(opened.items()))
+    return Capacity(candidate_id=_ID, concurrency=concurrency, ladder=ladder, stages=stages, saturation_rps=None)
 
 
 def level_of(plan: LoadPlan) -> Level:

@@ -9,9 +9,12 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from registry.records import Campaign, ClosedLoop, Comparison, Judgement, LoadProfile, Replay, Variant
-from registry.report import numbers, pictures
-from registry.report.resources import tables
-from registry.report.searches import search_tables
+from registry.report import numbers
+from registry.report.champions import champion_sentence
+from registry.report.drawing import as_svg
+from registry.report.pictures import pictures_of
+from registry.report.resources import Table
+from registry.report.sections import all_tables
 from registry.report.table import Row, engine_words, latency_name, printable, rows, serving_words
 from registry.tracked import stage_words
 
@@ -35,12 +38,14 @@ def render_html(campaign: Campaign) -> str:
         tiles=_tiles(shown, _latency_heading(campaign)),
         latency_heading=_latency_heading(campaign),
         rows=[_cells(row) for row in shown],
-        tables=(*tables(campaign, shown), *search_tables(campaign)),
+        tables=[{"table": one, "numeric": _numeric(one)} for one in all_tables(campaign, shown)],
+        champion=champion_sentence(campaign),
         policy=_policy(campaign),
         started=_started(campaign),
-        latency_picture=Markup(pictures.latency_picture(campaign, shown)),  # noqa: S704 - escaped where it is made
-        pareto_picture=Markup(pictures.pareto_picture(campaign, shown)),  # noqa: S704
-        lines_left_out=max(0, len(campaign.capacities) - pictures.MOST_LINES),
+        pictures=[
+            {"title": one.title, "caption": one.caption, "svg": Markup(as_svg(one))}  # noqa: S704 - escaped where made
+            for one in pictures_of(campaign, shown)
+        ],
         losers=[_loser(campaign, row) for row in shown if row.outcome != "selected"],
         closest=[
             {
@@ -150,10 +155,20 @@ def _cells(row: Row) -> dict[str, Any]:
     }
 
 
+def _numeric(table: Table) -> list[bool]:
+    """Which columns hold numbers, and so are set to the right."""
+    return [
+        all(not cell or cell == numbers.NOT_KNOWN or cell[0].isdigit() or cell[0] == "-" for cell in column)
+        for column in zip(*(row[1:] for row in table.rows), strict=True)
+    ]
+
+
 def _policy(campaign: Campaign) -> list[dict[str, str]]:
     """Each constraint and objective of the policy."""
     policy = campaign.verdict.policy
     limits = [{"kind": "limit", "text": constraint.text} for constraint in policy.constraints]
+    passed_over = () if campaign.champion is None else campaign.champion.passed_over
+    limits += [{"kind": "passed over", "text": text} for text in passed_over]
     return limits + [{"kind": "objective", "text": objective.text} for objective in policy.objectives]
 
 

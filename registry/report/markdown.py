@@ -4,8 +4,9 @@ import re
 
 from registry.records import Campaign, Failure
 from registry.report import numbers
-from registry.report.resources import Table, tables
-from registry.report.searches import search_tables
+from registry.report.champions import champion_sentence
+from registry.report.resources import Table
+from registry.report.sections import all_tables
 from registry.report.table import Row, engine_words, latency_name, printable, rows
 
 _HEADINGS = (
@@ -22,11 +23,12 @@ def render_markdown(campaign: Campaign) -> str:
     parts = [f"# {_text(campaign.name)}: the verdict", f"**{_text(verdict.sentence)}**"]
     if verdict.provisional:
         parts.append(f"> **Provisional.** Level `{campaign.level}` does not earn a promotion.")
+    if against := champion_sentence(campaign):
+        parts.append(_text(against))
     shown = rows(campaign)
     if shown:
         parts.append(_table(campaign, shown))
-        parts += [part for table in tables(campaign, shown) for part in _small_table(table)]
-    parts += [part for table in search_tables(campaign) for part in _small_table(table)]
+    parts += [part for table in all_tables(campaign, shown) for part in _small_table(table)]
     parts += _section("Why not the others", [_loser(row) for row in shown if row.outcome != "selected"])
     parts += _section(
         "Closest misses",

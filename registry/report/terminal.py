@@ -11,7 +11,9 @@ from rich.text import Text
 
 from registry.records import Campaign, Failure
 from registry.report import numbers
+from registry.report.champions import champion_sentence
 from registry.report.table import Row, engine_words, latency_name, printable, rows
+from registry.report.waterfall import TITLE, waterfall
 
 # Every outcome has a word beside its colour: colour alone says nothing on a plain stream or to the colour-blind.
 _STYLES = {"selected": "bold green", "rejected": "", "unknown": "yellow", "failed": "red"}
@@ -31,6 +33,8 @@ def render_terminal(campaign: Campaign, console: Console) -> None:
     if shown:
         console.print(_table(campaign, shown, console.width))
     _sentence(campaign, console)
+    _levers(campaign, console)
+    _capacity(campaign, shown, console)
     _reasons(shown, console)
     _closest(campaign, console)
     _failures(campaign.failures, console)
@@ -104,6 +108,35 @@ def _sentence(campaign: Campaign, console: Console) -> None:
     console.print(Text(printable(campaign.verdict.sentence), style="bold green" if selected else "bold yellow"))
     if campaign.verdict.provisional:
         console.print(Text(f"Provisional: level {campaign.level} does not earn a promotion.", style="yellow"))
+    if against := champion_sentence(campaign):
+        console.print(Text(printable(against)))
+
+
+def _levers(campaign: Campaign, console: Console) -> None:
+    """The way from the baseline to the selected, a line a step."""
+    found = waterfall(campaign)
+    if found is None:
+        return
+    console.print(Text(f"\n{TITLE} ({printable(found.label)})", style="bold"))
+    steps = [(step.name, step.words, step.value, step.ratio) for step in found.steps]
+    width = max(len(name) for name, _, _, _ in [*steps, ("baseline", "", found.start, None)])
+    console.print(Text(printable(f"{'baseline':<{width}}  {numbers.text(found.start)}  {found.baseline.name}")))
+    for name, words, value, ratio in steps:
+        told = " ".join(part for part in (numbers.times(ratio), numbers.times_interval(ratio)) if part)
+        console.print(Text(printable(f"{name:<{width}}  {numbers.text(value)}  {told}: {words}")))
+    for note in found.notes[:-1]:
+        console.print(Padding(Text(printable(note), style="dim"), (0, 0, 0, 4), expand=False))
+
+
+def _capacity(campaign: Campaign, shown: tuple[Row, ...], console: Console) -> None:
+    """What follows from the capacity of what is to be served; the other reports have all."""
+    advice = {one.candidate_id: one for one in campaign.advice}
+    chosen = next((row for row in shown if row.outcome == "selected"), None)
+    if chosen is None or chosen.candidate.id not in advice:
+        return
+    console.print(Text("\nCapacity of the selected", style="bold"))
+    for line in advice[chosen.candidate.id].lines:
+        console.print(Text(printable(line)))
 
 
 def _reasons(shown: tuple[Row, ...], console: Console) -> None:

@@ -12,9 +12,10 @@ import pytest
 
 from registry.records import Campaign, Failure
 from registry.report import pictures
+from registry.report.drawing import as_svg
 from registry.report.html import render_html
 from registry.report.table import rows
-from tests.doubles import campaigns
+from tests.doubles import campaigns, reports
 
 VOID = {"meta", "link", "br", "img", "hr", "input"}
 
@@ -65,11 +66,11 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def page() -> Page:
-    return Page(render_html(campaigns.campaign()))
+    return Page(render_html(reports.rich()))
 
 
 def test_the_page_tells_the_whole_campaign(page: Page) -> None:
-    made = campaigns.campaign()
+    made = reports.rich()
     assert made.verdict.sentence in page.text
     assert "Provisional" in page.text
     for candidate in made.candidates:
@@ -120,7 +121,7 @@ def test_references_inside_the_page_resolve_and_ids_are_unique(page: Page) -> No
 
 
 def test_the_page_is_the_same_each_time() -> None:
-    assert render_html(campaigns.campaign()) == render_html(campaigns.campaign())
+    assert render_html(reports.rich()) == render_html(reports.rich())
 
 
 def test_only_quick_is_provisional() -> None:
@@ -158,7 +159,7 @@ def hostile() -> Campaign:
     KEPT = {"id", "candidate_id", "variant_id", "baseline_id", "baseline", "selected", "unknown", "pareto", "metric"}
     KEPT |= {"kind", "phase", "server", "backend", "protocol", "word", "outcome", "format", "precision", "graph_level"}
     KEPT |= {"op", "direction", "unit", "method", "arrivals", "load", "engine"}
-    return spoil(campaigns.campaign())
+    return spoil(reports.rich())
 
 
 @pytest.mark.filterwarnings("error")
@@ -178,12 +179,17 @@ def test_a_name_in_any_script_is_drawn_without_a_word() -> None:
     made = campaigns.campaign()
     named = tuple(dataclasses.replace(one, name=f"模型 {one.name}") for one in made.candidates)
     made = dataclasses.replace(made, candidates=named)
-    assert "模型" in pictures.latency_picture(made, rows(made))
+    drawn = pictures.latency_picture(made, rows(made))
+    assert drawn is not None
+    assert "模型" in as_svg(drawn)
 
 
 def test_pictures_are_well_formed_and_say_what_they_show() -> None:
-    made = campaigns.campaign()
-    for picture in (pictures.latency_picture(made, rows(made)), pictures.pareto_picture(made, rows(made))):
+    made = reports.rich()
+    found = pictures.pictures_of(made, rows(made))
+    names = ["waterfall", "pareto", "latency", "throughput", "spectrum", "surface-1"]
+    assert [one.name for one in found] == names
+    for picture in map(as_svg, found):
         root = ElementTree.fromstring(picture.replace("<svg", '<svg xmlns:xlink="x"', 1))
         assert root.find("title") is not None
         assert root.find("desc") is not None
@@ -241,7 +247,9 @@ def test_many_candidates_stay_readable_and_small() -> None:
     assert len(html) < 3_000_000
     assert "32 more candidates are in the table only" in html
     # The baseline is drawn however many come before it.
-    assert "(baseline)" in pictures.latency_picture(made, rows(made))
+    drawn = pictures.latency_picture(made, rows(made))
+    assert drawn is not None
+    assert "(baseline)" in as_svg(drawn)
 
 
 def test_the_template_is_in_the_package() -> None:
