@@ -379,7 +379,7 @@ def _measurements(planned: Plan, candidates: Sequence[Candidate], measured: Meas
             capacities[candidate.id],
             raw_root=planned.work,
             level=planned.level,
-            load_time_s=deployed[candidate.id].load_time_s,
+            load_time_s=(deployed[candidate.id].load_time_s, *deployed[candidate.id].reload_times_s),
             first_request_ms=deployed[candidate.id].first_request_ms,
         )
     # How many cores a server of Core 2 could use is not known here.

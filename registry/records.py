@@ -811,7 +811,7 @@ class Deployed:
         load_time_s: from the request to load the model, on a server that runs, to its readiness.
         rendered: path -> text of the files that were rendered for it.
         first_request_ms: the very first inference, over a connection that was open; None where it was not timed.
-        reload_times_s: the same time when the model was loaded anew, in the same server, before any load.
+        reload_times_s: the same at each further deployment, where the policy asks how long loading takes.
     """
 
     candidate_id: str

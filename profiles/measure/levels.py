@@ -24,6 +24,7 @@ class Level:
         rounds: in each every candidate is measured once.
         most_rounds: as many are played by candidates of which fewer do not say whether they differ from the baseline.
             A file that leaves it out has no more than ``rounds``.
+        loads: how often a model is loaded where the policy limits how long that takes; one load has no interval.
         reruns: how often an invalid window is measured again.
         a_a: whether the baseline has two slots in each round, for the noise floor.
         warmup_s: sent before each window, not recorded.
@@ -45,6 +46,7 @@ class Level:
     served: int | None
     rounds: int
     most_rounds: int
+    loads: int
     reruns: int
     a_a: bool
     warmup_s: float
@@ -74,6 +76,7 @@ class _LevelModel(BaseModel):
     served: int | None = Field(ge=1)
     rounds: int = Field(ge=1)
     most_rounds: int | None = Field(default=None, ge=1)
+    loads: int = Field(default=2, ge=1)
     reruns: int = Field(ge=0)
     a_a: bool
     warmup_s: float = Field(ge=0)

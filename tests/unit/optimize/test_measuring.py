@@ -502,3 +502,27 @@ def test_a_ledger_that_cannot_be_written_ends_the_campaign(
     monkeypatch.setattr(Ledger, "commit", refuse)
     with pytest.raises(StorageError):
         Session(tmp_path, generator).measure(BASE, FAST)
+
+
+def test_a_limit_on_the_load_time_has_each_candidate_loaded_as_often_as_the_level_says(
+    tmp_path: Path, generator: SimulatedGenerator
+) -> None:
+    limited = parse_policy(("load_time_s <= 20",), ("maximize max_throughput_rps",))
+    session = Session(tmp_path, generator)
+    living: list[set[str]] = []
+    generator.before = lambda *_: living.append(
+        {one.candidate.id for one in session.cluster.deployments if not one.ended}
+    )
+    found = session.measure(BASE, FAST, policy=limited)
+    assert QUICK.loads == 2
+    assert [(one.load_time_s, one.reload_times_s) for one in found.deployed] == [(1.0, (2.0,)), (3.0, (4.0,))]
+    # What was deployed before is gone when anything is offered; the last deployment stays through all rounds.
+    assert len(session.cluster.deployments) == 4
+    assert living[-1] == {"base", "fast"}
+    assert [one.ended for one in session.cluster.deployments[::2]] == [True, True]
+    [capacity, _] = found.capacities
+    times = (found.deployed[0].load_time_s, *found.deployed[0].reload_times_s)
+    [whole, *_] = reduce_rounds("base", found.rounds, capacity, raw_root=tmp_path, level=QUICK, load_time_s=times)
+    assert whole.metrics["load_time_s"].high is not None
+    # Without such a limit the same folder's single load is no answer to it, and the other way round.
+    assert [one.reload_times_s for one in session.measure(BASE, FAST).deployed] == [(), ()]
