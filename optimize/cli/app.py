@@ -9,8 +9,11 @@ from optimize.cli import (
     compare,
     explain,
     hosts,
+    job,
     lint,
     models,
+    promote,
+    pipeline,
     rebuild,
     render,
     reports,
@@ -40,7 +43,12 @@ app.command("compare")(compare.compare)
 app.command("report")(reports.report)
 app.command("explain")(explain.explain)
 app.command("select")(select.select)
+app.command("promote")(promote.promote)
+app.command("rollback")(promote.rollback)
+app.command("history")(promote.history)
 app.command("rebuild")(rebuild.rebuild)
 app.add_typer(cache.app, name="cache")
+app.add_typer(job.app, name="job")
+app.add_typer(pipeline.app, name="pipeline")
 app.command("lint")(lint.lint)
 app.command("doctor")(hosts.doctor)
