@@ -20,7 +20,7 @@ from profiles.load.payloads import Expected, Likeness, Payload, count_wrong, dec
 from profiles.load.recording import Recording, StoredColumns, merge_parts, save_columns
 from profiles.load.summary import summarize
 from registry.codec import file_sha256, to_jsonable
-from registry.errors import BurnishError, GeneratorLostError, StorageError, UnreachableError
+from registry.errors import BurnishError, GeneratorLostError, InputError, StorageError, UnreachableError
 from registry.records import ClosedLoop, LoadProfile, RunRecord, Target
 
 logger = logging.getLogger(__name__)
@@ -32,6 +32,8 @@ BESIDE_WINDOW_S = 60.0
 LEAD_NS = 20_000_000
 REPLIES_KEPT = 64
 PAYLOADS = "payloads.bin"
+# Of what a process tells that it could not go on for; whatever else it is, is the server's.
+_FAILURES: dict[str, type[BurnishError]] = {error.kind: error for error in (StorageError, InputError)}
 
 
 class LoadGenerator:
@@ -330,12 +332,12 @@ class _Worker:
         Raises:
             UnreachableError: the server failed, or the event did not come in time.
             StorageError: the process could not write what it should.
+            InputError: the target has headers that are none.
             GeneratorLostError: the process has ended.
         """
         while (event := self._next_event(deadline))["event"] != name:
             if event["event"] == "failed":
-                kind = StorageError if event["kind"] == StorageError.kind else UnreachableError
-                raise kind(event["message"], hint=event["hint"])
+                raise _FAILURES.get(event["kind"], UnreachableError)(event["message"], hint=event["hint"])
         return event
 
     def _next_event(self, deadline: float, late: type[UnreachableError] = UnreachableError) -> dict[str, Any]:

@@ -1,0 +1,322 @@
+"""V2 over REST, by as much of HTTP/1.1 as that takes, on connections that are kept alive.
+
+A client library's time counts as the server's latency, and its CPU is lost to a server that shares it: aiohttp took two
+to three times what this does for a request. So requests are written as they were encoded, and of an answer only its
+status, its few headers and its body are read. Source: RFC 9112, "HTTP/1.1", sections 6 and 7.
+"""
+
+import asyncio
+import json
+import ssl
+from collections.abc import Mapping
+from urllib.parse import quote, urlsplit
+
+from profiles.load.payloads import HEADER_LENGTH, Payload
+from profiles.load.transports import KEEP_ALIVE_S, NO_HEADERS, ROUTE, Reply, Status, check_headers
+from registry.records import Target
+
+# Read at once, of whatever has come.
+READ_BYTES = 1 << 18
+# A message so small is written in one piece with its head.
+SMALL_BYTES = 1 << 16
+MOST_HEADS = 1024
+MOST_HEAD_BYTES = 1 << 16
+_END_OF_HEAD = b"\r\n\r\n"
+_KEPT = {HEADER_LENGTH.lower().encode(): HEADER_LENGTH, ROUTE.encode(): ROUTE}
+_WITHOUT_BODY = frozenset({204, 304})
+
+
+class RestTransport:
+    """V2 over REST, on as many connections as there are requests in flight."""
+
+    def __init__(self, target: Target) -> None:
+        self.in_flight = 0
+        self._target = target
+        scheme = "https" if target.tls else "http"
+        self._address = urlsplit(f"{scheme}://{target.url}")
+        self._heads: dict[tuple[tuple[str, str], ...], bytes] = {}
+        self._connections: set[_Connection] = set()
+        self._idle: list[_Connection] = []
+        self._buffer = memoryview(bytearray(READ_BYTES))
+
+    async def open(self, timeout_s: float) -> None:
+        """Prepares to connect, which the requests themselves do; see `Transport`."""
+        check_headers(self._target)
+        self._loop = asyncio.get_running_loop()
+        self._tls = ssl.create_default_context() if self._target.tls else None
+        path = quote(f"{self._address.path.rstrip('/')}/v2/models/{self._target.model}/infer", safe="/%")
+        # MLServer compresses unless it is told not to, and that would be measured.
+        own = {"Host": self._address.netloc, "Accept": "*/*", "Accept-Encoding": "identity", **self._target.headers}
+        self._head = f"POST {path} HTTP/1.1\r\n{_lines(own)}"
+
+    async def infer(self, payload: Payload, timeout_s: float) -> Reply:
+        """Sends one request; see `Transport`."""
+        self.in_flight += 1
+        began = self._loop.time()
+        try:
+            connection = self._free()
+            if connection is None:
+                connection = await asyncio.wait_for(self._connect(), timeout_s)
+            left_s = timeout_s - (self._loop.time() - began)
+            return await connection.ask(self._message(payload), left_s, timeout_s)
+        except TimeoutError:
+            return Reply(Status.TIMEOUT, message=f"no connection within {timeout_s:.3g} s")
+        except OSError as error:
+            return Reply(Status.CONNECTION, message=f"{type(error).__name__}: {error}")
+        finally:
+            self.in_flight -= 1
+
+    async def close(self) -> None:
+        """Closes all connections."""
+        for connection in tuple(self._connections):
+            connection.abort()
+        # What a connection has to say of its end is said in the loop's next turns.
+        await asyncio.sleep(0)
+
+    def _free(self) -> "_Connection | None":
+        """An idle connection, the last that was used; None where there is none."""
+        while self._idle:
+            connection = self._idle.pop()
+            if connection.usable(self._loop.time() - KEEP_ALIVE_S):
+                return connection
+            connection.abort()
+        return None
+
+    async def _connect(self) -> "_Connection":
+        _, connection = await self._loop.create_connection(
+            lambda: _Connection(self._loop, self._buffer, self._idle, self._connections),
+            self._address.hostname or "",
+            self._address.port or (443 if self._tls else 80),
+            ssl=self._tls,
+        )
+        return connection
+
+    def _message(self, payload: Payload) -> tuple[bytes, ...]:
+        """What is written: one piece, or of a large message its head and its body, which is not copied."""
+        kind = tuple(payload.headers.items())
+        head = self._heads.get(kind)
+        if head is None:
+            if len(self._heads) >= MOST_HEADS:
+                self._heads.clear()
+            head = self._heads[kind] = f"{self._head}{_lines(payload.headers)}Content-Length: ".encode("latin-1")
+        body = payload.body
+        head = b"%s%d\r\n\r\n" % (head, len(body))
+        return (head + body,) if len(body) <= SMALL_BYTES else (head, body)
+
+
+class _Connection(asyncio.BufferedProtocol):
+    """One connection, one request at a time."""
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        buffer: memoryview,
+        idle: "list[_Connection]",
+        known: "set[_Connection]",
+    ) -> None:
+        self._loop = loop
+        self._buffer = buffer  # of all connections: what has come is taken out of it at once
+        self._idle = idle
+        self._known = known
+        self._used = False
+        self._closed = False
+        self._since_s = 0.0
+        self._answer: asyncio.Future[Reply] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+
+    # --- for the transport ---
+
+    def usable(self, since_s: float) -> bool:
+        """Whether a request may be sent on it, which it may where it was used since then."""
+        return not self._closed and self._since_s >= since_s
+
+    async def ask(self, message: tuple[bytes, ...], left_s: float, timeout_s: float) -> Reply:
+        """Sends a request and waits for its answer, for ``left_s``; that is named as ``timeout_s``."""
+        self._answer = self._loop.create_future()
+        self._received, self._status, self._headers = b"", 0, NO_HEADERS
+        self._body: list[bytes] = []
+        self._left: int | None = None
+        self._chunks: _Chunks | None = None
+        self._timer = self._loop.call_later(max(0.0, left_s), self._give_up, timeout_s)
+        for part in message:
+            self._transport.write(part)
+        try:
+            return await self._answer
+        except asyncio.CancelledError:
+            self.abort()
+            raise
+
+    def abort(self) -> None:
+        """Ends it at once."""
+        self._closed = True
+        self._transport.abort()
+
+    # --- for the event loop ---
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+        self._known.add(self)
+        if transport.get_extra_info("socket") is None:  # pragma: no cover
+            self.abort()
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self._buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
+        if self._answer is None or self._answer.done():
+            self.abort()  # an answer that nobody asked for
+            return
+        try:
+            self._read(bytes(self._buffer[:nbytes]))
+        except ValueError as error:
+            self._end(Reply(Status.CONNECTION, message=f"no answer by HTTP: {error}"), keep=False)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._closed = True
+        self._known.discard(self)
+        if self._answer is None or self._answer.done():
+            return
+        if exc is None and self._status and self._left is None and self._chunks is None:
+            self._finish(keep=False)  # its end is the answer's
+            return
+        why = "the server closed the connection" if exc is None else f"{type(exc).__name__}: {exc}"
+        self._end(Reply(Status.CONNECTION, message=why), keep=False)
+
+    # --- an answer ---
+
+    def _read(self, data: bytes) -> None:
+        if not self._status:
+            data = self._received + data
+            head, found, data = data.partition(_END_OF_HEAD)
+            if not found:
+                if len(head) > MOST_HEAD_BYTES:
+                    raise ValueError(f"no end of headers within {MOST_HEAD_BYTES} bytes")
+                self._received = head
+                return
+            self._read_head(head)
+            if not self._status:  # of an interim answer: the answer follows
+                self._received = b""
+                if data:
+                    self._read(data)
+                return
+        if self._chunks is not None:
+            if self._chunks.read(data, self._body):
+                self._finish(keep=self._keep)
+            return
+        if data:
+            self._body.append(data)
+        if self._left is None:
+            return
+        self._left -= len(data)
+        if self._left < 0:
+            raise ValueError("more bytes than it says")
+        if self._left == 0:
+            self._finish(keep=self._keep)
+
+    def _read_head(self, head: bytes) -> None:
+        first, *lines = head.split(b"\r\n")
+        version, _, rest = first.partition(b" ")
+        if not version.startswith(b"HTTP/1.") or not rest[:3].isdigit():
+            raise ValueError(f"it begins with {first[:40]!r}")
+        status = int(rest[:3])
+        if status < 200:
+            return
+        self._keep, self._left, chunked = version == b"HTTP/1.1", None, False
+        kept = {}
+        for line in lines:
+            name, _, value = line.partition(b":")
+            name, value = name.lower(), value.strip()
+            if name == b"content-length":
+                self._left = _whole(value)
+            elif name == b"transfer-encoding":
+                chunked = value.lower().endswith(b"chunked")
+            elif name == b"connection":
+                self._keep = value.lower() != b"close"
+            elif name in _KEPT:
+                kept[_KEPT[name]] = value.decode("latin-1")
+        self._status, self._headers = status, kept or NO_HEADERS
+        if chunked:
+            self._chunks, self._left = _Chunks(), None
+        elif status in _WITHOUT_BODY:
+            self._left = 0
+
+    def _finish(self, *, keep: bool) -> None:
+        body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
+        first, self._used = not self._used, True
+        if self._status == 200:
+            self._end(Reply(Status.OK, body, self._headers, first=first), keep=keep)
+        else:
+            self._end(Reply(Status.STATUS, message=f"HTTP {self._status}: {_server_message(body)}"), keep=keep)
+
+    def _give_up(self, timeout_s: float) -> None:
+        self._end(Reply(Status.TIMEOUT, message=f"no answer within {timeout_s:.3g} s"), keep=False)
+
+    def _end(self, reply: Reply, *, keep: bool) -> None:
+        assert self._answer is not None
+        assert self._timer is not None
+        self._timer.cancel()
+        if not self._answer.done():
+            self._answer.set_result(reply)
+        if keep:
+            self._since_s = self._loop.time()
+            self._idle.append(self)
+        else:
+            self.abort()
+
+
+class _Chunks:
+    """The body of one answer that comes in chunks."""
+
+    def __init__(self) -> None:
+        self._left = 0  # of the chunk that is read, its end of line among it
+        self._line = b""
+        self._trailer = False
+
+    def read(self, data: bytes, body: list[bytes]) -> bool:
+        """Puts what belongs to the body into it; whether it is complete."""
+        while data:
+            if self._left:
+                taken, data = data[: self._left], data[self._left :]
+                held = taken[: max(0, self._left - 2)]
+                self._left -= len(taken)
+                if held:
+                    body.append(held)
+                continue
+            line, ended, data = (self._line + data).partition(b"\n")
+            if not ended:
+                if len(line) > MOST_HEAD_BYTES:
+                    raise ValueError("a chunk without a size")
+                self._line = line
+                return False
+            self._line = b""
+            line = line.strip()
+            if self._trailer:
+                if not line:
+                    if data:
+                        raise ValueError("more bytes than it says")
+                    return True
+                continue
+            size = _whole(line.partition(b";")[0].strip(), 16)
+            self._trailer, self._left = size == 0, size + 2 if size else 0
+        return False
+
+
+def _whole(digits: bytes, base: int = 10) -> int:
+    """A size; unlike ``int``, of digits alone."""
+    if not digits.isalnum():
+        raise ValueError(f"a length of {digits[:20]!r}")
+    return int(digits, base)
+
+
+def _lines(headers: Mapping[str, str]) -> str:
+    return "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+
+
+def _server_message(body: bytes) -> str:
+    """What the server says of the error: V2's ``error`` field where there is one."""
+    text = body[:2000].decode(errors="replace")
+    try:
+        return str(json.loads(text)["error"])
+    except (ValueError, KeyError, TypeError):
+        return text[:300]
