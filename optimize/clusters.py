@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from optimize.cluster_config import (
     ClusterConfig,
@@ -20,6 +20,10 @@ from profiles.deploy.core2_candidates import Core2Options
 from profiles.deploy.placement import check_destination, place
 from profiles.deploy.storage_uris import fetched_as
 from registry.records import Artifact, ServingProfile
+
+if TYPE_CHECKING:
+    from profiles.deploy.kubernetes import KubernetesClient
+    from profiles.deploy.scheduler import SchedulerClient
 
 OWNER = "owner"
 """File of the working folder: the name that its models carry on a Core 2, the same in each run and nobody else's."""
@@ -129,11 +133,14 @@ def _on_this_machine(work: Path, local: dict[str, Any]) -> Iterator[Site]:
         )
 
 
-@contextmanager
-def _by_scheduler(config: SchedulerConfig, base: Path, owner: str) -> Iterator[Site]:
+def scheduler_client(config: SchedulerConfig, base: Path) -> "SchedulerClient":
+    """The client of a configuration's scheduler, not connected yet.
+
+    Raises:
+        InputError: a file of TLS is missing, or is not what it should be.
+    """
     from profiles.deploy.scheduler import SchedulerClient
     from profiles.deploy.scheduler_channel import TlsSettings
-    from profiles.deploy.scheduler_cluster import Core2SchedulerCluster
 
     host, port = config.host_and_port
     tls = None
@@ -144,24 +151,49 @@ def _by_scheduler(config: SchedulerConfig, base: Path, owner: str) -> Iterator[S
             key=_file(config.tls.key, base),
             server_name=config.tls.server_name,
         )
+    return SchedulerClient(host, port, tls=tls)
+
+
+def kubernetes_client(config: KubernetesConfig, base: Path) -> "KubernetesClient":
+    """The client of a configuration's Kubernetes, not connected yet.
+
+    Raises:
+        MissingExtraError: the client of Kubernetes is not installed.
+        InputError: there is no kubeconfig, or it cannot be used.
+    """
+    from profiles.deploy.kubernetes import KubernetesClient
+
+    kubeconfig = _file(config.kubeconfig, base)
+    return KubernetesClient(namespace=config.namespace, context=config.context, kubeconfig=kubeconfig)
+
+
+@contextmanager
+def _by_scheduler(config: SchedulerConfig, base: Path, owner: str) -> Iterator[Site]:
+    from profiles.deploy.scheduler_cluster import Core2SchedulerCluster
+
     with (
-        SchedulerClient(host, port, tls=tls) as client,
-        Core2SchedulerCluster(client, _options(config, base, owner)) as cluster,
+        scheduler_client(config, base) as client,
+        Core2SchedulerCluster(client, core2_options(config, base, owner)) as cluster,
     ):
         yield _site(cluster, f"Core 2 at {config.address}", config, base)
 
 
 @contextmanager
 def _by_kubernetes(config: KubernetesConfig, base: Path, owner: str) -> Iterator[Site]:
-    from profiles.deploy.kubernetes import KubernetesClient, KubernetesCluster
+    from profiles.deploy.kubernetes import KubernetesCluster
 
-    kubeconfig, run = _file(config.kubeconfig, base), secrets.token_hex(4)
+    run = secrets.token_hex(4)
     with (
-        KubernetesClient(namespace=config.namespace, context=config.context, kubeconfig=kubeconfig) as client,
-        KubernetesCluster(client, _options(config, base, owner), run=run, version=config.core2_version) as cluster,
+        kubernetes_client(config, base) as client,
+        KubernetesCluster(client, core2_options(config, base, owner), run=run, version=config.core2_version) as cluster,
     ):
-        location = f"Core 2 {config.core2_version} in the namespace {client.namespace} of {client.host}"
+        location = location_of(config, client)
         yield _site(cluster, location, config, base)
+
+
+def location_of(config: KubernetesConfig, client: "KubernetesClient") -> str:
+    """Which Core 2 it is, for people."""
+    return f"Core 2 {config.core2_version} in the namespace {client.namespace} of {client.host}"
 
 
 def _site(cluster: Core2Cluster, location: str, config: Core2Config, base: Path) -> Site:
@@ -179,7 +211,8 @@ def _site(cluster: Core2Cluster, location: str, config: Core2Config, base: Path)
     )
 
 
-def _options(config: Core2Config, base: Path, owner: str) -> Core2Options:
+def core2_options(config: Core2Config, base: Path, owner: str) -> Core2Options:
+    """How candidates are served on the Core 2 of a configuration; ``owner`` as for `open_site`."""
     destination = config.storage_in(base)
     remotes, mounts = fetched_as(destination, config.storage_uri)
 

@@ -119,9 +119,14 @@ def use_tracker(uri: str | None, work: Path) -> None:
     _tracker(work).check()
 
 
-def _tracker(work: Path) -> Tracker:
+def named_store(work: Path) -> str | None:
+    """The tracking store that the working folder's campaign names; None for the usual one."""
     place = work / _STORE
-    return open_tracker(place.read_text(encoding="utf-8") if place.is_file() else None, work)
+    return place.read_text(encoding="utf-8") if place.is_file() else None
+
+
+def _tracker(work: Path) -> Tracker:
+    return open_tracker(named_store(work), work)
 
 
 def show(campaign: Campaign, page: Path, published: Published | None) -> None:

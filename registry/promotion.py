@@ -337,11 +337,22 @@ class Promoter:
                 hint="`burnish history` tells who was when.",
             )
         if state == "completed":
-            found = dict(self.registry.aliases(promotion.model)).get(CHAMPION)
+            found = self.registry.aliases(promotion.model).get(CHAMPION)
             if found != promotion.version:
                 raise _moved(promotion, CHAMPION, found, promotion.version)
             self._check_serving(promotion, snapshot)
         self._undo(promotion, reason)
+
+    def check_in_force(self, promotion: Promotion) -> None:
+        """Returns where what a completed promotion has done is as it was left.
+
+        Raises:
+            InputError: somebody has changed what the production Model serves.
+            UnreachableError: it cannot be asked.
+        """
+        snapshot = self.journal.snapshot(promotion)
+        if snapshot is not None:
+            self._check_serving(promotion, snapshot)
 
     # --- steps ---
 
@@ -496,6 +507,7 @@ class Promoter:
         if intended is None or aliases.get(CHAMPION) not in {promotion.version, promotion.champion}:
             return
         registry.set_alias(model, CHAMPION, promotion.champion)
+        old = None if promotion.champion is None else registry.version(model, promotion.champion)
         begun = self.journal.intent(promotion, ROLLBACK)
         registry.crown(
             Reign(
@@ -504,6 +516,7 @@ class Promoter:
                 since=self.journal.now() if begun is None else begun.at,
                 how="rolled back",
                 reason=reason,
+                candidate="" if old is None else old.candidate,
                 promotion_id=promotion.id,
                 location=promotion.location,
             )

@@ -76,7 +76,7 @@ class LocalProduction:
         """
         self._stack = ExitStack()
         try:
-            self._cluster = self._stack.enter_context(LocalCluster(self._work, server_cpus=self._cpus))
+            self._cluster = self._stack.enter_context(LocalCluster(self._folder, server_cpus=self._cpus))
             self._bring_about(self._applied())
         except BaseException:
             self._stack.close()
@@ -158,7 +158,7 @@ class LocalProduction:
             self.front = self._stack.enter_context(self._envoy(routes, experiments))
 
     def _envoy(self, routes: Sequence[ModelRoute], experiments: Sequence[Experiment]) -> EnvoyFront:
-        return EnvoyFront(self._work, routes, experiments, port=self._port, retries=self._retries, cpus=self._cpus)
+        return EnvoyFront(self._folder, routes, experiments, port=self._port, retries=self._retries, cpus=self._cpus)
 
     def _route(self, name: str, manifest: Manifest, version: int) -> ModelRoute:
         """The way to a Model's server, which is started where it is not there; one server does for two Models."""

@@ -5,11 +5,29 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from optimize.reporting import write_campaign, write_report
 from profiles.deploy.rollout import ManifestRollout, owned
 from profiles.serving.core2.manifests import Manifest, as_yaml
 from registry.errors import InputError, UnreachableError
+from registry.policy import parse_policy
 from registry.ports import RegisteredVersion
-from registry.records import Estimate, Observation, PromotionStep, Reign
+from registry.records import (
+    Artifact,
+    Campaign,
+    Estimate,
+    Observation,
+    Policy,
+    PromotionStep,
+    Reign,
+    ServingProfile,
+)
+from registry.store import FolderStore
+from tests.doubles import campaigns
+from tests.doubles.models import write_onnx
 
 SAME = '[["x"],["y"]]'
 
@@ -180,3 +198,90 @@ class StatedProbe:
 def told(value: float, unit: str) -> Estimate:
     """An estimate with a narrow interval."""
     return Estimate(value=value, low=value * 0.99, high=value * 1.01, runs=3, method="stated", unit=unit)
+
+
+# --- campaigns that chose a model of their own ---------------------------------------------------------------------
+
+
+def summing(offset: float, *, output: str = "sum") -> onnx.ModelProto:
+    """``x`` (batch, 4) -> its sum (batch, 1), and the offset on top, which tells who answered."""
+    graph = helper.make_graph(
+        [
+            helper.make_node("ReduceSum", ["x", "axes"], ["total"], keepdims=1),
+            helper.make_node("Add", ["total", "offset"], [output]),
+        ],
+        "summing",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 4])],
+        [helper.make_tensor_value_info(output, TensorProto.FLOAT, ["batch", 1])],
+        [
+            numpy_helper.from_array(np.array([1]), "axes"),
+            numpy_helper.from_array(np.array([[offset]], np.float32), "offset"),
+        ],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+
+
+def chosen_campaign(
+    work: Path, offset: float, *, level: str = "standard", policy: Policy | None = None, output: str = "sum"
+) -> Campaign:
+    """A finished campaign in a working folder that chose a model which adds an offset, served by MLServer over gRPC."""
+    files = work / "made" / f"{offset:g}"
+    artifact = FolderStore(work).add(files, **_described(write_onnx(summing(offset, output=output), files)))
+    name = f"adds-{offset:g}"
+    made = replace(
+        campaigns.FLOAT32,
+        id=campaigns.sha(name + output)[:16],
+        name=name,
+        artifact=artifact,
+        source_digest=artifact.digest,
+    )
+    serving = ServingProfile(server="mlserver", backend="burnish", protocol="grpc")
+    one = replace(
+        campaigns.BASELINE,
+        id=campaigns.sha(f"{name}{output} @")[:16],
+        name=f"{name} @ {serving.key}",
+        variant_id=made.id,
+        variant_name=name,
+        serving=serving,
+    )
+    whole = campaigns.campaign(level=level)
+    verdict = replace(
+        whole.verdict,
+        policy=policy or parse_policy(["latency_p90_ms <= 60000"], "maximize max_throughput_rps"),
+        baseline=one.id,
+        selected=one.id,
+        sentence=f"Serve {one.name}: it adds {offset:g}.",
+        rejections=(),
+        unknown=(),
+        pareto=(one.id,),
+    )
+    found = replace(
+        whole,
+        id=campaigns.sha(f"campaign {name} {output}")[:16],
+        name=name,
+        model_name="sums",
+        variants=(made,),
+        candidates=(one,),
+        fidelities=(),
+        screenings=(),
+        capacities=(),
+        rounds=(),
+        measurements=(),
+        comparisons=(),
+        failures=(),
+        rendered={},
+        artifacts={made.id: str(FolderStore(work).path(artifact))},
+        verdict=verdict,
+    )
+    write_campaign(found, work)
+    write_report(found, work)
+    return found
+
+
+def _described(artifact: Artifact) -> dict[str, Any]:
+    return {
+        "format": artifact.format,
+        "entry": artifact.entry,
+        "inputs": artifact.inputs,
+        "outputs": artifact.outputs,
+    }

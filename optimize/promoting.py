@@ -1,0 +1,612 @@
+"""Promotion for the command line: the campaign, the registry, the place of production and the probe, put together."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from optimize import passports, reporting
+from optimize.cluster_config import ClusterConfig, load_cluster
+from optimize.live_fidelity import JUDGED, LiveFidelity, variant_of
+from optimize.production import Place, Served, open_place, production_name
+from registry import promotion as promotions
+from registry.errors import CheckFailedError, InputError
+from registry.ledger import Ledger
+from registry.ports import ModelRegistry, Probe, RegisteredVersion
+from registry.promotion import CHALLENGER, CHAMPION, Journal, Promoter
+from registry.records import Campaign, Candidate, Promotion, Reign, Variant
+from registry.store import FolderStore
+
+if TYPE_CHECKING:
+    from optimize.samples import Samples
+    from registry.mlflow_registry import MlflowRegistry
+
+JOURNAL = "promotions.jsonl"
+UNREGISTERED = "(not registered yet)"
+Told = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """How a candidate is to be promoted.
+
+    Attributes:
+        production: the name of the Model that callers ask; None for one made of the registered model's.
+        weights: percent of the requests that the challenger answers, step by step.
+        mirror: percent of the requests that it gets copies of before; 0 for none.
+        watch_s: how long each of these steps is watched.
+        rate_rps: requests a second of our own meanwhile.
+        samples: the evaluation samples, which our own requests are made of, and live answers are judged by.
+        prometheus: URL of a Prometheus that scrapes Envoy.
+        matchers: more matchers of PromQL, to tell this Envoy from others.
+        scrape_s: how often Prometheus asks Envoy.
+        passport: file of the challenger's passport.
+        public_key: PEM file of the key that it must be signed with.
+        port: of this machine's Envoy.
+    """
+
+    production: str | None = None
+    weights: tuple[int, ...] = promotions.WEIGHTS
+    mirror: int = 100
+    watch_s: float = 60.0
+    rate_rps: float = 25.0
+    samples: Path | None = None
+    prometheus: str | None = None
+    matchers: str = ""
+    scrape_s: float = 15.0
+    passport: Path | None = None
+    public_key: Path | None = None
+    port: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Subject:
+    """What is to be promoted, and where.
+
+    Attributes:
+        campaign: that chose it.
+        candidate: it.
+        variant: what it serves.
+        files: folder with the variant's files.
+        work: the working folder.
+        cluster: where it is in production.
+        base: the folder that the cluster's paths are relative to.
+        samples: the evaluation samples, where they are known.
+        notes: what is to be known, a sentence each.
+    """
+
+    campaign: Campaign
+    candidate: Candidate
+    variant: Variant
+    files: Path
+    work: Path
+    cluster: ClusterConfig
+    base: Path
+    samples: Path | None
+    notes: tuple[str, ...]
+
+
+def find_subject(where: Path, *, work: Path | None, cluster: Path | None, options: Options) -> Subject:
+    """What a campaign chose, checked: its verdict, its files, and its passport.
+
+    Args:
+        where: a campaign file, or a working folder.
+        work: the working folder, where a campaign file is named and it is not beside it.
+        cluster: a file with a section ``cluster:``, in place of the campaign file's.
+        options: name samples and passport.
+
+    Raises:
+        NoVariantError: the campaign selected nothing.
+        InputError: its verdict is provisional, there is no finished campaign, or a file is missing or was changed.
+        CheckFailedError: the passport is not genuine, or says something else.
+    """
+    samples, base, configured = options.samples, where, load_cluster(cluster)
+    if where.is_file():
+        from optimize.config import load_campaign
+
+        config = load_campaign(where)
+        base = where.resolve().parent
+        work = work or where.parent / "burnish-work"
+        configured = configured if cluster is not None else config.cluster
+        samples = samples or (base / Path(config.samples.evaluation).expanduser())
+    elif work is not None and work != where:
+        raise InputError(f"{where} is no campaign file, and goes with no --work", hint="Name one of them.")
+    work = work or where
+    if cluster is not None:
+        base = cluster.resolve().parent
+    campaign = reporting.read_campaign(work)
+    candidate = promotions.chosen(campaign)
+    variant = variant_of(campaign, candidate)
+    files = FolderStore(work).path(variant.artifact)
+    notes = _check_passport(campaign, variant, files, work, options)
+    return Subject(
+        campaign=campaign,
+        candidate=candidate,
+        variant=variant,
+        files=files,
+        work=work,
+        cluster=configured,
+        base=base,
+        samples=samples,
+        notes=notes,
+    )
+
+
+def _check_passport(campaign: Campaign, variant: Variant, files: Path, work: Path, options: Options) -> tuple[str, ...]:
+    from registry import dsse, passport
+
+    usual = work / passports.FOLDER / f"{variant.name.replace('/', '-')}.passport.json"
+    if options.public_key is None:
+        if options.passport is not None:
+            raise InputError(
+                "a passport proves nothing without a key to check it by", hint="Name it with --public-key."
+            )
+        return ("No passport was checked: none was asked for with --public-key.",)
+    path = options.passport or usual
+    checked = passport.check(path, dsse.public_key(options.public_key), artifact=files, campaign=campaign)
+    told = checked.statement["predicate"].get("variant")
+    findings = list(checked.findings)
+    if not isinstance(told, dict) or told.get("id") != variant.id:
+        findings.append(f"it is not the passport of {variant.name}")
+    if findings:
+        raise CheckFailedError(f"{path}: {'; '.join(findings)}", hint="Nothing was promoted.")
+    return (f"The passport {path} is genuine, and says what files and record do.",)
+
+
+# --- the plan --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Planned:
+    """A promotion, and what else is to be known before it begins.
+
+    Attributes:
+        promotion: what would be done.
+        state: how far it is already.
+        short: why its steps would be watched for too short a time; empty where they would not.
+    """
+
+    promotion: Promotion
+    state: str
+    short: str
+
+    def lines(self) -> list[str]:
+        """The plan for people."""
+        one = self.promotion
+        old = "no version" if one.champion is None else f"version {one.champion}"
+        told = [
+            f"{one.candidate_name} is to serve {one.production} at {one.location}.",
+            f"  {one.reason}",
+            f"  champion of {one.model} is {old}; challenger is version {one.version}",
+        ]
+        if self.state == "completed":
+            return [*told, "  It is the champion already; nothing is to be done."]
+        if self.state != "new":
+            told.append(f"  {self.state}: it goes on where it stopped")
+        told += [f"  {number}. {promotions.in_words(step, one)}" for number, step in enumerate(one.steps, start=1)]
+        told += [f"note: {note}" for note in one.notes]
+        return told + ([f"note: {self.short}"] if self.short else [])
+
+    def summary(self) -> dict[str, Any]:
+        """The same as plain values."""
+        from registry.codec import to_jsonable
+
+        steps = [
+            {"name": step.name, "does": promotions.in_words(step, self.promotion), "watch_s": step.watch_s}
+            for step in self.promotion.steps
+        ]
+        record = to_jsonable(self.promotion)
+        return {**record, "steps": steps, "state": self.state, "too_short": self.short or None}
+
+
+class Promoting:
+    """One promotion: planned, and carried out where it is wanted."""
+
+    def __init__(self, subject: Subject, options: Options, registry: "MlflowRegistry", told: Told) -> None:
+        """Asks nobody yet.
+
+        Args:
+            subject: what is promoted.
+            options: how.
+            registry: where its version is.
+            told: hears what is done.
+        """
+        self._subject = subject
+        self._options = options
+        self._registry = registry
+        self._told = told
+        self._production = options.production or production_name(subject.campaign.model_name)
+
+    def plan(self) -> Planned:
+        """What `apply` would do; nothing is changed.
+
+        Raises:
+            InputError: it may not be promoted, or something stands in its way.
+            UnreachableError: the registry or the cluster does not answer.
+        """
+        self._registry.check()
+        journal = _read_journal(self._subject.work)
+        with self._place(serve=False) as place:
+            wanted, state = self._wanted(journal, place, self._registered())
+            if state == "new":
+                place.rollout.snapshot()
+            with self._probe(place) as probe:
+                return self._told_of(wanted, state, probe)
+
+    def apply(self, *, hold: Callable[[Place], None] = lambda _: None) -> Planned:
+        """Carries the promotion out, or goes on with one that was cut short.
+
+        Args:
+            hold: called at the end, while what is served on this machine is served.
+
+        Raises:
+            CheckFailedError: a limit was missed while it was watched.
+            InputError: it may not be promoted, or somebody has changed what it had done.
+            UnreachableError: the registry or the cluster does not answer, or refuses.
+        """
+        self._registry.check()
+        work = self._subject.work
+        with Ledger.open(work / JOURNAL) as ledger, self._place(serve=True) as place:
+            journal = Journal(ledger, _now)
+            self._complete_rollback(journal)
+            with self._probe(place) as probe:
+                registered = self._registered() or self._register()
+                wanted, state = self._wanted(journal, place, registered)
+                planned = self._told_of(wanted, state, probe)
+                if planned.short and state == "new":
+                    raise InputError(planned.short, hint="Raise --watch or --rate. Unknown never wins.")
+                promoter = Promoter(
+                    registry=self._registry, rollout=place.rollout, probe=probe, journal=journal, told=self._told
+                )
+                if state == "completed":
+                    promoter.check_in_force(wanted)
+                    self._told("it is the champion already; nothing is to be done")
+                else:
+                    promoter.carry_out(wanted)
+            hold(place)
+            return replace(planned, state=journal.state(wanted))
+
+    # --- parts of it ---
+
+    @contextmanager
+    def _place(self, *, serve: bool) -> Iterator[Place]:
+        subject = self._subject
+        served = Served(candidate=subject.candidate, artifact=subject.variant.artifact, files=subject.files)
+        with open_place(
+            subject.cluster,
+            base=subject.base,
+            work=subject.work,
+            production=self._production,
+            served=served,
+            serve=serve,
+            port=self._options.port,
+        ) as place:
+            yield place
+
+    def _registered(self) -> RegisteredVersion | None:
+        campaign = self._subject.campaign
+        return self._registry.find(
+            campaign.model_name, campaign_id=campaign.id, candidate_id=self._subject.candidate.id
+        )
+
+    def _register(self) -> RegisteredVersion:
+        """Sends the campaign to MLflow, where the selected candidate becomes a version."""
+        self._told("the campaign is recorded in MLflow")
+        reporting.publish(self._subject.campaign, self._subject.work)
+        registered = self._registered()
+        if registered is None:
+            raise InputError(
+                f"MLflow has no version of {self._subject.campaign.model_name} for {self._subject.candidate.name}",
+                hint="Its files have to be on this machine when the campaign is recorded.",
+            )
+        return registered
+
+    def _complete_rollback(self, journal: Journal) -> None:
+        unfinished = journal.unfinished()
+        if unfinished is None or journal.state(unfinished) != "rolling back":
+            return
+        self._told(f"the rollback of {unfinished.candidate_name} is completed first")
+        _roll_back(unfinished, journal, self._registry, self._subject, reason="as was begun", told=self._told)
+
+    def _wanted(
+        self, journal: Journal | None, place: Place, registered: RegisteredVersion | None
+    ) -> tuple[Promotion, str]:
+        """The promotion that is under way, or a new one."""
+        unfinished = None if journal is None else journal.unfinished()
+        if journal is None or unfinished is None or journal.state(unfinished) == "rolling back":
+            last = None if journal is None or unfinished is not None else journal.undoable()
+            if last is not None and self._is_last(last, registered):
+                return last, "completed"
+            return self._new(journal, place, registered), "new"
+        ours = (self._subject.campaign.id, self._subject.candidate.id, self._production)
+        if (unfinished.campaign_id, unfinished.candidate_id, unfinished.production) != ours:
+            raise InputError(
+                f"the promotion of {unfinished.candidate_name} to {unfinished.production} is under way",
+                hint="Finish it with the campaign that chose it, or end it with `burnish rollback`.",
+            )
+        if unfinished.location != place.rollout.location:
+            raise InputError(
+                f"the promotion of {unfinished.candidate_name} is under way at {unfinished.location}, not at "
+                f"{place.rollout.location}",
+                hint="Name the same cluster, or end it with `burnish rollback`.",
+            )
+        return unfinished, journal.state(unfinished)
+
+    def _is_last(self, last: Promotion, registered: RegisteredVersion | None) -> bool:
+        """Whether the last promotion is this one, and nobody has become the champion since."""
+        same = (last.candidate_id, last.production) == (self._subject.candidate.id, self._production)
+        champion = self._registry.aliases(last.model).get(CHAMPION)
+        return same and registered is not None and last.version == registered.version == champion
+
+    def _new(self, journal: Journal | None, place: Place, registered: RegisteredVersion | None) -> Promotion:
+        subject, options, rollout = self._subject, self._options, place.rollout
+        campaign = subject.campaign
+        aliases = self._registry.aliases(campaign.model_name)
+        champion = self._version(aliases.get(CHAMPION))
+        challenger = registered or self._described()
+        policy = campaign.verdict.policy
+        at_once = promotions.at_once(policy, challenger, champion)
+        beside = rollout.serving() != "" and not at_once
+        version = challenger.version
+        if champion is not None and version == champion.version and rollout.serving():
+            raise InputError(
+                f"{subject.candidate.name} is the champion of {campaign.model_name} already: version {version}",
+                hint="There is nothing to promote.",
+            )
+        begun = 0 if journal is None else sum(journal.state(one) != "new" for one in journal.promotions)
+        return Promotion(
+            id=promotions.identity(
+                campaign, production=self._production, location=rollout.location, version=version, begun_before=begun
+            ),
+            model=campaign.model_name,
+            production=self._production,
+            challenger=rollout.challenger,
+            experiment=rollout.experiment,
+            location=rollout.location,
+            campaign_id=campaign.id,
+            candidate_id=subject.candidate.id,
+            candidate_name=subject.candidate.name,
+            version=version,
+            fingerprint=challenger.fingerprint,
+            champion=aliases.get(CHAMPION),
+            challenger_before=aliases.get(CHALLENGER),
+            policy=policy,
+            steps=promotions.steps_of(
+                weights=options.weights, mirror=options.mirror, watch_s=options.watch_s, beside=beside
+            ),
+            reason=campaign.verdict.sentence,
+            notes=(*subject.notes, *_notes(beside=beside, at_once=at_once, options=options)),
+        )
+
+    def _version(self, version: str | None) -> RegisteredVersion | None:
+        model = self._subject.campaign.model_name
+        return None if version is None else self._registry.version(model, version)
+
+    def _described(self) -> RegisteredVersion:
+        """What the registry will say of the challenger."""
+        from registry.mlflow_registry import described
+
+        artifact = self._subject.variant.artifact
+        return RegisteredVersion(
+            model=self._subject.campaign.model_name,
+            version=UNREGISTERED,
+            fingerprint="",
+            candidate_id=self._subject.candidate.id,
+            candidate=self._subject.candidate.name,
+            signature=described(artifact.inputs, artifact.outputs),
+        )
+
+    @contextmanager
+    def _probe(self, place: Place) -> Iterator[Probe | None]:
+        from profiles.measure.live import RequestProbe, made_up
+
+        options, subject = self._options, self._subject
+        if not options.watch_s:
+            yield None
+            return
+        with ExitStack() as stack:
+            loaded, fidelity = None, None
+            if subject.samples is not None:
+                loaded, fidelity = self._fidelity(subject.samples)
+                stack.callback(fidelity.close)
+            own = RequestProbe(
+                production=place.rollout.production,
+                challenger=place.rollout.challenger,
+                target_of=place.target_of,
+                inputs=made_up(subject.variant.artifact.inputs) if loaded is None else self._inputs(loaded),
+                rate_rps=options.rate_rps,
+                fidelity=fidelity,
+                judged=frozenset() if fidelity is None else self._judged(),
+            )
+            yield own if options.prometheus is None else self._by_prometheus(own, place)
+
+    def _by_prometheus(self, own: Probe, place: Place) -> Probe:
+        from profiles.measure.prometheus import Prometheus, PrometheusProbe
+
+        options = self._options
+        prometheus = Prometheus(str(options.prometheus))
+        prometheus.query("vector(1)")
+        return PrometheusProbe(
+            prometheus=prometheus,
+            production=place.rollout.production,
+            challenger=place.rollout.challenger,
+            meanwhile=own,
+            # What happened last is scraped at the second scrape from now on at the latest.
+            settle=lambda: time.sleep(2 * options.scrape_s),
+            matchers=options.matchers,
+        )
+
+    def _fidelity(self, samples: Path) -> tuple["Samples", LiveFidelity]:
+        from optimize.samples import load_samples
+
+        subject = self._subject
+        loaded = load_samples(samples)
+        return loaded, LiveFidelity(
+            subject.campaign,
+            subject.candidate,
+            samples=samples,
+            loaded=loaded,
+            store=FolderStore(subject.work),
+            base=subject.base,
+        )
+
+    def _inputs(self, loaded: "Samples") -> Mapping[str, Any]:
+        from optimize.adaptation import adapt
+
+        return adapt(loaded.inputs, self._subject.variant.adaptation)
+
+    def _judged(self) -> frozenset[str]:
+        """What live answers will tell: of all that can be judged, what the campaign knew of the candidate."""
+        fidelities = [one for one in self._subject.campaign.fidelities if one.variant_id == self._subject.variant.id]
+        return frozenset(name for one in fidelities for name in one.metrics) & JUDGED
+
+    def _told_of(self, wanted: Promotion, state: str, probe: Probe | None) -> Planned:
+        watched, blind = promotions.limits_watched(wanted.policy, probe)
+        told = [f"Watched on live traffic: {', '.join(f'`{one.text}`' for one in watched)}."] if watched else []
+        noted = replace(wanted, notes=(*wanted.notes, *told, *blind)) if state == "new" else wanted
+        short = _too_short([one.metric for one in watched], self._options) if watched else ""
+        return Planned(promotion=noted, state=state, short=short)
+
+
+def _notes(*, beside: bool, at_once: bool, options: Options) -> tuple[str, ...]:
+    told = []
+    if at_once:
+        told.append(
+            "It takes or gives other tensors than the champion, so that it takes its place at once, never by weights: "
+            "callers have to change with it."
+        )
+    elif not beside:
+        told.append("Nothing is in production yet, so that there is nobody to share requests with.")
+    if not options.watch_s:
+        return (*told, "Nothing is watched: --watch 0.")
+    if beside:
+        told.append(
+            "Envoy sends a request that fails with a 5xx again, up to 5 times: callers see slowness, not failure, so "
+            "that latency tells of failures, too."
+        )
+        told.append(
+            "Replies to mirrored requests are dropped, and those to callers are not seen: what the challenger answers "
+            "is judged by requests of our own alone."
+        )
+    source = (
+        "Envoy's histogram, as Prometheus has it: of all traffic, no finer than its buckets"
+        if options.prometheus
+        else f"requests of our own alone ({options.rate_rps:g} a second, half of them to the challenger itself)"
+    )
+    told.append(f"Latency is that of {source}.")
+    if options.samples is None:
+        told.append("Live answers are judged where the evaluation samples are known (a campaign file, or --samples).")
+    return tuple(told)
+
+
+def _too_short(metrics: list[str], options: Options) -> str:
+    """Why the requests of a watched step are too few to decide on a limit; empty where they are not."""
+    from profiles.measure.live import requests_needed, requests_watched
+
+    wanted = max((requests_needed(one) for one in metrics), default=0)
+    there = requests_watched(options.rate_rps, options.watch_s)
+    if there >= wanted:
+        return ""
+    long_s = 2 * wanted / options.rate_rps
+    return (
+        f"{options.watch_s:g} s at {options.rate_rps:g} requests a second give the challenger {there} requests, and "
+        f"the limits take {wanted} to decide on: watch for {long_s:.0f} s, or send more"
+    )
+
+
+# --- back, and who was when ------------------------------------------------------------------------------------
+
+
+def roll_back(work: Path, *, cluster: Path | None, campaign_file: Path | None, reason: str, told: Told) -> Promotion:
+    """Takes the last promotion of a working folder back, and returns it.
+
+    Args:
+        work: the working folder.
+        cluster: a file with a section ``cluster:``; None for this machine, or the campaign file's.
+        campaign_file: names the cluster, where ``cluster`` does not.
+        reason: why, for the history.
+        told: hears what is done.
+
+    Raises:
+        InputError: there is nothing to roll back, the cluster is another one, or somebody has changed what was done.
+        UnreachableError: the registry or the cluster does not answer.
+    """
+    config, base = load_cluster(cluster), work if cluster is None else cluster.resolve().parent
+    if campaign_file is not None and cluster is None:
+        from optimize.config import load_campaign
+
+        config, base = load_campaign(campaign_file).cluster, campaign_file.resolve().parent
+    if not (work / JOURNAL).is_file():
+        raise InputError(f"nothing was promoted from {work}", hint="Name the working folder of a campaign.")
+    registry = open_registry(work)
+    registry.check()
+    with Ledger.open(work / JOURNAL) as ledger:
+        journal = Journal(ledger, _now)
+        last = journal.undoable()
+        if last is None:
+            raise InputError(f"all that was promoted from {work} was rolled back already")
+        with open_place(config, base=base, work=work, production=last.production, served=None, serve=True) as place:
+            _check_location(last, place)
+            promoter = Promoter(registry=registry, rollout=place.rollout, probe=None, journal=journal, told=told)
+            promoter.roll_back(last, reason=reason)
+    return last
+
+
+def _roll_back(
+    last: Promotion, journal: Journal, registry: ModelRegistry, subject: Subject, *, reason: str, told: Told
+) -> None:
+    with open_place(
+        subject.cluster, base=subject.base, work=subject.work, production=last.production, served=None, serve=True
+    ) as place:
+        _check_location(last, place)
+        promoter = Promoter(registry=registry, rollout=place.rollout, probe=None, journal=journal, told=told)
+        promoter.roll_back(last, reason=reason)
+
+
+def _check_location(last: Promotion, place: Place) -> None:
+    if last.location != place.rollout.location:
+        raise InputError(
+            f"{last.candidate_name} was promoted at {last.location}, not at {place.rollout.location}",
+            hint="Name the same cluster with --cluster or --campaign.",
+        )
+
+
+def open_registry(work: Path) -> "MlflowRegistry":
+    """The registry of a working folder's campaign, not connected yet."""
+    import os
+
+    from registry.mlflow_registry import MlflowRegistry
+    from registry.tracking import embedded_uri
+
+    uri = reporting.named_store(work) or os.environ.get("MLFLOW_TRACKING_URI") or embedded_uri(work)
+    return MlflowRegistry(uri, work)
+
+
+def history(model: str, work: Path) -> tuple[tuple[Reign, ...], str]:
+    """Who was the champion when; see `registry.promotion.history`.
+
+    Raises:
+        InputError: there is no such registered model, or no store.
+        UnreachableError: the registry does not answer.
+    """
+    import os
+
+    if not (reporting.named_store(work) or os.environ.get("MLFLOW_TRACKING_URI") or (work / "mlflow.db").is_file()):
+        raise InputError(
+            f"there is no tracking store in {work}", hint="Name the working folder with --work, or MLFLOW_TRACKING_URI."
+        )
+    registry = open_registry(work)
+    registry.check()
+    return promotions.history(model, registry)
+
+
+def _read_journal(work: Path) -> Journal | None:
+    path = work / JOURNAL
+    return Journal(Ledger.read(path), _now) if path.is_file() else None
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="microseconds")

@@ -1,0 +1,224 @@
+"""Prometheus: what Envoy tells of champion and challenger, read through the HTTP API.
+
+On Core 2 the only latency that is counted for each variant is Envoy's histogram of its upstreams, whose names are
+``<model>_<version>_http`` and ``..._grpc``. It counts mirrored requests, too. An estimate from a histogram is no finer
+than its buckets: the upper end is the edge of one.
+"""
+
+import http.client
+import json
+import math
+import re
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any, Final, Protocol
+
+from profiles.measure.early_stopping import most_over
+from profiles.measure.live import PERCENTILES, share
+from profiles.measure.percentiles import EARNED
+from registry.errors import InputError, UnreachableError
+from registry.promotion import CHALLENGER, CHAMPION, FAILED_SHARE
+from registry.records import Estimate, Metrics, Observation, PromotionStep
+
+BUCKETS: Final = "envoy_cluster_upstream_rq_time_bucket"
+COMPLETED: Final = "envoy_cluster_upstream_rq_completed"
+RETRIED: Final = "envoy_cluster_upstream_rq_retry"
+CLASSES: Final = "envoy_cluster_upstream_rq_xx"
+METHOD = "Envoy's histogram"
+_TIMEOUT_S = 10.0
+_MOST_BYTES = 10_000_000
+
+
+class Prometheus:
+    """The HTTP API of one Prometheus."""
+
+    def __init__(self, url: str, *, timeout_s: float = _TIMEOUT_S) -> None:
+        """Connects to nothing yet.
+
+        Args:
+            url: ``http(s)://host[:port][/path]``, without a user or password.
+            timeout_s: longest wait for an answer.
+
+        Raises:
+            InputError: it is no such URL.
+        """
+        parts = urllib.parse.urlsplit(url)
+        if parts.scheme not in {"http", "https"} or not parts.hostname:
+            raise InputError(
+                f"{parts.scheme or 'what is given'} is no URL of a Prometheus", hint="http://HOST:9090, say."
+            )
+        if parts.username or parts.password:
+            raise InputError("the URL of a Prometheus has no user or password", hint="Reach it through a proxy.")
+        self.url = url.rstrip("/")
+        self._timeout_s = timeout_s
+
+    def query(self, expression: str) -> list[tuple[Mapping[str, str], float]]:
+        """The instant vector of an expression: labels and value of each series.
+
+        Raises:
+            UnreachableError: it does not answer, or refuses the expression.
+        """
+        query = urllib.parse.urlencode({"query": expression})
+        try:
+            with urllib.request.urlopen(f"{self.url}/api/v1/query?{query}", timeout=self._timeout_s) as reply:  # noqa: S310  the scheme is checked
+                answer: Any = json.loads(reply.read(_MOST_BYTES))
+        except urllib.error.HTTPError as error:
+            told = error.read(2000).decode(errors="replace")
+            error.close()
+            raise UnreachableError(f"the Prometheus at {self.url} refuses {expression}: {error.code} {told}") from error
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            raise UnreachableError(
+                f"the Prometheus at {self.url} does not answer: {error}", hint="Check its address, and that it runs."
+            ) from error
+        try:
+            return [(dict(one["metric"]), float(one["value"][1])) for one in answer["data"]["result"]]
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise UnreachableError(f"what answers at {self.url} is no Prometheus: {str(answer)[:200]}") from error
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Counted:
+    """What Envoy has counted of one Model's upstreams so far.
+
+    Attributes:
+        buckets: upper edge (ms) -> requests up to it; the last edge is infinite.
+        completed: requests that came back.
+        failed: those with a status of 5xx, and those that were sent again.
+    """
+
+    buckets: Mapping[float, float]
+    completed: float
+    failed: float
+
+
+def counted(prometheus: Prometheus, model: str, *, matchers: str = "") -> Counted:
+    """What has been counted of a Model; of one that Envoy does not know yet, nothing.
+
+    Args:
+        prometheus: where it is asked.
+        model: its name on Core 2.
+        matchers: more matchers of PromQL, to tell one Envoy from another: ``namespace="seldon"``, say.
+
+    Raises:
+        UnreachableError: Prometheus does not answer.
+    """
+    upstream = f'envoy_cluster_name=~"{re.escape(model)}_[0-9]+_(http|grpc)"'.replace("\\", "\\\\")
+    where = ",".join(one for one in (upstream, matchers) if one)
+
+    def total(metric: str, more: str = "") -> float:
+        found = prometheus.query(f"sum({metric}{{{where}{more}}})")
+        return found[0][1] if found else 0.0
+
+    found = prometheus.query(f"sum by (le) ({BUCKETS}{{{where}}})")
+    return Counted(
+        buckets={float(labels["le"]): value for labels, value in found},
+        completed=total(COMPLETED),
+        failed=total(CLASSES, ',envoy_response_code_class="5"') + total(RETRIED),
+    )
+
+
+def between(before: Counted, after: Counted) -> Metrics:
+    """What happened between two counts; what cannot be known is left out.
+
+    A count that has become less was begun anew, by an Envoy that was restarted: then nothing is known.
+    """
+    edges = sorted(after.buckets)
+    steps = [after.buckets[edge] - before.buckets.get(edge, 0.0) for edge in edges]
+    completed, failed = after.completed - before.completed, after.failed - before.failed
+    if min(steps, default=0) < 0 or completed < 0 or failed < 0:
+        return {}
+    found: dict[str, Estimate] = {}
+    if completed >= 1:
+        found[FAILED_SHARE] = share(min(round(failed), round(completed)), round(completed))
+    for percentile in PERCENTILES:
+        estimate = _percentile(edges, steps, percentile)
+        if estimate is not None:
+            found[f"latency_p{percentile}_ms"] = estimate
+    return found
+
+
+def _percentile(edges: list[float], cumulated: list[float], percentile: int) -> Estimate | None:
+    """A percentile (ms) by the buckets; its upper end is the edge that it does not exceed, as far as so many can tell.
+
+    See `profiles.measure.early_stopping` for that.
+    """
+    count = round(cumulated[-1]) if cumulated else 0
+    if count < EARNED[percentile]:
+        return None
+    wanted = count * percentile / 100
+    # Between its own edges, as Prometheus' histogram_quantile does it.
+    points = pairwise([(0.0, 0.0), *zip(edges, cumulated, strict=True)])
+    (low, below), (high, up_to) = next(pair for pair in points if pair[1][1] >= wanted)
+    if not math.isfinite(high):
+        return None
+    value = low + (high - low) * (wanted - below) / max(up_to - below, 1e-9)
+    most = most_over(percentile, count) or 0
+    bound = next((edge for edge, up_to in zip(edges, cumulated, strict=True) if count - up_to < max(most, 1)), math.inf)
+    upper = bound if math.isfinite(bound) else None
+    return Estimate(value=value, low=low, high=upper, runs=count, method=METHOD, unit="ms")
+
+
+class Watcher(Protocol):
+    """Whoever watches meanwhile."""
+
+    def sees(self, metric: str) -> bool:
+        """As `registry.ports.Probe`."""
+
+    def watch(self, step: PromotionStep) -> Observation:
+        """As `registry.ports.Probe`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrometheusProbe:
+    """Implements `registry.ports.Probe` by what Envoy counts of all traffic, while another probe adds its own.
+
+    Attributes:
+        prometheus: where it is asked.
+        production: name of the Model that callers ask.
+        challenger: name of the Model beside it.
+        meanwhile: watches for the same time, and sees what Envoy cannot.
+        settle: waits until what has happened has been scraped.
+        matchers: see `counted`.
+    """
+
+    prometheus: Prometheus
+    production: str
+    challenger: str
+    meanwhile: Watcher
+    settle: Callable[[], None]
+    matchers: str = ""
+
+    def sees(self, metric: str) -> bool:
+        """Whether it, or who watches meanwhile, can tell of a metric."""
+        return self.meanwhile.sees(metric)
+
+    def watch(self, step: PromotionStep) -> Observation:
+        """Counts before and after; what Envoy does not tell is taken from who watches meanwhile."""
+        names = {CHAMPION: self.production, CHALLENGER: self.challenger if step.action != "swap" else self.production}
+        before = {who: self._counted(name) for who, name in names.items()}
+        observation = self.meanwhile.watch(step)
+        self.settle()
+        told = {who: between(before[who], self._counted(name)) for who, name in names.items()}
+        missing = () if told[CHALLENGER] else ("Envoy has counted too little of the challenger, or was restarted",)
+        return replace(
+            observation,
+            challenger=_joined(observation.challenger, told[CHALLENGER]),
+            champion=_joined(observation.champion, {} if step.action == "swap" else told[CHAMPION]),
+            notes=(*observation.notes, *missing),
+        )
+
+    def _counted(self, model: str) -> Counted:
+        return counted(self.prometheus, model, matchers=self.matchers)
+
+
+def _joined(own: Metrics, counted_by_envoy: Metrics) -> Metrics:
+    """All traffic says more of latency than our own requests; of two shares of failures, the worse."""
+    joined = {**own, **counted_by_envoy}
+    shares = [one[FAILED_SHARE] for one in (own, counted_by_envoy) if FAILED_SHARE in one]
+    if shares:
+        joined[FAILED_SHARE] = max(shares, key=lambda one: one.high if one.high is not None else math.inf)
+    return joined
