@@ -25,8 +25,9 @@ with warnings.catch_warnings():
     import mlflow.onnx
     import mlflow.pyfunc
 from mlflow import MlflowClient
+from sqlalchemy import Engine, create_engine
 
-from registry.errors import BurnishError, InputError, UnreachableError
+from registry.errors import BurnishError, InputError, MissingExtraError, UnreachableError
 from registry.tracking import redact, without_secrets
 
 T = TypeVar("T")
@@ -224,11 +225,12 @@ def make_database(path: Path) -> None:
 
 
 def knock(uri: str) -> None:
-    """Connects to the database's port once, because MLflow would try for minutes.
+    """Connects to the database once, because MLflow would try for minutes.
 
     Raises:
-        InputError: the port is no number that a port may be.
+        InputError: the port is no number that a port may be, or the database's driver is not installed.
         OSError: nothing listens there.
+        sqlalchemy.exc.SQLAlchemyError: the database refuses.
     """
     parts = urlsplit(uri)
     try:
@@ -241,3 +243,18 @@ def knock(uri: str) -> None:
         ) from None
     if parts.hostname and port:
         socket.create_connection((parts.hostname, port), timeout=CHECK_TIMEOUT_S).close()
+    engine = _engine(uri)
+    try:
+        engine.connect().close()
+    finally:
+        engine.dispose()
+
+
+def _engine(uri: str) -> Engine:
+    try:
+        return create_engine(uri)
+    except ModuleNotFoundError as error:
+        what = f"A tracking store of {urlsplit(uri).scheme}"
+        if what.endswith("postgresql"):
+            raise MissingExtraError(what, extra="postgres") from None
+        raise InputError(f"{what} needs the package {error.name!r}", hint="Install it beside burnish.") from None

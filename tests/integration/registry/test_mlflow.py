@@ -1,7 +1,6 @@
 """Campaigns in a real MLflow: the embedded store and a server."""
 
 import dataclasses
-import hashlib
 import json
 import logging
 import os
@@ -12,16 +11,13 @@ from pathlib import Path
 
 import mlflow
 import numpy as np
-import onnx
 import onnxruntime
 import pytest
 from mlflow import MlflowClient
-from onnx import TensorProto, helper, numpy_helper
 
-from registry import codec
 from registry.errors import InputError, UnreachableError
 from registry.mlflow_tracking import MlflowTracker
-from registry.records import Artifact, ArtifactFile, Campaign, TensorSpec
+from registry.records import Campaign
 from registry.tracking import embedded_uri, open_tracker
 from tests.doubles import campaigns, searches
 
@@ -35,85 +31,6 @@ pytestmark = [
 ]
 
 SAMPLE = np.linspace(-1, 1, 12, dtype=np.float32).reshape(3, 4)
-SPECS = {
-    "inputs": (TensorSpec(name="x", dtype="float32", shape=("batch", 4)),),
-    "outputs": (TensorSpec(name="y", dtype="float32", shape=("batch", 2)),),
-}
-
-
-def write_onnx(folder: Path, seed: int) -> None:
-    """A tiny matrix product, its weights in a file beside it."""
-    weights = np.random.default_rng(seed).normal(size=(4, 2)).astype(np.float32)
-    graph = helper.make_graph(
-        [helper.make_node("MatMul", ["x", "w"], ["y"])],
-        "tiny",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 4])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 2])],
-        [numpy_helper.from_array(weights, "w")],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
-    onnx.save_model(model, folder / "model.onnx", save_as_external_data=True, location="weights.bin", size_threshold=0)
-
-
-def write_openvino(folder: Path, seed: int) -> None:
-    """The same as an OpenVINO model."""
-    openvino = pytest.importorskip("openvino")
-    write_onnx(folder, seed)
-    openvino.save_model(openvino.convert_model(folder / "model.onnx"), folder / "model.xml", compress_to_fp16=False)
-    (folder / "model.onnx").unlink()
-    (folder / "weights.bin").unlink()
-
-
-def real_artifact(folder: Path, form: str) -> Artifact:
-    files = [
-        ArtifactFile(
-            path=path.name, sha256=hashlib.sha256(path.read_bytes()).hexdigest(), size_bytes=path.stat().st_size
-        )
-        for path in sorted(folder.iterdir())
-    ]
-    lines = "".join(f"{file.sha256}  {file.path}\n" for file in files)
-    return Artifact(
-        digest=hashlib.sha256(lines.encode()).hexdigest(),
-        format="onnx" if form == "onnx" else "openvino",
-        entry="model.onnx" if form == "onnx" else "model.xml",
-        files=tuple(files),
-        **SPECS,
-    )
-
-
-@pytest.fixture
-def campaign(tmp_path: Path) -> Campaign:
-    """The made-up campaign, its variants real models."""
-    made = campaigns.campaign()
-    variants, places = [], {}
-    for seed, variant in enumerate(made.variants):
-        folder = tmp_path / "artifacts" / variant.id
-        folder.mkdir(parents=True)
-        (write_onnx if variant.artifact.format == "onnx" else write_openvino)(folder, seed)
-        variants.append(dataclasses.replace(variant, artifact=real_artifact(folder, variant.artifact.format)))
-        places[variant.id] = str(folder)
-    return dataclasses.replace(made, variants=tuple(variants), artifacts=places, versions={"burnish": "0.1.0"})
-
-
-@pytest.fixture
-def report(tmp_path: Path) -> Path:
-    path = tmp_path / "report.html"
-    path.write_text("<!doctype html><title>report</title>")
-    return path
-
-
-@pytest.fixture(params=["sqlite", "server"])
-def uri(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    if request.param == "sqlite":
-        return embedded_uri(tmp_path / "work")
-    return str(request.getfixturevalue("mlflow_server"))
-
-
-@pytest.fixture
-def own_name(campaign: Campaign, request: pytest.FixtureRequest) -> Campaign:
-    """The campaign under a model name of its own, as the server is shared."""
-    digest = codec.digest(request.node.nodeid)
-    return dataclasses.replace(campaign, model_name=f"digits-{digest}")
 
 
 @pytest.fixture
@@ -137,10 +54,10 @@ def artifacts_of(client: MlflowClient, run_id: str, folder: str = "") -> set[str
 
 
 def test_a_campaign_is_a_parent_run_with_a_child_for_each_candidate(
-    uri: str, own_name: Campaign, report: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    uri: str, own_name: Campaign, report: Path, work: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     began = time.monotonic()
-    published = MlflowTracker(uri, tmp_path / "work").publish(own_name, files={"report.html": report})
+    published = MlflowTracker(uri, work).publish(own_name, files={"report.html": report})
     took_s = time.monotonic() - began
     assert took_s < 60, f"publishing took {took_s:.1f} s"
     assert capfd.readouterr().out == ""
@@ -177,9 +94,9 @@ def test_a_campaign_is_a_parent_run_with_a_child_for_each_candidate(
     assert "invalid" in unknown.data.tags["burnish.reason"]
 
 
-def test_the_samples_are_datasets_of_the_runs_that_used_them(uri: str, own_name: Campaign, tmp_path: Path) -> None:
+def test_the_samples_are_datasets_of_the_runs_that_used_them(uri: str, own_name: Campaign, work: Path) -> None:
     named = dataclasses.replace(own_name, samples_name="evaluation.npz")
-    published = MlflowTracker(uri, tmp_path / "work").publish(named, files={})
+    published = MlflowTracker(uri, work).publish(named, files={})
     client = MlflowClient(tracking_uri=uri)
 
     def given(key: str) -> dict[str, mlflow.entities.Dataset]:
@@ -198,10 +115,8 @@ def test_the_samples_are_datasets_of_the_runs_that_used_them(uri: str, own_name:
     assert plain["evaluation"].digest == evaluation.digest
 
 
-def test_what_is_the_models_own_stands_on_the_model_with_its_samples(
-    uri: str, own_name: Campaign, tmp_path: Path
-) -> None:
-    published = MlflowTracker(uri, tmp_path / "work").publish(own_name, files={})
+def test_what_is_the_models_own_stands_on_the_model_with_its_samples(uri: str, own_name: Campaign, work: Path) -> None:
+    published = MlflowTracker(uri, work).publish(own_name, files={})
     client = MlflowClient(tracking_uri=uri)
     run = client.get_run(published.runs[campaigns.STATIC_TRITON.id])
     model = client.get_logged_model(run.inputs.model_inputs[0].model_id)
@@ -213,9 +128,9 @@ def test_what_is_the_models_own_stands_on_the_model_with_its_samples(
     assert model.params["recipe"] == "simplify | quantize(per_channel=true, scheme=static)"
 
 
-def test_a_search_is_a_run_whose_looks_are_steps(uri: str, own_name: Campaign, tmp_path: Path) -> None:
+def test_a_search_is_a_run_whose_looks_are_steps(uri: str, own_name: Campaign, work: Path, tmp_path: Path) -> None:
     searched = dataclasses.replace(own_name, serving_searches=(searches.search(),))
-    tracker = MlflowTracker(uri, tmp_path / "work")
+    tracker = MlflowTracker(uri, work)
     published = tracker.publish(searched, files={})
     client = MlflowClient(tracking_uri=uri)
     (run,) = [run for run in runs_of(client, own_name) if run.data.tags["burnish.kind"] == "search"]
@@ -229,10 +144,10 @@ def test_a_search_is_a_run_whose_looks_are_steps(uri: str, own_name: Campaign, t
 
 
 def test_no_environment_variable_reaches_a_run(
-    uri: str, own_name: Campaign, report: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    uri: str, own_name: Campaign, report: Path, work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("BURNISH_TEST_SECRET", "do-not-record-me")
-    published = MlflowTracker(uri, tmp_path / "work").publish(own_name, files={"report.html": report})
+    published = MlflowTracker(uri, work).publish(own_name, files={"report.html": report})
     client = MlflowClient(tracking_uri=uri)
     for run in runs_of(client, own_name):
         assert "do-not-record-me" not in json.dumps(run.to_dictionary())
@@ -243,9 +158,9 @@ def test_no_environment_variable_reaches_a_run(
 
 @pytest.mark.usefixtures("default_store")
 def test_variants_load_back_and_answer_as_their_files_do(
-    uri: str, own_name: Campaign, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    uri: str, own_name: Campaign, work: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    published = MlflowTracker(uri, tmp_path / "work").publish(own_name, files={})
+    published = MlflowTracker(uri, work).publish(own_name, files={})
     client = MlflowClient(tracking_uri=uri)
     for candidate in own_name.candidates:
         run = client.get_run(published.runs[candidate.id])
@@ -272,7 +187,7 @@ def test_variants_load_back_and_answer_as_their_files_do(
 
 
 @pytest.mark.usefixtures("default_store")
-def test_a_model_held_to_float32_loads_back_held_to_it(uri: str, own_name: Campaign, tmp_path: Path) -> None:
+def test_a_model_held_to_float32_loads_back_held_to_it(uri: str, own_name: Campaign, work: Path) -> None:
     """The same files served in two precisions are two models."""
     openvino = pytest.importorskip("openvino")
     free = campaigns.OPENVINO_TRITON
@@ -281,7 +196,7 @@ def test_a_model_held_to_float32_loads_back_held_to_it(uri: str, own_name: Campa
         engine=dataclasses.replace(free.engine, precision="float32"),
     )  # fmt: skip
     made = dataclasses.replace(own_name, candidates=(campaigns.BASELINE, free, held))
-    tracker = MlflowTracker(uri, tmp_path / "work")
+    tracker = MlflowTracker(uri, work)
     client = MlflowClient(tracking_uri=uri)
 
     def linked(campaign: Campaign) -> list[str]:
@@ -301,8 +216,8 @@ def test_a_model_held_to_float32_loads_back_held_to_it(uri: str, own_name: Campa
 
 
 @pytest.mark.usefixtures("default_store")
-def test_the_logged_files_are_those_that_were_measured(uri: str, own_name: Campaign, tmp_path: Path) -> None:
-    published = MlflowTracker(uri, tmp_path / "work").publish(own_name, files={})
+def test_the_logged_files_are_those_that_were_measured(uri: str, own_name: Campaign, work: Path) -> None:
+    published = MlflowTracker(uri, work).publish(own_name, files={})
     assert published.model_version is not None
     local = mlflow.artifacts.download_artifacts(f"models:/{own_name.model_name}/{published.model_version}")
     place = Path(own_name.artifacts[campaigns.STATIC.id])
@@ -310,9 +225,9 @@ def test_the_logged_files_are_those_that_were_measured(uri: str, own_name: Campa
         assert (Path(local) / path.name).read_bytes() == path.read_bytes()
 
 
-def test_the_winner_becomes_a_version_without_an_alias(uri: str, own_name: Campaign, tmp_path: Path) -> None:
+def test_the_winner_becomes_a_version_without_an_alias(uri: str, own_name: Campaign, work: Path) -> None:
     default_before = mlflow.get_tracking_uri()
-    published = MlflowTracker(uri, tmp_path / "work").publish(own_name, files={})
+    published = MlflowTracker(uri, work).publish(own_name, files={})
     assert mlflow.get_tracking_uri() == default_before
     client = MlflowClient(tracking_uri=uri, registry_uri=uri)
     version = client.get_model_version(own_name.model_name, published.model_version)
@@ -323,16 +238,16 @@ def test_the_winner_becomes_a_version_without_an_alias(uri: str, own_name: Campa
     assert list(version.aliases) == []
 
 
-def test_without_a_winner_nothing_is_registered(uri: str, own_name: Campaign, tmp_path: Path) -> None:
+def test_without_a_winner_nothing_is_registered(uri: str, own_name: Campaign, work: Path) -> None:
     nothing = dataclasses.replace(own_name, verdict=campaigns.no_winner())
-    assert MlflowTracker(uri, tmp_path / "work").publish(nothing, files={}).model_version is None
+    assert MlflowTracker(uri, work).publish(nothing, files={}).model_version is None
     client = MlflowClient(tracking_uri=uri, registry_uri=uri)
     assert list(client.search_model_versions(f"name = '{own_name.model_name}'")) == []
 
 
-def test_the_same_campaign_twice_is_one(uri: str, own_name: Campaign, report: Path, tmp_path: Path) -> None:
-    first = MlflowTracker(uri, tmp_path / "work").publish(own_name, files={"report.html": report})
-    again = MlflowTracker(uri, tmp_path / "work").publish(own_name, files={"report.html": report})
+def test_the_same_campaign_twice_is_one(uri: str, own_name: Campaign, report: Path, work: Path) -> None:
+    first = MlflowTracker(uri, work).publish(own_name, files={"report.html": report})
+    again = MlflowTracker(uri, work).publish(own_name, files={"report.html": report})
     assert again == first
     client = MlflowClient(tracking_uri=uri, registry_uri=uri)
     assert len(runs_of(client, own_name)) == 1 + len(own_name.candidates)
@@ -342,9 +257,9 @@ def test_the_same_campaign_twice_is_one(uri: str, own_name: Campaign, report: Pa
 @pytest.mark.parametrize("fails_at", ["set_terminated", "log_batch", "finalize_logged_model", "log_artifacts"])
 @pytest.mark.parametrize("calls", [1, 3])
 def test_a_try_that_was_interrupted_is_replaced(
-    own_name: Campaign, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails_at: str, calls: int
+    own_name: Campaign, work: Path, monkeypatch: pytest.MonkeyPatch, fails_at: str, calls: int
 ) -> None:
-    uri = embedded_uri(tmp_path / "work")
+    uri = embedded_uri(work)
     left = iter(range(calls - 1))
     real: Callable[..., object] = getattr(MlflowClient, fails_at)
 
@@ -356,9 +271,9 @@ def test_a_try_that_was_interrupted_is_replaced(
     with monkeypatch.context() as patched:
         patched.setattr(MlflowClient, fails_at, until_killed)
         with pytest.raises(KeyboardInterrupt):
-            MlflowTracker(uri, tmp_path / "work").publish(own_name, files={})
+            MlflowTracker(uri, work).publish(own_name, files={})
 
-    published = MlflowTracker(uri, tmp_path / "work").publish(own_name, files={})
+    published = MlflowTracker(uri, work).publish(own_name, files={})
     client = MlflowClient(tracking_uri=uri, registry_uri=uri)
     assert {run.info.run_id for run in runs_of(client, own_name)} == set(published.runs.values())
     assert len(published.runs) == 1 + len(own_name.candidates)
@@ -368,9 +283,9 @@ def test_a_try_that_was_interrupted_is_replaced(
     assert published.model_version == "1"
 
 
-def test_a_campaign_measured_anew_takes_the_place_of_the_earlier(own_name: Campaign, tmp_path: Path) -> None:
-    uri = embedded_uri(tmp_path / "work")
-    tracker = MlflowTracker(uri, tmp_path / "work")
+def test_a_campaign_measured_anew_takes_the_place_of_the_earlier(own_name: Campaign, work: Path) -> None:
+    uri = embedded_uri(work)
+    tracker = MlflowTracker(uri, work)
     first = tracker.publish(own_name, files={})
     anew = dataclasses.replace(own_name, verdict=campaigns.no_winner())
     second = tracker.publish(anew, files={})
@@ -379,9 +294,9 @@ def test_a_campaign_measured_anew_takes_the_place_of_the_earlier(own_name: Campa
     assert {run.info.run_id for run in runs_of(client, own_name)} == set(second.runs.values())
 
 
-def test_a_failure_that_logs_something_else_is_no_other_campaign(uri: str, own_name: Campaign, tmp_path: Path) -> None:
+def test_a_failure_that_logs_something_else_is_no_other_campaign(uri: str, own_name: Campaign, work: Path) -> None:
     """A failure is tried again on each run, and its log holds times and process ids."""
-    tracker = MlflowTracker(uri, tmp_path / "work")
+    tracker = MlflowTracker(uri, work)
     failures = tuple(dataclasses.replace(one, detail=f"{one.detail}\n10:31:07 pid 4711") for one in own_name.failures)
     first = tracker.publish(own_name, files={})
     assert tracker.publish(dataclasses.replace(own_name, failures=failures), files={}) == first
@@ -390,9 +305,9 @@ def test_a_failure_that_logs_something_else_is_no_other_campaign(uri: str, own_n
 
 
 def test_the_same_winner_measured_anew_stays_one_version_that_follows_the_verdict(
-    uri: str, own_name: Campaign, tmp_path: Path
+    uri: str, own_name: Campaign, work: Path
 ) -> None:
-    tracker = MlflowTracker(uri, tmp_path / "work")
+    tracker = MlflowTracker(uri, work)
     first = tracker.publish(own_name, files={})
     verdict = dataclasses.replace(own_name.verdict, sentence="It serves 1301 requests/s.", provisional=False)
     second = tracker.publish(dataclasses.replace(own_name, verdict=verdict), files={})
@@ -406,13 +321,13 @@ def test_the_same_winner_measured_anew_stays_one_version_that_follows_the_verdic
 
 
 def test_a_variant_that_is_not_on_this_machine_is_recorded_without_a_model(
-    own_name: Campaign, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    own_name: Campaign, work: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Libraries that other tests import set levels for the whole process, and switch loggers off.
-    monkeypatch.setattr(logging.getLogger("registry.mlflow_tracking"), "disabled", False)
-    caplog.set_level(logging.WARNING, logger="registry.mlflow_tracking")
+    monkeypatch.setattr(logging.getLogger("registry.mlflow_models"), "disabled", False)
+    caplog.set_level(logging.WARNING, logger="registry.mlflow_models")
     bare = dataclasses.replace(own_name, artifacts={})
-    published = open_tracker(None, tmp_path / "work").publish(bare, files={})
+    published = open_tracker(None, work).publish(bare, files={})
     assert published.model_version is None
     assert "not on this machine" in caplog.text
 
