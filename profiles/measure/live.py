@@ -9,7 +9,7 @@ import asyncio
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import numpy as np
@@ -96,12 +96,8 @@ class RequestProbe:
         if all(one.problem for one in answers):
             raise UnreachableError(f"nothing at {asked.url} answers for {self.production}: {_problems(answers)}")
         if not beside:
-            # The production Model is the challenger by now.
-            answers = [
-                _Answer(at_s=one.at_s, latency_ms=one.latency_ms, who="challenger", direct=True, problem=one.problem)
-                for one in answers
-                if not one.direct
-            ]
+            # The production Model is the challenger by now, and all were sent where callers ask.
+            answers = [_in_its_place(one) for one in answers]
         challenger = {**_latencies(_of_challenger(answers, step), step), FAILED_SHARE: _failed(answers, step)}
         if self.fidelity is not None:
             challenger |= self.fidelity(own)
@@ -197,9 +193,13 @@ def share(events: int, count: int) -> Estimate:
     return Estimate(value=events / count, low=low, high=high, runs=count, method="Clopper-Pearson", unit="fraction")
 
 
+def _in_its_place(answer: _Answer) -> _Answer:
+    return replace(answer, direct=False, who="challenger" if answer.who == "champion" else answer.who)
+
+
 def _of_challenger(answers: Sequence[_Answer], step: PromotionStep) -> list[_Answer]:
     """Its own; what failed where callers ask counts as its, where it has a share of that."""
-    shared = step.action == "weights"
+    shared = step.action != "mirror"
     return [one for one in answers if one.direct or one.who == "challenger" or (shared and one.problem)]
 
 

@@ -79,8 +79,9 @@ def estimate_percentile(
     each = [nearest_rank(values, percentile) for values in counted]
     earned = is_earned(percentile, requests)
     if not math.isfinite(max(value, *each)):
-        told = Estimate(value=value, low=None, high=None, runs=len(each), method=_MISSES, unit="ms")
-        return told if earned and math.isfinite(value) else None
+        if not (earned and math.isfinite(value)):
+            return None
+        return Estimate(value=value, low=None, high=None, runs=len(each), method=_MISSES, unit="ms")
     found = estimate_over_runs(each, value, "ms")
     if percentile > 50 and utilisation is not None and round(utilisation, 6) > MOST_UTILISATION:
         method = f"{found.method}, no upper end near saturation"
