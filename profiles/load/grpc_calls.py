@@ -10,13 +10,13 @@ import math
 import os
 import ssl
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from urllib.parse import unquote, urlsplit
 
 from profiles.load import http2
 from profiles.load.http2 import Http2Error, Kind, Setting
 from profiles.load.payloads import Payload
-from profiles.load.transports import GRPC_METHOD, NO_HEADERS, ROUTE, Reply, Status, check_headers
+from profiles.load.transports import GRPC_METHOD, NO_HEADERS, ROUTE, Reply, Status, check_headers, wait_for_reply
 from registry.errors import UnreachableError
 from registry.records import Target
 
@@ -46,6 +46,7 @@ class GrpcTransport:
         self._address = urlsplit(f"//{target.url}")
         self._lanes = [_Lane() for _ in range(connections)]
         self._turn = 0
+        self._connecting: set[asyncio.Task[None]] = set()
         self._blocks: dict[int, bytes] = {}
         self._buffer = memoryview(bytearray(READ_BYTES))
 
@@ -65,7 +66,7 @@ class GrpcTransport:
             for problem in found:
                 if isinstance(problem, BaseException):
                     raise problem
-        except (OSError, Http2Error) as error:
+        except OSError as error:
             # TimeoutError is an OSError, too.
             why = f"no answer within {timeout_s:g} s" if isinstance(error, TimeoutError) else f"{error}"
             raise UnreachableError(
@@ -73,27 +74,27 @@ class GrpcTransport:
                 hint="Check the address, that the server runs, and whether it wants TLS.",
             ) from error
 
-    async def infer(self, payload: Payload, timeout_s: float) -> Reply:
+    def send(self, payload: Payload, timeout_s: float, then: Callable[[Reply], None]) -> None:
         """Sends one request; see `Transport`."""
         self.in_flight += 1
-        began = self._loop.time()
         lane = self._lanes[self._turn]
         self._turn = (self._turn + 1) % len(self._lanes)
-        try:
-            connection = lane.connection
-            if connection is None or not connection.usable:
-                connection = await asyncio.wait_for(self._connect(lane), timeout_s)
-                timeout_s = max(0.001, timeout_s - (self._loop.time() - began))
-            return await connection.ask(self._block(timeout_s), *self._message(payload), timeout_s)
-        except TimeoutError:
-            return Reply(Status.TIMEOUT, message=f"no connection within {timeout_s:.3g} s")
-        except (OSError, Http2Error) as error:
-            return Reply(Status.CONNECTION, message=f"UNAVAILABLE: {type(error).__name__}: {error}")
-        finally:
-            self.in_flight -= 1
+        if lane.connection is not None and lane.connection.usable:
+            lane.connection.ask(self._block(timeout_s), *self._message(payload), timeout_s, then)
+            return
+        connecting = self._loop.create_task(self._connect_and_ask(lane, payload, timeout_s, then))
+        # The loop itself holds tasks only weakly.
+        self._connecting.add(connecting)
+        connecting.add_done_callback(self._connecting.discard)
+
+    async def infer(self, payload: Payload, timeout_s: float) -> Reply:
+        """Sends one request and waits; see `Transport`."""
+        return await wait_for_reply(self, payload, timeout_s)
 
     async def close(self) -> None:
         """Closes every connection."""
+        for connecting in self._connecting:
+            connecting.cancel()
         for lane in self._lanes:
             if lane.connection is not None:
                 lane.connection.abort("closed")
@@ -101,13 +102,48 @@ class GrpcTransport:
         # What a connection has to say of its end is said in the loop's next turns.
         await asyncio.sleep(0)
 
+    async def _connect_and_ask(
+        self, lane: "_Lane", payload: Payload, timeout_s: float, then: Callable[[Reply], None]
+    ) -> None:
+        began = self._loop.time()
+        try:
+            async with asyncio.timeout(timeout_s):
+                connection = await self._connect(lane)
+        except OSError as error:
+            late = isinstance(error, TimeoutError)
+            why = f"no connection within {timeout_s:.3g} s" if late else f"{type(error).__name__}: {error}"
+            self.in_flight -= 1
+            then(Reply(Status.TIMEOUT if late else Status.CONNECTION, message=f"UNAVAILABLE: {why}"))
+        else:
+            left_s = max(0.001, timeout_s - (self._loop.time() - began))
+            connection.ask(self._block(left_s), *self._message(payload), left_s, then)
+
+    # --- for the connections ---
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        """Where they live."""
+        return self._loop
+
+    @property
+    def buffer(self) -> memoryview:
+        """Where what has come is read to, by all of them: it is taken out at once."""
+        return self._buffer
+
+    @property
+    def headers(self) -> http2.HeaderBlocks:
+        """What decodes headers, for all of them."""
+        return self._headers
+
+    # --- parts of it ---
+
     async def _connect(self, lane: "_Lane") -> "_Connection":
         """The lane's connection, made anew by whoever comes first."""
         async with lane.lock:
             if lane.connection is not None and lane.connection.usable:
                 return lane.connection
             _, connection = await self._loop.create_connection(
-                lambda: _Connection(self._loop, self._buffer, self._headers),
+                lambda: _Connection(self),
                 self._address.hostname or "",
                 self._address.port or (443 if self._tls else 80),
                 ssl=self._tls,
@@ -163,10 +199,10 @@ class _Lane:
 class _Call:
     """One call that is not answered."""
 
-    __slots__ = ("answer", "body", "data", "first", "headers", "id", "left", "prefix", "timer", "window")
+    __slots__ = ("body", "data", "first", "headers", "id", "left", "prefix", "then", "timer", "window")
 
-    def __init__(self, answer: "asyncio.Future[Reply]") -> None:
-        self.answer = answer
+    def __init__(self, then: Callable[[Reply], None]) -> None:
+        self.then: Callable[[Reply], None] | None = then  # None where it is answered
         self.timer: asyncio.TimerHandle | None = None
         self.id = 0
         self.window = 0
@@ -181,12 +217,13 @@ class _Call:
 class _Connection(asyncio.BufferedProtocol):
     """One connection, and the calls on it."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, buffer: memoryview, headers: http2.HeaderBlocks) -> None:
-        self._loop = loop
-        self._buffer = buffer  # of all connections: what has come is taken out of it at once
-        self._blocks = headers
+    def __init__(self, owner: GrpcTransport) -> None:
+        self._owner = owner
+        self._loop = owner.loop
+        self._buffer = owner.buffer
+        self._blocks = owner.headers
         self._frames = http2.Frames()
-        self.ready: asyncio.Future[None] = loop.create_future()
+        self.ready: asyncio.Future[None] = self._loop.create_future()
         self._closed = False
         self._leaving = False
         self._answered = False
@@ -210,19 +247,14 @@ class _Connection(asyncio.BufferedProtocol):
         """Whether calls may be made on it."""
         return not (self._closed or self._leaving)
 
-    async def ask(self, block: bytes, prefix: bytes, body: bytes, timeout_s: float) -> Reply:
-        """Makes a call and waits for its answer."""
-        call = _Call(self._loop.create_future())
+    def ask(self, block: bytes, prefix: bytes, body: bytes, timeout_s: float, then: Callable[[Reply], None]) -> None:
+        """Makes a call; ``then`` gets its answer."""
+        call = _Call(then)
         call.timer = self._loop.call_later(timeout_s, self._give_up, call, timeout_s)
         if len(self._calls) < self._most_calls:
             self._begin(call, block, prefix, body)
         else:
             self._waiting.append((call, block, prefix, body))
-        try:
-            return await call.answer
-        except asyncio.CancelledError:
-            self._cancel(call)
-            raise
 
     def abort(self, why: str) -> None:
         """Ends it at once, and all calls on it."""
@@ -232,10 +264,11 @@ class _Connection(asyncio.BufferedProtocol):
         if not self.ready.done():
             self.ready.set_exception(ConnectionError(why))
             self.ready.exception()  # where nobody waits for it any more, nobody misses it
-        for call in (*self._calls.values(), *(one[0] for one in self._waiting)):
-            self._settle(call, Reply(Status.CONNECTION, message=f"UNAVAILABLE: {why}"))
+        lost = [*self._calls.values(), *(one[0] for one in self._waiting)]
         self._calls.clear()
         self._waiting.clear()
+        for call in lost:
+            self._settle(call, Reply(Status.CONNECTION, message=f"UNAVAILABLE: {why}"))
 
     # --- for the event loop ---
 
@@ -295,7 +328,7 @@ class _Connection(asyncio.BufferedProtocol):
         held: deque[_Call] = deque()
         while self._unsent and self._window > 0 and not self._full:
             call = self._unsent.popleft()
-            if call.answer.done():
+            if call.then is None:
                 continue
             self._send_of(call)
             if call.left:
@@ -425,15 +458,10 @@ class _Connection(asyncio.BufferedProtocol):
     # --- the end of a call ---
 
     def _give_up(self, call: _Call, timeout_s: float) -> None:
-        self._settle(call, Reply(Status.TIMEOUT, message=f"DEADLINE_EXCEEDED: no answer within {timeout_s:.3g} s"))
-        self._cancel(call)
-
-    def _cancel(self, call: _Call) -> None:
-        if call.timer is not None:
-            call.timer.cancel()
         if self._calls.pop(call.id, None) is not None:
             self._transport.write(http2.reset(call.id, http2.CANCEL))
-            self._go_on()
+        self._settle(call, Reply(Status.TIMEOUT, message=f"DEADLINE_EXCEEDED: no answer within {timeout_s:.3g} s"))
+        self._go_on()
 
     def _end(self, call: _Call, reply: Reply) -> None:
         del self._calls[call.id]
@@ -441,16 +469,19 @@ class _Connection(asyncio.BufferedProtocol):
         self._go_on()
 
     def _settle(self, call: _Call, reply: Reply) -> None:
+        then, call.then = call.then, None
+        if then is None:
+            return
         assert call.timer is not None
         call.timer.cancel()
-        if not call.answer.done():
-            call.answer.set_result(reply)
+        self._owner.in_flight -= 1
+        then(reply)
 
     def _go_on(self) -> None:
         """Begins a call that waits; ends where the server wants to and nothing is left."""
         while self._waiting and len(self._calls) < self._most_calls:
             call, block, prefix, body = self._waiting.popleft()
-            if not call.answer.done():
+            if call.then is not None:
                 self._begin(call, block, prefix, body)
         if self._leaving and not self._calls:
             self.abort("the server is going away")

@@ -8,11 +8,11 @@ status, its few headers and its body are read. Source: RFC 9112, "HTTP/1.1", sec
 import asyncio
 import json
 import ssl
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from urllib.parse import quote, urlsplit
 
 from profiles.load.payloads import HEADER_LENGTH, Payload
-from profiles.load.transports import KEEP_ALIVE_S, NO_HEADERS, ROUTE, Reply, Status, check_headers
+from profiles.load.transports import KEEP_ALIVE_S, NO_HEADERS, ROUTE, Reply, Status, check_headers, wait_for_reply
 from registry.records import Target
 
 # Read at once, of whatever has come.
@@ -37,6 +37,7 @@ class RestTransport:
         self._heads: dict[tuple[tuple[str, str], ...], bytes] = {}
         self._connections: set[_Connection] = set()
         self._idle: list[_Connection] = []
+        self._connecting: set[asyncio.Task[None]] = set()
         self._buffer = memoryview(bytearray(READ_BYTES))
 
     async def open(self, timeout_s: float) -> None:
@@ -49,25 +50,26 @@ class RestTransport:
         own = {"Host": self._address.netloc, "Accept": "*/*", "Accept-Encoding": "identity", **self._target.headers}
         self._head = f"POST {path} HTTP/1.1\r\n{_lines(own)}"
 
-    async def infer(self, payload: Payload, timeout_s: float) -> Reply:
+    def send(self, payload: Payload, timeout_s: float, then: Callable[[Reply], None]) -> None:
         """Sends one request; see `Transport`."""
         self.in_flight += 1
-        began = self._loop.time()
-        try:
-            connection = self._free()
-            if connection is None:
-                connection = await asyncio.wait_for(self._connect(), timeout_s)
-            left_s = timeout_s - (self._loop.time() - began)
-            return await connection.ask(self._message(payload), left_s, timeout_s)
-        except TimeoutError:
-            return Reply(Status.TIMEOUT, message=f"no connection within {timeout_s:.3g} s")
-        except OSError as error:
-            return Reply(Status.CONNECTION, message=f"{type(error).__name__}: {error}")
-        finally:
-            self.in_flight -= 1
+        connection = self._free()
+        if connection is not None:
+            connection.ask(self._message(payload), timeout_s, then)
+            return
+        connecting = self._loop.create_task(self._connect_and_ask(payload, timeout_s, then))
+        # The loop itself holds tasks only weakly.
+        self._connecting.add(connecting)
+        connecting.add_done_callback(self._connecting.discard)
+
+    async def infer(self, payload: Payload, timeout_s: float) -> Reply:
+        """Sends one request and waits; see `Transport`."""
+        return await wait_for_reply(self, payload, timeout_s)
 
     async def close(self) -> None:
         """Closes all connections."""
+        for connecting in self._connecting:
+            connecting.cancel()
         for connection in tuple(self._connections):
             connection.abort()
         # What a connection has to say of its end is said in the loop's next turns.
@@ -82,14 +84,50 @@ class RestTransport:
             connection.abort()
         return None
 
-    async def _connect(self) -> "_Connection":
-        _, connection = await self._loop.create_connection(
-            lambda: _Connection(self._loop, self._buffer, self._idle, self._connections),
-            self._address.hostname or "",
-            self._address.port or (443 if self._tls else 80),
-            ssl=self._tls,
-        )
-        return connection
+    # --- for the connections ---
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        """Where they live."""
+        return self._loop
+
+    @property
+    def buffer(self) -> memoryview:
+        """Where what has come is read to, by all of them: it is taken out at once."""
+        return self._buffer
+
+    def opened(self, connection: "_Connection") -> None:
+        """There is one more."""
+        self._connections.add(connection)
+
+    def answered(self, connection: "_Connection", *, keep: bool) -> None:
+        """A connection is done with its request, and may have another or is closed."""
+        self.in_flight -= 1
+        if keep:
+            self._idle.append(connection)
+
+    def lost(self, connection: "_Connection") -> None:
+        """It is no more."""
+        self._connections.discard(connection)
+
+    async def _connect_and_ask(self, payload: Payload, timeout_s: float, then: Callable[[Reply], None]) -> None:
+        began = self._loop.time()
+        try:
+            async with asyncio.timeout(timeout_s):
+                _, connection = await self._loop.create_connection(
+                    lambda: _Connection(self),
+                    self._address.hostname or "",
+                    self._address.port or (443 if self._tls else 80),
+                    ssl=self._tls,
+                )
+        except OSError as error:
+            # TimeoutError is an OSError, too.
+            late = isinstance(error, TimeoutError)
+            why = f"no connection within {timeout_s:.3g} s" if late else f"{type(error).__name__}: {error}"
+            self.in_flight -= 1
+            then(Reply(Status.TIMEOUT if late else Status.CONNECTION, message=why))
+        else:
+            connection.ask(self._message(payload), timeout_s - (self._loop.time() - began), then)
 
     def _message(self, payload: Payload) -> tuple[bytes, ...]:
         """What is written: one piece, or of a large message its head and its body, which is not copied."""
@@ -107,21 +145,13 @@ class RestTransport:
 class _Connection(asyncio.BufferedProtocol):
     """One connection, one request at a time."""
 
-    def __init__(
-        self,
-        loop: asyncio.AbstractEventLoop,
-        buffer: memoryview,
-        idle: "list[_Connection]",
-        known: "set[_Connection]",
-    ) -> None:
-        self._loop = loop
-        self._buffer = buffer  # of all connections: what has come is taken out of it at once
-        self._idle = idle
-        self._known = known
+    def __init__(self, owner: RestTransport) -> None:
+        self._owner = owner
+        self._loop = owner.loop
         self._used = False
         self._closed = False
         self._since_s = 0.0
-        self._answer: asyncio.Future[Reply] | None = None
+        self._then: Callable[[Reply], None] | None = None
         self._timer: asyncio.TimerHandle | None = None
 
     # --- for the transport ---
@@ -130,21 +160,16 @@ class _Connection(asyncio.BufferedProtocol):
         """Whether a request may be sent on it, which it may where it was used since then."""
         return not self._closed and self._since_s >= since_s
 
-    async def ask(self, message: tuple[bytes, ...], left_s: float, timeout_s: float) -> Reply:
-        """Sends a request and waits for its answer, for ``left_s``; that is named as ``timeout_s``."""
-        self._answer = self._loop.create_future()
+    def ask(self, message: tuple[bytes, ...], timeout_s: float, then: Callable[[Reply], None]) -> None:
+        """Sends a request; ``then`` gets its answer."""
+        self._then = then
         self._received, self._status, self._headers = b"", 0, NO_HEADERS
         self._body: list[bytes] = []
         self._left: int | None = None
         self._chunks: _Chunks | None = None
-        self._timer = self._loop.call_later(max(0.0, left_s), self._give_up, timeout_s)
+        self._timer = self._loop.call_later(max(0.0, timeout_s), self._give_up, timeout_s)
         for part in message:
             self._transport.write(part)
-        try:
-            return await self._answer
-        except asyncio.CancelledError:
-            self.abort()
-            raise
 
     def abort(self) -> None:
         """Ends it at once."""
@@ -156,26 +181,24 @@ class _Connection(asyncio.BufferedProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
-        self._known.add(self)
-        if transport.get_extra_info("socket") is None:  # pragma: no cover
-            self.abort()
+        self._owner.opened(self)
 
     def get_buffer(self, sizehint: int) -> memoryview:
-        return self._buffer
+        return self._owner.buffer
 
     def buffer_updated(self, nbytes: int) -> None:
-        if self._answer is None or self._answer.done():
+        if self._then is None:
             self.abort()  # an answer that nobody asked for
             return
         try:
-            self._read(bytes(self._buffer[:nbytes]))
+            self._read(bytes(self._owner.buffer[:nbytes]))
         except ValueError as error:
             self._end(Reply(Status.CONNECTION, message=f"no answer by HTTP: {error}"), keep=False)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._closed = True
-        self._known.discard(self)
-        if self._answer is None or self._answer.done():
+        self._owner.lost(self)
+        if self._then is None:
             return
         if exc is None and self._status and self._left is None and self._chunks is None:
             self._finish(keep=False)  # its end is the answer's
@@ -253,16 +276,16 @@ class _Connection(asyncio.BufferedProtocol):
         self._end(Reply(Status.TIMEOUT, message=f"no answer within {timeout_s:.3g} s"), keep=False)
 
     def _end(self, reply: Reply, *, keep: bool) -> None:
-        assert self._answer is not None
+        then, self._then = self._then, None
+        assert then is not None
         assert self._timer is not None
         self._timer.cancel()
-        if not self._answer.done():
-            self._answer.set_result(reply)
         if keep:
             self._since_s = self._loop.time()
-            self._idle.append(self)
         else:
             self.abort()
+        self._owner.answered(self, keep=keep)
+        then(reply)
 
 
 class _Chunks:

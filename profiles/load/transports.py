@@ -5,8 +5,9 @@ target says TLS; an authority of your own is named by ``SSL_CERT_FILE`` (REST) o
 ``GRPC_DEFAULT_SSL_ROOTS_FILE_PATH`` (gRPC).
 """
 
+import asyncio
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from enum import IntEnum
 from types import MappingProxyType
 from typing import NamedTuple, Protocol
@@ -68,11 +69,33 @@ class Transport(Protocol):
             InputError: a header of the target's is none.
         """
 
+    def send(self, payload: Payload, timeout_s: float, then: Callable[[Reply], None]) -> None:
+        """Sends one request, at once where a connection is free.
+
+        Args:
+            payload: what is sent.
+            timeout_s: when it is given up.
+            then: called once with the reply, by the event loop and never before this returns, in the same turn in which
+                the reply was read: a task that waited for it would be late.
+        """
+
     async def infer(self, payload: Payload, timeout_s: float) -> Reply:
         """Sends one request and waits for its reply, at most ``timeout_s``."""
 
     async def close(self) -> None:
         """Closes all connections."""
+
+
+async def wait_for_reply(transport: Transport, payload: Payload, timeout_s: float) -> Reply:
+    """`Transport.infer`, for one that can `send`."""
+    answer: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
+
+    def settle(reply: Reply) -> None:
+        if not answer.done():  # whoever waited for it may have gone
+            answer.set_result(reply)
+
+    transport.send(payload, timeout_s, settle)
+    return await answer
 
 
 def make_transport(target: Target, connections: int) -> Transport:

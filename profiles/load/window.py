@@ -5,12 +5,13 @@ from then. Closed loop: a fixed number of requests is outstanding. Both warm up 
 """
 
 import asyncio
+import contextlib
 import itertools
 import time
 from array import array
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
 
 import numpy as np
 
@@ -142,8 +143,10 @@ class Window:
         self._rotation = itertools.cycle(
             np.random.default_rng((profile.seed, lane)).permutation(len(payloads)).tolist()
         )
-        self._tasks: set[asyncio.Task[None]] = set()
         self._in_flight = 0
+        self._answers_call_for_more = False
+        self._over = False
+        self._all_answered = asyncio.Event()
         self._samples: list[tuple[int, int]] = []
         self._kept: list[Kept] = []
         self._firsts: list[Kept] = []
@@ -175,9 +178,10 @@ class Window:
             self._check_hope()
             await marking  # the last answer may come before the window's end
         finally:
-            for task in [*watch, *self._tasks]:
+            self._over = True
+            for task in watch:
                 task.cancel()
-            await asyncio.gather(*watch, *self._tasks, return_exceptions=True)
+            await asyncio.gather(*watch, return_exceptions=True)
             self._alarm.close()
         return Offered(
             trace=self._log.trace(),
@@ -211,51 +215,48 @@ class Window:
         if self._in_flight >= self._profile.max_in_flight:
             self._log.append(due_ns, next(self._rotation), Status.DROPPED)
             return
-        self._in_flight += 1
-        self._start(self._send_one(due_ns))
-
-    async def _send_one(self, due_ns: int) -> None:
-        try:
-            await self._send(due_ns)
-        finally:
-            self._in_flight -= 1
+        self._send(due_ns)
 
     async def _closed(self, load: ClosedLoop, begin_ns: int) -> None:
         await self._alarm.until(begin_ns)
+        self._answers_call_for_more = True
         for _ in range(load.concurrency):
-            self._start(self._keep_sending())
-        while self._tasks:
-            await asyncio.wait(self._tasks, timeout=0.1, return_when=asyncio.FIRST_COMPLETED)
+            self._send_again()
+        while (left_s := (self._end_ns - time.perf_counter_ns()) / NS_PER_S) > 0:
+            await asyncio.sleep(min(0.1, left_s))
             self._check_hope()
-            if time.perf_counter_ns() >= self._end_ns:
-                return
 
-    async def _keep_sending(self) -> None:
-        while (now_ns := time.perf_counter_ns()) < self._end_ns:
-            if await self._send(now_ns) == Status.CONNECTION:
-                await asyncio.sleep(RETRY_PAUSE_S)
+    def _send_again(self) -> None:
+        if self._over or (now_ns := time.perf_counter_ns()) >= self._end_ns:
+            return
+        try:
+            self._send(now_ns)
+        except Exception as error:
+            self._bug = error  # nobody else hears of it
 
     # --- one request ---
 
-    def _start(self, sending: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(sending)
-        # The loop itself holds tasks only weakly.
-        self._tasks.add(task)
-        task.add_done_callback(self._ended)
-
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and task.exception() is not None:
-            self._bug = task.exception()
-
-    async def _send(self, due_ns: int) -> Status:
+    def _send(self, due_ns: int) -> None:
         payload = next(self._rotation)
         index = self._log.append(due_ns, payload, UNANSWERED)
+        self._in_flight += 1
         sent_ns = time.perf_counter_ns()
         self._log.sent[index] = sent_ns
         left_s = max(0.001, (due_ns + self._timeout_ns - sent_ns) / NS_PER_S)
-        reply = await self._transport.infer(self._payloads[payload], left_s)
+        self._transport.send(self._payloads[payload], left_s, partial(self._answered, index, payload, due_ns))
+
+    def _answered(self, index: int, payload: int, due_ns: int, reply: Reply) -> None:
+        if self._over:
+            return  # it was given up, and its times are booked
+        try:
+            self._book(index, payload, due_ns, reply)
+        except Exception as error:
+            # An event loop would take it for an error of the connection.
+            self._bug = error
+
+    def _book(self, index: int, payload: int, due_ns: int, reply: Reply) -> None:
         done_ns = time.perf_counter_ns()
+        self._in_flight -= 1
         self._log.done[index] = done_ns
         late = done_ns - due_ns > self._timeout_ns
         self._log.status[index] = Status.TIMEOUT if late and reply.status == Status.OK else reply.status
@@ -267,7 +268,13 @@ class Window:
                 self._keep_reply(payload, reply, done_ns)
         else:
             self._note_failure(reply, done_ns)
-        return reply.status
+        if self._answers_call_for_more:
+            if reply.status == Status.CONNECTION:
+                asyncio.get_running_loop().call_later(RETRY_PAUSE_S, self._send_again)
+            else:
+                self._send_again()
+        if self._in_flight == 0:
+            self._all_answered.set()
 
     def _keep_reply(self, payload: int, reply: Reply, done_ns: int) -> None:
         if len(self._kept) >= self._keep or done_ns >= self._end_ns:
@@ -302,9 +309,12 @@ class Window:
 
     async def _drain(self) -> None:
         """Waits for what is in flight; what is still unanswered a moment after its timeout is given up."""
-        if self._tasks:
+        self._all_answered.clear()
+        if self._in_flight:
             left_s = (self._end_ns + self._timeout_ns - time.perf_counter_ns()) / NS_PER_S
-            await asyncio.wait(self._tasks, timeout=max(0.0, left_s) + 0.5)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._all_answered.wait(), max(0.0, left_s) + 0.5)
+        self._over = True
         now_ns = time.perf_counter_ns()
         for index, status in enumerate(self._log.status):
             if status == UNANSWERED:
