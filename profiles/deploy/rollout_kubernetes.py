@@ -1,15 +1,23 @@
 """Manifests of production, applied to a Kubernetes cluster with Core 2."""
 
+import http.client
 import time
 
 from profiles.deploy.core2_candidates import Mesh
 from profiles.deploy.kubernetes_client import KubernetesClient
-from profiles.deploy.kubernetes_resources import CAMPAIGN, RUN, labels_on
+from profiles.deploy.kubernetes_resources import CAMPAIGN, RUN, Applied, is_stale, labels_on, read_state
 from profiles.deploy.rollout import PRODUCTION, owned
+from profiles.load.transports import ROUTE
 from profiles.serving.core2.manifests import Manifest
 from registry.errors import InputError
+from registry.records import Target
 
 TIMEOUT_S = 300.0
+SETTLE_S = 2.0
+"""How long a changed Experiment is given where its status does not say that it is in force."""
+_POLL_S = 0.1
+_LEAST_WAIT_S = 1.0
+_MESH_TIMEOUT_S = 5.0
 
 
 class KubernetesApplier:
@@ -68,13 +76,49 @@ class KubernetesApplier:
         }
 
     def apply(self, manifest: Manifest) -> None:
-        """Applies a resource, and returns when Core 2 says that it is in force."""
+        """Applies a resource, and returns when it is in force.
+
+        Core 2's operator does not say which change a status is of. A Model that was changed and stays ready all the
+        time is in force once the mesh tells another version of it; an Experiment is given `SETTLE_S`, and who watches
+        it sees who answers.
+        """
         started = time.monotonic()
         name = str(manifest["metadata"]["name"])
+        is_model = manifest["kind"] == "Model"
+        version = self._version(name) if is_model else None
         applied = self._client.apply(manifest, timeout_s=self._timeout_s)
-        self._client.wait(applied, timeout_s=self._timeout_s, since=started)
-        if manifest["kind"] == "Model":
+        if applied.before is None:
+            self._client.wait(applied, timeout_s=self._timeout_s, since=started)
+        else:
+            self._wait_for_change(applied, version, started)
+        if is_model:
             self._mesh.wait_for(self._mesh.target_of(name, "rest"), started + self._timeout_s)
+
+    def _wait_for_change(self, applied: Applied, version: int | None, started: float) -> None:
+        deadline = started + self._timeout_s
+        while (now := time.monotonic()) < deadline:
+            found = self._client.read(applied.kind, applied.name)
+            if found is None or not is_stale(found, applied):
+                break
+            if read_state({**found, "kind": applied.kind}).ready and self._in_force(applied, version, now - started):
+                return
+            time.sleep(_POLL_S)
+        self._client.wait(applied, timeout_s=max(deadline - time.monotonic(), _LEAST_WAIT_S))
+
+    def _in_force(self, applied: Applied, version: int | None, waited_s: float) -> bool:
+        """Whether a change is in force of which the status says nothing."""
+        if applied.kind != "Model":
+            return waited_s > SETTLE_S
+        found = self._version(applied.name)
+        return None not in (version, found) and found != version
+
+    def _version(self, name: str) -> int | None:
+        """The version of a Model that the mesh leads to; None where it does not say."""
+        found = self._client.read("Model", name)
+        if found is None:
+            return None
+        target = self._mesh.target_of(name, "rest")
+        return version_in_mesh(target, most=int(found["metadata"].get("generation") or 1) + 1)
 
     def delete(self, kind: str, name: str) -> None:
         """Deletes a resource that is burnish's, and returns when it is gone."""
@@ -95,3 +139,34 @@ class KubernetesApplier:
             if model in asked | {str((spec.get("mirror") or {}).get("name")), str(spec.get("default"))}:
                 named.append(str(one["metadata"]["name"]))
         return tuple(sorted(named))
+
+
+def version_in_mesh(target: Target, *, most: int) -> int | None:
+    """The version of a model that a mesh leads to; None where it does not say, or has none up to ``most``.
+
+    An experiment may lead requests to the model elsewhere. Then whoever sends back the route of a version stays with
+    that version, where there is one.
+    """
+    for sent in ("", *(f":{target.model}_{number}:" for number in range(most, 0, -1))):
+        route = _route_of(target, sent)
+        name, _, number = route.strip(":").rpartition("_")
+        if name == target.model and number.isdecimal() and sent in {"", route}:
+            return int(number)
+        if not route:
+            return None
+    return None
+
+
+def _route_of(target: Target, sent: str) -> str:
+    kind = http.client.HTTPSConnection if target.tls else http.client.HTTPConnection
+    connection = kind(target.url, timeout=_MESH_TIMEOUT_S)
+    headers = {**target.headers, **({ROUTE: sent} if sent else {})}
+    try:
+        connection.request("GET", f"/v2/models/{target.model}/ready", headers=headers)
+        answer = connection.getresponse()
+        answer.read()
+        return answer.headers.get(ROUTE) or ""
+    except (OSError, http.client.HTTPException):
+        return ""
+    finally:
+        connection.close()

@@ -5,6 +5,7 @@ import time
 from profiles.deploy.core2_candidates import Mesh
 from profiles.deploy.core2_messages import GOING, Core2Model, Experiment, ModelVersion, model_message
 from profiles.deploy.scheduler import SchedulerClient
+from profiles.deploy.scheduler_channel import SchedulerRefusedError
 from profiles.serving.core2.manifests import Manifest
 from profiles.serving.core2.schema import MLOPS
 from profiles.serving.core2.sizing import quantity_bytes
@@ -57,7 +58,11 @@ class SchedulerApplier:
         name, deadline = str(manifest["metadata"]["name"]), time.monotonic() + self._timeout_s
         if manifest["kind"] == "Experiment":
             experiment = experiment_of(manifest)
-            self._client.start_experiment(experiment)
+            try:
+                self._client.start_experiment(experiment)
+            except SchedulerRefusedError as error:
+                # That it is somebody else's is known only here: the scheduler does not tell what experiments are of.
+                raise InputError(error.message, hint="End the other experiment first.") from error
             self._client.wait_for_experiment(experiment, timeout_s=self._timeout_s)
             return
         found = self._client.model(name)

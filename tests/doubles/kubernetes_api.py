@@ -373,6 +373,13 @@ class KubernetesDouble:
         stored = self._stored.get(("seldon", "models", name))
         return self.mesh_ready and stored is not None and _is_ready(stored.resource)
 
+    def route(self, name: str) -> str:
+        """The route of a Model, which counts its changes; empty where the mesh does not lead to it."""
+        stored = self._stored.get(("seldon", "models", name))
+        return (
+            f":{name}_{stored.resource['metadata']['generation']}:" if stored is not None and self.ready(name) else ""
+        )
+
     # --- the operator ---
 
     def _operate(self) -> None:
@@ -569,7 +576,9 @@ class _Handler(BaseHTTPRequestHandler):
         length = int(self.headers.get("Content-Length") or 0)
         body = json.loads(self.rfile.read(length)) if length else None
         if address.path.endswith("/ready"):
-            self.send(200 if self.double.ready(address.path.split("/")[3]) else 404, "")
+            name = address.path.split("/")[3]
+            route = self.double.route(name)
+            self.send(200 if self.double.ready(name) else 404, "", {"x-seldon-route": route} if route else {})
             return
         verb = {"PATCH": "patch", "DELETE": "delete"}.get(method, "get" if address.path.count("/") > 6 else "list")
         verb = "watch" if query.get("watch", "").lower() == "true" else verb
