@@ -1,0 +1,445 @@
+"""What ``burnish pipeline`` does: reads plans, serves and measures their steps, and runs combinations on samples."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from optimize.admission import ENTRY, ask_child
+from optimize.engines.local import run_in_child
+from optimize.metrics import find_metric
+from optimize.samples import Samples, load_samples
+from optimize.serving import Served, serve_model, serving_profile
+from optimize.signature import signature_of
+from profiles.load.engine import LoadGenerator
+from profiles.load.payloads import encode_payloads
+from profiles.measure.host import fingerprint_host, split_cpus
+from profiles.measure.levels import Level
+from profiles.pipelines.analysis import Analysis, Overhead
+from profiles.pipelines.checks import Signature
+from profiles.pipelines.choice import Combination, Shortlist
+from profiles.pipelines.documents import ModelPart, Plan, load_plan
+from profiles.pipelines.gateway import WITHOUT, core2_target, local_pipeline
+from profiles.pipelines.graph import Pipeline, in_order
+from profiles.pipelines.measured import Measured, StepNumbers, WholeNumbers
+from profiles.pipelines.measuring import as_step, as_whole, latency_at, measure_endpoint
+from profiles.pipelines.run import run_samples
+from profiles.serving.session import open_session
+from registry.errors import InputError
+from registry.records import Target
+from registry.report.pipeline import PipelineView, StepView
+
+Told = Callable[[str], None]
+RATE_SHARES = (0.3, 0.6)
+_MOST_SAMPLES = 64
+_BYTES = {"bool": 1, "int8": 1, "uint8": 1, "float16": 2, "int16": 2, "uint16": 2, "float64": 8, "int64": 8}
+
+
+# --- reading ---------------------------------------------------------------------------------------------------
+
+
+def file_of(plan: Plan, step: str, variant: str | None = None) -> Path:
+    """The model file of a step's variant; of its first where none is named.
+
+    Raises:
+        InputError: the plan has no model for the step, no such variant, or no such file.
+    """
+    if step not in plan.models:
+        raise InputError(
+            f"step {step!r} has no model", hint=f"Name its file in the plan: models: {{{step}: {{variants: {{...}}}}}}."
+        )
+    variants = plan.models[step].variants
+    name = next(iter(variants)) if variant is None else variant
+    if name not in variants:
+        raise InputError(f"step {step!r} has no variant {name!r}", hint=f"There are: {', '.join(variants)}.")
+    path = plan.folder / variants[name]
+    if not path.is_file():
+        raise InputError(f"step {step!r}: there is no model file {path}", hint="Check the path in the plan.")
+    return path
+
+
+def signatures(plan: Plan) -> dict[str, Signature]:
+    """Step -> what its first variant takes and gives, for the steps that the plan has models of.
+
+    Raises:
+        InputError: a file is missing, or no model.
+    """
+    found = {}
+    for step in plan.pipeline.names:
+        if step not in plan.models:
+            continue
+        with TemporaryDirectory(prefix="burnish-pipeline-") as folder:
+            inputs, outputs = signature_of(_admit(file_of(plan, step), Path(folder)))
+        found[step] = Signature(inputs=inputs, outputs=outputs)
+    return found
+
+
+def _admit(path: Path, folder: Path) -> Any:
+    """The model copied to a folder, by a child with limits; its signature as JSON has it."""
+    kind = "openvino" if path.suffix == ".xml" else "onnx"
+    return ask_child("optimize.admission:admit_here", path, folder=str(folder), format=kind)
+
+
+def message_bytes(signature: Mapping[str, Signature], *, rows: int = 1, free: int = 64) -> dict[str, int]:
+    """Topic in words -> bytes of a message, free dimensions after the first taken for ``free``."""
+    found = {}
+    for step, one in signature.items():
+        for side, tensors in (("inputs", one.inputs), ("outputs", one.outputs)):
+            size = 0
+            for tensor in tensors:
+                sizes = [size if isinstance(size, int) else free for size in tensor.shape[1:]]
+                size += rows * math.prod(sizes) * _BYTES.get(tensor.dtype, 4)
+            found[f"{step}.{side}"] = size
+    return found
+
+
+# --- on samples ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Truth:
+    """A combination run end to end on labelled samples.
+
+    Attributes:
+        combination: the variants and their surrogate.
+        accuracy: the metric.
+        accuracy_drop: what it loses against the first variants.
+        samples: how many.
+    """
+
+    combination: Combination
+    accuracy: float
+    accuracy_drop: float
+    samples: int
+
+
+def answers(plan: Plan, samples: Samples, variants: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Every sample through the graph with these variants, in a child process with limits.
+
+    Returns:
+        Output -> array, and step -> input -> array of what reached it.
+
+    Raises:
+        InputError: a model is missing, or does not fit.
+    """
+    with TemporaryDirectory(prefix="burnish-pipeline-") as name:
+        work = Path(name)
+        entries = {}
+        for step in plan.pipeline.names:
+            folder = work / step
+            folder.mkdir()
+            source = file_of(plan, step, variants.get(step))
+            _admit(source, folder)
+            entries[step] = str(folder / (source.name if source.suffix == ".xml" else ENTRY))
+        np.savez(work / "inputs.npz", **dict(samples.inputs))
+        run_in_child(
+            "optimize.pipelines:answer_here", {"plan": str(plan.path.absolute()), "entries": entries, "work": str(work)}
+        )
+        outputs = _unpacked(work / "outputs.npz")
+        seen: dict[str, dict[str, NDArray[Any]]] = {}
+        for key, array in _unpacked(work / "seen.npz").items():
+            step, _, tensor = key.partition("/")
+            seen.setdefault(step, {})[tensor] = array
+    return outputs, seen
+
+
+def answer_here(*, plan: str, entries: dict[str, str], work: str) -> None:
+    """`answers`, in this process, which is a child."""
+    read = load_plan(Path(plan))
+    models = {}
+    for step, entry in entries.items():
+        engine = "openvino" if entry.endswith(".xml") else "onnxruntime"
+        models[step] = open_session(entry, engine=engine).run
+    folder = Path(work)
+    outputs, seen = run_samples(read.pipeline, models, _unpacked(folder / "inputs.npz"))
+    np.savez(folder / "outputs.npz", **outputs)
+    np.savez(
+        folder / "seen.npz", **{f"{step}/{name}": array for step, ones in seen.items() for name, array in ones.items()}
+    )
+
+
+def _unpacked(path: Path) -> dict[str, NDArray[Any]]:
+    with np.load(path, allow_pickle=False) as archive:
+        return {name: archive[name] for name in archive.files}
+
+
+def samples_of(plan: Plan) -> Samples:
+    """The plan's samples.
+
+    Raises:
+        InputError: it names none, or they cannot be read.
+    """
+    if plan.samples is None:
+        raise InputError("the plan names no samples", hint="Say samples: FILE.npz with the pipeline's inputs.")
+    return load_samples(plan.samples)
+
+
+def score(plan: Plan, outputs: Mapping[str, NDArray[Any]], samples: Samples, metric: str) -> float:
+    """The metric of a pipeline's answers.
+
+    Raises:
+        InputError: the samples have no labels, or the metric does not fit.
+    """
+    if samples.labels is None:
+        raise InputError("the samples have no labels, so that nothing is known of accuracy", hint="Add labels.")
+    if plan.answer is not None and plan.answer not in outputs:
+        raise InputError(f"the pipeline has no output {plan.answer!r}", hint=f"It has: {', '.join(outputs)}.")
+    judged = outputs if plan.answer is None else {plan.answer: outputs[plan.answer]}
+    found = find_metric(metric).score(judged, samples.labels)
+    return float(found) if isinstance(found, float) else float(np.nanmean(found))
+
+
+def run_truth(
+    plan: Plan, combinations: Sequence[Combination], *, metric: str = "accuracy", told: Told = lambda line: None
+) -> tuple[Truth, ...]:
+    """The combinations end to end on the plan's labelled samples.
+
+    Raises:
+        InputError: see `answers` and `score`.
+    """
+    samples = samples_of(plan)
+    base = score(plan, answers(plan, samples, {})[0], samples, metric)
+    found = []
+    for combination in combinations:
+        value = score(plan, answers(plan, samples, combination.variants)[0], samples, metric)
+        told(f"{', '.join(f'{s}={v}' for s, v in combination.variants.items())}: {metric} {value:.4f}")
+        found.append(Truth(combination=combination, accuracy=value, accuracy_drop=base - value, samples=len(samples)))
+    return tuple(found)
+
+
+# --- measuring -------------------------------------------------------------------------------------------------
+
+
+def measure_plan(
+    plan: Plan,
+    *,
+    level: Level,
+    work: Path,
+    metric: str | None = "accuracy",
+    variants: bool = True,
+    mesh: str | None = None,
+    told: Told = lambda line: None,
+    seed: int = 0,
+) -> Measured:
+    """Every step alone, each of its variants, and then the whole with the first ones.
+
+    Args:
+        plan: with models and samples.
+        level: how long windows are.
+        work: folder for logs and arrays.
+        metric: for what each variant loses alone; None to leave it out.
+        variants: whether others than the first are measured.
+        mesh: ``host:port`` of a Core 2 where the pipeline is deployed; the whole is then measured there.
+        told: takes a line for each that is measured.
+        seed: of arrivals and payloads.
+
+    Raises:
+        InputError: a model or the samples are missing or do not fit.
+        UnreachableError: a server refused.
+    """
+    pipeline = plan.pipeline
+    in_order(pipeline)
+    samples = samples_of(plan)
+    outputs, seen = answers(plan, samples, {})
+    metric = metric if samples.labels is not None else None
+    base = None if metric is None else score(plan, outputs, samples, metric)
+    server_cpus, client_cpus, pinning = split_cpus()
+    work.mkdir(parents=True, exist_ok=True)
+    steps: dict[str, dict[str, StepNumbers]] = {}
+    with LoadGenerator(client_cpus, work) as generator:
+        for step in pipeline.names:
+            if step not in seen:
+                raise InputError(f"no sample reaches step {step!r}, so that it cannot be measured", hint="Add samples.")
+            model = plan.models[step]
+            for place, variant in enumerate(model.variants):
+                if place and not variants:
+                    break
+                drop = 0.0 if place == 0 or base is None else _drop(plan, samples, {step: variant}, metric, base)
+                found = _measure_step(generator, plan, step, variant, seen[step], level=level, work=work, seed=seed)
+                numbers = as_step(found, workers=max(1, model.parallel_workers), accuracy_drop=drop)
+                steps.setdefault(step, {})[variant] = numbers
+                told(f"{step} {variant}: saturates at {numbers.saturation_rps:.4g} a second")
+        whole = _measure_whole(generator, plan, samples, level=level, work=work, mesh=mesh, seed=seed)
+        told(f"{pipeline.name}: saturates at {whole.saturation_rps or 0:.4g} a second")
+    cpus = None if mesh else float(len(server_cpus))
+    return Measured(steps=steps, whole=whole, host=fingerprint_host(pinning).fingerprint, shared_cpus=cpus)
+
+
+def _drop(plan: Plan, samples: Samples, variants: Mapping[str, str], metric: str | None, base: float) -> float:
+    return base - score(plan, answers(plan, samples, variants)[0], samples, metric or "accuracy")
+
+
+def _measure_step(
+    generator: LoadGenerator,
+    plan: Plan,
+    step: str,
+    variant: str,
+    inputs: Mapping[str, NDArray[Any]],
+    *,
+    level: Level,
+    work: Path,
+    seed: int,
+) -> Any:
+    with _served(plan.models[step], file_of(plan, step, variant)) as served:
+        target = served.deployment.target
+        payloads = encode_payloads({name: array[:_MOST_SAMPLES] for name, array in inputs.items()}, target=target)
+        return measure_endpoint(
+            generator, target, payloads, level=level, raw_root=work, usage=served.deployment.usage, seed=seed
+        )
+
+
+@contextmanager
+def _served(model: ModelPart, path: Path) -> Iterator[Served]:
+    profile = serving_profile(server=model.server, parallel_workers=model.parallel_workers, threads=model.threads)
+    with serve_model(path, profile, precision="default", http_port=None, grpc_port=None) as served:
+        yield served
+
+
+@contextmanager
+def serve_plan(plan: Plan, work: Path, *, variants: Mapping[str, str] | None = None) -> Iterator[Target]:
+    """The whole pipeline on this machine: a server for each replica of each step, and a gateway before them.
+
+    Raises:
+        InputError: a model is missing, or cannot be served so.
+        UnreachableError: a server or the gateway did not start.
+    """
+    chosen = variants or {}
+    _, client_cpus, _ = split_cpus()
+    with ExitStack() as stack:
+        targets: dict[str, list[Target]] = {}
+        for step in plan.pipeline.names:
+            path, model = file_of(plan, step, chosen.get(step)), plan.models[step]
+            for _ in range(model.replicas):
+                served = stack.enter_context(_served(model, path))
+                targets.setdefault(step, []).append(served.deployment.target)
+        yield stack.enter_context(local_pipeline(plan.pipeline, targets, work, cpus=client_cpus))
+
+
+def _measure_whole(
+    generator: LoadGenerator, plan: Plan, samples: Samples, *, level: Level, work: Path, mesh: str | None, seed: int
+) -> WholeNumbers:
+    with ExitStack() as stack:
+        if mesh is None:
+            target, without = stack.enter_context(serve_plan(plan, work)), WITHOUT
+        else:
+            target, without = core2_target(plan.pipeline, mesh), ""
+        payloads = encode_payloads(
+            {name: array[:_MOST_SAMPLES] for name, array in samples.inputs.items()}, target=target
+        )
+        found = measure_endpoint(generator, target, payloads, level=level, raw_root=work, seed=seed)
+        rates = [share * found.saturation_rps for share in RATE_SHARES]
+        at = latency_at(generator, target, payloads, rates, level=level, raw_root=work, seed=seed)
+    first = {step: next(iter(plan.models[step].variants)) for step in plan.pipeline.names}
+    return as_whole(found, variants=first, rates=at, without=without)
+
+
+# --- showing ---------------------------------------------------------------------------------------------------
+
+
+def view_of(
+    pipeline: Pipeline,
+    measured: Measured,
+    found: Analysis,
+    *,
+    variants: Mapping[str, str] | None = None,
+    notes: Sequence[str] = (),
+) -> PipelineView:
+    """What is shown of an analysis."""
+    chosen = variants or {}
+    by_step = {limit.what: limit.rate_rps for limit in found.limits}
+    layers: dict[str, int] = {}
+    for name in in_order(pipeline):
+        layers[name] = 1 + max((layers[before] for before in pipeline.before(name)), default=-1)
+    steps = tuple(
+        StepView(
+            name=name,
+            variant=chosen.get(name) or next(iter(measured.steps[name])),
+            layer=layers[name],
+            limit_rps=by_step[name],
+            utilisation=found.latency.steps[name].utilisation,
+            sojourn_ms=found.latency.steps[name].sojourn_ms,
+            slack_ms=found.slack_ms[name],
+            decides=found.latency.steps[name].decides,
+        )
+        for name in pipeline.names
+    )
+    latency = {f"p{one}": f"{estimate.value:.3g} ms" for one, estimate in found.latency.percentiles.items()}
+    return PipelineView(
+        name=pipeline.name,
+        steps=steps,
+        edges=pipeline.edges,
+        throughput_path=found.throughput_path,
+        latency_path=found.latency_path,
+        bottleneck=found.bottleneck.what,
+        saturation_rps=found.bottleneck.rate_rps,
+        rate_rps=found.latency.rate_rps,
+        latency=latency,
+        notes=(*found.notes, *notes),
+    )
+
+
+def overhead_words(found: Overhead | None) -> tuple[str, ...]:
+    """The overhead of a stage, as a sentence."""
+    if found is None:
+        return ()
+    return (
+        f"a single request takes {found.measured_ms:.3g} ms, its steps alone {found.predicted_ms:.3g} ms: "
+        f"{found.per_stage_ms:+.2g} ms a stage",
+    )
+
+
+def plain(record: Any) -> Any:
+    """A record as JSON has it: what is infinite is null."""
+    if isinstance(record, float):
+        return record if math.isfinite(record) else None
+    if isinstance(record, Mapping):
+        return {str(key): plain(value) for key, value in record.items()}
+    if isinstance(record, tuple | list):
+        return [plain(value) for value in record]
+    if hasattr(record, "__dataclass_fields__"):
+        return plain(asdict(record))
+    return record
+
+
+def quicker(level: Level) -> Level:
+    """A level with finer steps near saturation, since limits of steps are held against the whole's."""
+    return replace(level, stages=tuple(sorted({*level.stages, 0.75, 0.8, 0.9, 0.95})))
+
+
+def choice_lines(found: Shortlist, truths: Sequence[Truth], limit: float | None) -> list[str]:
+    """A shortlist and its truth, as lines."""
+    if not found.combinations:
+        lines = ["No combination meets the budget."]
+        if found.closest is not None:
+            lines.append(f"Closest: {_named(found.closest)}")
+            lines += [f"  {one.quantity} {one.value:.4g}, and the limit is {one.limit:.4g}" for one in found.misses]
+        return lines
+    how = "proved best" if found.exact else f"not proved best: none has less than {found.bound:.4g}"
+    lines = [f"By the surrogate, least {found.objective} first ({how}):"]
+    for place, one in enumerate(found.combinations, 1):
+        said = ", ".join(f"{name} {value:.4g}" for name, value in one.surrogate.items())
+        lines += [f"{place}. {_named(one)}", f"   surrogate: {said}"]
+        if place <= len(truths):
+            truth = truths[place - 1]
+            word = "" if limit is None else " (kept)" if truth.accuracy_drop <= limit else " (over the limit)"
+            lines.append(
+                f"   on {truth.samples} samples: {truth.accuracy:.4f}, a drop of {truth.accuracy_drop:.4f}{word}"
+            )
+    kept = [one for one in truths if limit is None or one.accuracy_drop <= limit]
+    if kept:
+        lines.append(f"Take: {_named(kept[0].combination)}")
+    elif truths:
+        lines.append("None of them keeps the limit on samples: ask for more with --best, or a lower limit.")
+    else:
+        lines.append("Not run on samples: the plan names no models or samples, so that accuracy is the surrogate's.")
+    return lines
+
+
+def _named(combination: Combination) -> str:
+    return ", ".join(f"{step}={variant}" for step, variant in combination.variants.items())
