@@ -28,6 +28,12 @@ MOST_PARAMS = 100
 # MLflow takes 36; all of it is in the parameters.
 _DATASET_DIGEST_CHARS = 16
 _FINISHED, _FAILED = "FINISHED", "FAILED"
+_CURVES = (
+    tracked_metrics.curves,
+    tracked_metrics.spectrum_curves,
+    tracked_metrics.round_curves,
+    tracked_metrics.system_metrics,
+)
 TABLES = ("failures.json", "curves.json")
 
 
@@ -202,7 +208,7 @@ class _Writer:
         found += [
             self._single(name, value) for name, value in tracked_metrics.served_metrics(campaign, candidate).items()
         ]
-        for curves in (tracked_metrics.curves, tracked_metrics.round_curves, tracked_metrics.system_metrics):
+        for curves in _CURVES:
             found += [self._metric(point) for point in curves(campaign, candidate)]
         return found
 

@@ -49,6 +49,7 @@ _OF_STORES = frozenset(
 _FULL_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT})
 _FULL = re.compile(r"no space left|dis[ck] is full|dis[ck] full|quota exceeded", re.IGNORECASE)
 _STATUS = re.compile(r"too many (\d{3}) error responses|error code (\d{3}) !=|\b(\d{3}) (?:Client|Server) Error")
+_REQUEST = re.compile(r"API request to (\S+) failed with exception .*\(Caused by (.+)\)$")
 _WORDS = (
     (re.compile(r"UNAUTHENTICATED|not authenticated|locate credentials|password authentication failed"), 401),
     (re.compile(r"PERMISSION_DENIED|AccessDenied|Forbidden|SignatureDoesNotMatch|InvalidAccessKeyId"), 403),
@@ -82,7 +83,7 @@ def _of_a_store(error: Exception) -> bool:
 def _named(error: Exception, uri: str) -> UnreachableError:
     text = without_secrets(str(error), uri).strip()
     words, hint = _cause(error, text)
-    shown = text.partition("\n")[0]
+    shown = _REQUEST.sub(r"\1: \2", text.partition("\n")[0])
     if len(shown) > MOST_SHOWN_CHARS:
         shown = f"{shown[:MOST_SHOWN_CHARS]} ..."
     return UnreachableError(
@@ -184,6 +185,8 @@ def quieten() -> None:
     """MLflow's loggers say what is wrong, and nothing else."""
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # It logs a traceback of what it raises.
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
 
 
 def pages(ask: Callable[[str | None], Any]) -> Iterator[Any]:

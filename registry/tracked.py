@@ -123,6 +123,7 @@ def tags(campaign: Campaign, candidate: Candidate) -> dict[str, str]:
         "burnish.kind": "candidate",
         "burnish.candidate_id": candidate.id,
         "burnish.baseline": _flag(candidate.id == campaign.verdict.baseline),
+        "burnish.champion": _flag(candidate.id == campaign.verdict.champion),
         "burnish.pareto": _flag(candidate.id in campaign.verdict.pareto),
         "burnish.verdict": word,
         "burnish.reason": shortened(reason, MOST_TAG_CHARS),

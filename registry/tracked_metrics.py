@@ -1,7 +1,7 @@
 """A campaign's numbers as a tracker's metrics: single ones, curves with steps, and what machines were used. No tracker.
 
-A slash in a name puts the metric into a section of its own on MLflow's pages: ``curve``, ``round``, ``search`` and, by
-MLflow's own convention, ``system``.
+A slash in a name puts the metric into a section of its own on MLflow's pages: ``curve``, ``round``, ``search``,
+``spectrum`` and, by MLflow's own convention, ``system``.
 """
 
 import hashlib
@@ -10,7 +10,17 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from registry.records import Campaign, Candidate, ClosedLoop, Estimate, Metrics, RunRecord, ServingSearch
+from registry.records import (
+    Campaign,
+    Candidate,
+    CapacityAdvice,
+    ClosedLoop,
+    Comparison,
+    Estimate,
+    Metrics,
+    RunRecord,
+    ServingSearch,
+)
 from registry.report.table import BYTES_PER_MB, capacity_of, variant_of
 from registry.selection import fidelity_of
 
@@ -87,7 +97,36 @@ def served_metrics(campaign: Campaign, candidate: Candidate) -> dict[str, float]
             found[name_of("invalid_runs", measurement.load)] = float(measurement.invalid_runs)
     for comparison in campaign.comparisons:
         if comparison.candidate_id == candidate.id:
-            found |= _flat({f"ratio.{comparison.metric}": comparison.ratio}, comparison.load)
+            for prefix in _against(campaign, candidate, comparison):
+                found = _flat({f"{prefix}.{comparison.metric}": comparison.ratio}, comparison.load) | found
+    for advice in campaign.advice:
+        if advice.candidate_id == candidate.id:
+            found |= _advised(advice)
+    return found
+
+
+def _against(campaign: Campaign, candidate: Candidate, comparison: Comparison) -> Iterator[str]:
+    """What a ratio is called: ``ratio`` to the baseline as the candidate is served, ``ratio_vs_champion`` else."""
+    verdict = campaign.verdict
+    if comparison.baseline_id == verdict.champion:
+        yield "ratio_vs_champion"
+    candidates = {one.id: one for one in campaign.candidates}
+    other, baseline = candidates.get(comparison.baseline_id), candidates.get(verdict.baseline or "")
+    alike = (
+        other is not None
+        and baseline is not None
+        and (other.variant_id, other.engine, other.serving) == (baseline.variant_id, baseline.engine, candidate.serving)
+    )
+    if alike or comparison.baseline_id == verdict.baseline or comparison.baseline_id != verdict.champion:
+        yield "ratio"
+
+
+def _advised(advice: CapacityAdvice) -> dict[str, float]:
+    found = _flat({f"advice.{name}": estimate for name, estimate in advice.law.items()})
+    if advice.knee is not None:
+        found["advice.knee_concurrency"] = float(advice.knee)
+    if advice.target_rps is not None:
+        found["advice.target_rps_low"], found["advice.target_rps_high"] = advice.target_rps
     return found
 
 
@@ -137,6 +176,16 @@ def curves(campaign: Campaign, candidate: Candidate) -> list[Point]:
         ]
         found += _stepped(f"curve/measured_{metric}", values)
     return found
+
+
+def spectrum_curves(campaign: Campaign, candidate: Candidate) -> list[Point]:
+    """The latency at each percentile: ``spectrum/latency_ms.at_<load>``, by hundredths of a percent (9990 is p99.9)."""
+    return [
+        Point(f"spectrum/{name_of('latency_ms', spectrum.load)}", round(_PERCENT * percentile), latency_ms, percentile)
+        for spectrum in campaign.spectra
+        if spectrum.candidate_id == candidate.id
+        for percentile, latency_ms in spectrum.points
+    ]
 
 
 def round_curves(campaign: Campaign, candidate: Candidate) -> list[Point]:

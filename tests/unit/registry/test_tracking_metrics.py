@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import pytest
 
 from registry import tracked, tracked_metrics
-from registry.records import Breakdown, Campaign, Capacity, RateStage, RunRecord
+from registry.records import Breakdown, Campaign, Capacity, CapacityAdvice, RateStage, RunRecord, Spectrum
 from registry.tracked_metrics import Point
 from tests.doubles import campaigns, searches
 
@@ -133,6 +133,46 @@ def test_what_processes_took_is_told_in_mlflows_units() -> None:
     assert first["system/gpu_memory_usage_megabytes.at_closed"] == 90.0
     assert first["system/gpu_utilization_percentage.at_closed"] == 25.0
     assert tracked_metrics.system_metrics(campaigns.campaign(), campaigns.BASELINE) == []
+
+
+def test_ratios_to_the_baseline_and_to_the_champion_are_told_apart() -> None:
+    made = campaigns.campaign()
+    (plain,) = [one for one in made.comparisons if one.candidate_id == campaigns.STATIC_TRITON.id]
+    champion = campaigns.OPENVINO_TRITON.id
+    against = dataclasses.replace(
+        plain, baseline_id=champion, ratio=dataclasses.replace(plain.ratio, value=1.2, low=1.1, high=1.3)
+    )
+    judged = dataclasses.replace(
+        made, comparisons=(*made.comparisons, against), verdict=dataclasses.replace(made.verdict, champion=champion)
+    )
+    found = tracked_metrics.metrics(judged, campaigns.STATIC_TRITON)
+    assert found["ratio_vs_champion.max_throughput_rps_high"] == 1.3
+    assert found["ratio.max_throughput_rps"] == plain.ratio.value
+    tags = tracked.tags(judged, campaigns.OPENVINO_TRITON)
+    assert (tags["burnish.champion"], tags["burnish.baseline"]) == ("true", "false")
+
+
+def test_a_champion_that_is_the_baseline_gives_both_ratios() -> None:
+    made = campaigns.campaign()
+    verdict = dataclasses.replace(made.verdict, champion=campaigns.BASELINE.id)
+    found = tracked_metrics.metrics(dataclasses.replace(made, verdict=verdict), campaigns.STATIC_TRITON)
+    assert found["ratio_vs_champion.max_throughput_rps"] == found["ratio.max_throughput_rps"]
+
+
+def test_what_follows_from_a_capacity_and_the_percentiles_are_metrics() -> None:
+    here = campaigns.BASELINE.id
+    advice = CapacityAdvice(
+        candidate_id=here, knee=4, law={"sigma": campaigns.estimate(0.1, 0.02, "1")}, explanation="", lines=(),
+        target_rps=(200.0, 300.0),
+    )  # fmt: skip
+    spectrum = Spectrum(candidate_id=here, load="100 rps", requests=5000, points=((50.0, 4.0), (99.9, 21.0)))
+    made = dataclasses.replace(campaigns.campaign(), advice=(advice,), spectra=(spectrum,))
+    found = tracked_metrics.metrics(made, campaigns.BASELINE)
+    assert (found["advice.knee_concurrency"], found["advice.sigma_high"]) == (4.0, pytest.approx(0.12))
+    assert (found["advice.target_rps_low"], found["advice.target_rps_high"]) == (200.0, 300.0)
+    points = tracked_metrics.spectrum_curves(made, campaigns.BASELINE)
+    assert steps(points, "spectrum/latency_ms.at_100_rps") == [(5000, 4.0), (9990, 21.0)]
+    assert tracked_metrics.spectrum_curves(made, campaigns.STATIC_TRITON) == []
 
 
 def test_a_search_is_its_looks_and_the_best_so_far() -> None:
