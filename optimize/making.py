@@ -1,15 +1,19 @@
 """Sources and variants: each made in a child process, kept in the store, and not made again."""
 
-import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+import contextlib
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from time import monotonic
-from typing import Any
+from typing import Any, cast
 
-from optimize.adaptation import as_jsonable, from_jsonable
+from optimize.adaptation import as_jsonable
 from optimize.config import SourceConfig
-from optimize.engines.local import run_in_child
+from optimize.engines.choosing import choose_engine
+from optimize.engines.local import Limits, run_in_child
+from optimize.engines.pool import LocalEngine
+from optimize.engines.port import Engine, Outcome, Place, Resources, Task
 from optimize.explain import predict, predictable, weights_of
 from optimize.judging import as_input, failure_of, limits_of
 from optimize.plan import Plan, Workspace
@@ -106,108 +110,249 @@ def make_variants(
     Raises:
         BurnishError: the baseline, the first source's float32, cannot be made.
     """
-    work = [(source, recipe) for source in sources for recipe in workspace.plan.recipes]
-    workspace.observer.phase("Making variants", len(work))
-    variants: list[Variant] = []
-    failures: list[Failure] = []
-    for source, recipe in work:
-        name = f"{source.name}/{recipe.name}" if workspace.plan.several_sources else recipe.name
-        try:
-            made = make_variant(workspace, source, recipe, name, calibration)
-        except StorageError:
-            raise
-        except BurnishError as error:
-            if not variants:
-                raise as_input(error, f"the baseline {name!r} cannot be made") from error
-            made = failure_of(name, "make", error)
-        if isinstance(made, Failure):
-            failures.append(made)
-            workspace.observer.done(name, f"{made.kind.replace('_', ' ')}: {made.reason}")
-        else:
-            variants.append(made)
-            workspace.observer.done(name, f"{made.artifact.size_bytes / 1e6:.2f} MB")
-    return variants, failures
+    works = [
+        _work(workspace, source, recipe, f"{source.name}/{recipe.name}" if several else recipe.name, calibration)
+        for several in [workspace.plan.several_sources]
+        for source in sources
+        for recipe in workspace.plan.recipes
+    ]
+    workspace.observer.phase("Making variants", len(works))
+    made: dict[str, Variant | Failure] = {}
+    with contextlib.closing(_made(workspace, works)) as outcomes:
+        for work, outcome in outcomes:
+            if isinstance(outcome, StorageError):
+                raise outcome
+            if isinstance(outcome, BurnishError) and work is works[0]:
+                raise as_input(outcome, f"the baseline {work.name!r} cannot be made") from outcome
+            one = failure_of(work.name, "make", outcome) if isinstance(outcome, BurnishError) else outcome
+            made[work.name] = one
+            told = f"{one.kind.replace('_', ' ')}: {one.reason}" if isinstance(one, Failure) else _size(one)
+            workspace.observer.done(work.name, told)
+    ordered = [made[work.name] for work in works]
+    return [one for one in ordered if isinstance(one, Variant)], [one for one in ordered if isinstance(one, Failure)]
 
 
 def make_variant(
     workspace: Workspace, source: Source, recipe: Recipe, name: str, calibration: Samples | SampleFile | None
 ) -> Variant | Failure:
-    """The variant, or the failure that says why the recipe cannot apply; both are remembered.
+    """The variant, or the failure that says why the recipe cannot apply; both are remembered. Made on this machine.
 
     Raises:
         BurnishError: it failed in another way, which the next run tries again.
     """
+    work = _work(workspace, source, recipe, name, calibration)
+
+    def make() -> Variant | Failure:
+        with LocalEngine(workspace.store, scratch=workspace.folder("tmp")) as engine:
+            (outcome,) = engine.run([work.task(workspace)])
+        return _received(workspace, work, outcome)
+
+    return workspace.remember("Variant", name, work.components, make)[0]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Work:
+    """One variant that is to be made.
+
+    Attributes:
+        name: the variant's.
+        variant: the variant, but for what is only known once it is made: its artifact, and what was found.
+        components: everything that it depends on.
+        arguments: of `make_in_place`, but for the calibration samples.
+        calibration: the file of the calibration samples, if they are needed.
+        python_path: the folder of the user's code, if it is needed.
+    """
+
+    name: str
+    variant: Mapping[str, Any]
+    components: Mapping[str, Any]
+    arguments: Mapping[str, Any]
+    calibration: Path | None
+    python_path: Path | None
+
+    def task(self, workspace: Workspace) -> Task:
+        """The step that makes it."""
+        limits = limits_of(workspace)
+        return Task(
+            name=self.name,
+            step="optimize.making:make_in_place",
+            arguments={
+                **self.arguments,
+                "variant": dict(self.variant),
+                "timeout_s": limits.timeout_s,
+                "memory_mb": limits.memory_mb,
+            },
+            files={} if self.calibration is None else {"calibration": self.calibration},
+            python_path=self.python_path,
+            resources=Resources(cores=None),
+        )
+
+
+def _work(
+    workspace: Workspace, source: Source, recipe: Recipe, name: str, calibration: Samples | SampleFile | None
+) -> _Work:
+    plan = workspace.plan
     calibrated = calibration.digest if calibration is not None and needs_calibration(recipe) else None
-    versions = tool_versions(recipe) | code_versions(workspace.plan, source, recipe)
-    identity = variant_id(source.digest, recipe, calibrated, workspace.plan.config.seed, versions)
-    foreseen = workspace.plan.config.predict and predictable(recipe)
+    versions = tool_versions(recipe) | code_versions(plan, source, recipe)
+    identity = variant_id(source.digest, recipe, calibrated, plan.config.seed, versions)
+    foreseen = plan.config.predict and predictable(recipe)
+    given = plan.config.samples.calibration
+    return _Work(
+        name=name,
+        variant={
+            "id": identity,
+            "name": name,
+            "source": source.name,
+            "source_digest": source.digest,
+            "recipe": codec.to_jsonable(recipe),
+            "calibration_digest": calibrated,
+            "seed": plan.config.seed,
+            "tool_versions": versions,
+        },
+        # The id says whether it is the same work, and its parts beside it what differs if not.
+        components={
+            "variant": identity,
+            "name": name,
+            "source": source.digest,
+            "stages": _stages(recipe),
+            "calibration": calibrated,
+            "seed": plan.config.seed,
+            "tools": versions,
+            "predict": foreseen,
+        },
+        arguments={
+            "source": codec.to_jsonable(source),
+            "foreseen": foreseen,
+            "origin": origin_of(plan, source, recipe),
+        },
+        calibration=plan.path(given) if calibrated and given is not None else None,
+        python_path=plan.base if needs_module(recipe) else None,
+    )
+
+
+_Outcomes = Generator[tuple[_Work, Variant | Failure | BurnishError], None, None]
+
+
+def _made(workspace: Workspace, works: Sequence[_Work]) -> _Outcomes:
+    """What became of each work: first what is known, then the others in the order in which they end.
+
+    Whatever was made is remembered before it is yielded.
+    """
+    unknown = []
+    for work in works:
+        found = workspace.ledger.find("Variant", work.components)
+        if found is None:
+            unknown.append(work)
+        else:
+            yield work, found
+    # What needs the user's code is made where that is.
+    near = [work for work in unknown if work.python_path is not None]
+    far = [work for work in unknown if work.python_path is None]
+    scratch = workspace.folder("tmp")
+    if far:
+        with choose_engine(workspace.store, scratch=scratch) as engine:
+            yield from _made_on(engine, workspace, far)
+    if near:
+        with LocalEngine(workspace.store, scratch=scratch) as engine:
+            yield from _made_on(engine, workspace, near)
+
+
+def _made_on(engine: Engine, workspace: Workspace, works: Sequence[_Work]) -> _Outcomes:
+    tasks = {work.name: work for work in works}
+    with contextlib.closing(engine.run([work.task(workspace) for work in works])) as outcomes:
+        for outcome in outcomes:
+            work = tasks[outcome.task.name]
+            try:
+                received = _received(workspace, work, outcome)
+            except BurnishError as error:
+                yield work, error
+                continue
+            yield work, workspace.remember("Variant", work.name, work.components, partial(_same, received))[0]
+
+
+def _received(workspace: Workspace, work: _Work, outcome: Outcome) -> Variant | Failure:
+    """The variant that an engine made, its files in the working folder, where all else looks for them.
+
+    Raises:
+        BurnishError: it failed in a way that the next run tries again.
+    """
+    if isinstance(outcome.error, NotApplicableError):
+        return failure_of(work.name, "make", outcome.error)
+    if outcome.error is not None:
+        raise outcome.error
+    variant = codec.from_jsonable(Variant, outcome.result)
+    workspace.store.path(variant.artifact)
+    # Another campaign may have made it, under names of its own.
+    recipe = codec.from_jsonable(Recipe, work.variant["recipe"])
+    return replace(variant, name=work.name, source=work.variant["source"], recipe=recipe)
+
+
+def _same(made: Variant | Failure) -> Variant | Failure:
+    return made
+
+
+def _size(variant: Variant) -> str:
+    return f"{variant.artifact.size_bytes / 1e6:.2f} MB"
+
+
+def make_in_place(
+    place: Place,
+    *,
+    source: Mapping[str, Any],
+    variant: Mapping[str, Any],
+    foreseen: bool,
+    origin: Mapping[str, Any] | None,
+    timeout_s: float,
+    memory_mb: float | None,
+    calibration: str | None = None,
+) -> dict[str, Any]:
+    """The step that makes a variant, once among all that share the store; records are plain JSON values.
+
+    Raises:
+        NotApplicableError: a stage does not apply.
+        BurnishError: it failed in another way.
+    """
 
     def make() -> Variant:
         begin = monotonic()
-        with tempfile.TemporaryDirectory(prefix="make-", dir=workspace.folder("tmp")) as scratch:
-            arguments = {
-                "recipe": codec.to_jsonable(recipe),
-                "source": codec.to_jsonable(source),
-                "files": str(workspace.store.path(source.artifact)),
-                "calibration": _path(workspace.plan) if calibrated else None,
-                "seed": workspace.plan.config.seed,
+        made = run_in_child(
+            "optimize.making:make_here",
+            {
+                "recipe": variant["recipe"],
+                "source": source,
+                "files": str(place.store.path(codec.from_jsonable(Source, source).artifact)),
+                "calibration": calibration,
+                "seed": variant["seed"],
                 "foreseen": foreseen,
-                "origin": origin_of(workspace.plan, source, recipe),
-                "threads": workspace.plan.host.cores,
-                "work": scratch,
-            }
-            made = run_in_child(
-                "optimize.making:make_here",
-                arguments,
-                limits=limits_of(workspace),
-                python_path=workspace.plan.base if needs_module(recipe) else None,
-            )
-            artifact = workspace.store.add(
-                Path(made["folder"]),
-                format=made["format"],
-                entry=made["entry"],
-                inputs=tuple(codec.from_jsonable(TensorSpec, spec) for spec in made["inputs"]),
-                outputs=tuple(codec.from_jsonable(TensorSpec, spec) for spec in made["outputs"]),
-            )
-        return Variant(
-            id=identity,
-            name=name,
-            source=source.name,
-            source_digest=source.digest,
-            recipe=recipe,
-            calibration_digest=calibrated,
-            seed=workspace.plan.config.seed,
-            tool_versions=versions,
-            artifact=artifact,
-            signature_changed=made["signature_changed"],
-            batch_dependent=made["batch_dependent"],
-            made_in_s=round(monotonic() - begin, 3),
-            notes=tuple(made["notes"]),
-            adaptation=from_jsonable(made["adaptation"]),
+                "origin": origin,
+                "threads": len(place.cpus),
+                "work": str(place.scratch),
+            },
+            limits=Limits(timeout_s=timeout_s, memory_mb=memory_mb),
+            cpus=place.cpus,
+            python_path=place.python_path,
+        )
+        artifact = place.store.add(
+            Path(made["folder"]),
+            format=made["format"],
+            entry=made["entry"],
+            inputs=tuple(codec.from_jsonable(TensorSpec, spec) for spec in made["inputs"]),
+            outputs=tuple(codec.from_jsonable(TensorSpec, spec) for spec in made["outputs"]),
+        )
+        return codec.from_jsonable(
+            Variant,
+            {
+                **variant,
+                "artifact": codec.to_jsonable(artifact),
+                "signature_changed": made["signature_changed"],
+                "batch_dependent": made["batch_dependent"],
+                "made_in_s": round(monotonic() - begin, 3),
+                "notes": made["notes"],
+                "adaptation": made["adaptation"],
+            },
         )
 
-    # The id says whether it is the same work, and its parts beside it what differs if not.
-    components = {
-        "variant": identity,
-        "name": name,
-        "source": source.digest,
-        "stages": _stages(recipe),
-        "calibration": calibrated,
-        "seed": workspace.plan.config.seed,
-        "tools": versions,
-        "predict": foreseen,
-    }
-
-    def made() -> Variant | Failure:
-        try:
-            shared = once(workspace.store, f"variant-{identity}", make)
-        except NotApplicableError as error:
-            return failure_of(name, "make", error)
-        workspace.store.path(shared.artifact)  # into the working folder, where all else looks for it
-        # Another campaign may have made it, under names of its own.
-        return replace(shared, name=name, source=source.name, recipe=recipe)
-
-    return workspace.remember("Variant", name, components, made)[0]
+    return cast(dict[str, Any], codec.to_jsonable(once(place.store, f"variant-{variant['id']}", make)))
 
 
 def origin_of(plan: Plan, source: Source, recipe: Recipe) -> dict[str, Any] | None:
@@ -252,11 +397,6 @@ def _stages(recipe: Recipe) -> dict[str, Any]:
         f"{place} {stage.name}": {"version": stage.version, **stage.call.params}
         for place, stage in enumerate(stages, start=1)
     }
-
-
-def _path(plan: Plan) -> str | None:
-    given = plan.config.samples.calibration
-    return None if given is None else str(plan.path(given))
 
 
 def make_here(

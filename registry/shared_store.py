@@ -4,6 +4,7 @@ Layout under the URI::
 
     artifacts/<digest>/<files>      written first
     artifacts/<digest>.json         the artifact's record; written last, so that what has one is complete
+    files/<sha256>/content          single files that several machines read (samples, say)
     records/<key>.json              the result of work that is done once among all; never written over
     leases/<key>/<number>           who is at work on it; see `registry.leases`
 
@@ -219,6 +220,30 @@ class SharedStore:
             self._folder.write(path, content)
         found: R | None = self.find(key)
         return record if found is None else found
+
+    def share_file(self, path: Path) -> str:
+        """Puts one file into the shared place, unless its bytes are there, and returns their SHA-256 (hex).
+
+        Raises:
+            StorageError: the shared place does not answer, or refuses.
+        """
+        sha256 = codec.file_sha256(path)
+        # An object appears whole or not at all, and its name is its content.
+        if not self._folder.names(f"files/{sha256}"):
+            self._folder.put(f"files/{sha256}/content", path)
+        return sha256
+
+    def fetch_file(self, sha256: str) -> Path:
+        """The file of these bytes, in the local store.
+
+        Raises:
+            InputError: it is not in the shared place, or has other bytes there.
+            StorageError: the shared place does not answer, or refuses; or the local one cannot be written.
+        """
+        place = self.local.root / "files" / sha256
+        if not place.is_file():
+            self.local.write_file(place, sha256, self._folder.chunks(f"files/{sha256}/content"))
+        return place
 
     # --- parts of it ---
 

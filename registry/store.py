@@ -116,6 +116,21 @@ class FolderStore:
             _fsync_folders(place)
             return self._commit(artifact, workplace)
 
+    def write_file(self, place: Path, sha256: str, chunks: Iterable[bytes]) -> None:
+        """Writes a single file of the store, whole or not at all.
+
+        Raises:
+            InputError: the bytes are not those of the digest.
+            StorageError: the store cannot be written.
+        """
+        with self._refusals(), _workplace(self._incoming) as workplace:
+            found, _ = _written(workplace / "file", chunks)
+            if found != sha256:
+                raise InputError(f"{place.name} arrived with other bytes than its digest says")
+            place.parent.mkdir(parents=True, exist_ok=True)
+            (workplace / "file").rename(place)
+            fsync_folder(place.parent)
+
     def path(self, artifact: Artifact) -> Path:
         """The local folder that holds the artifact's files, read-only by agreement.
 

@@ -61,7 +61,7 @@ def _outcome(request: dict[str, Any]) -> dict[str, Any]:
         return {"result": resolve(request["function"])(**request["arguments"])}
     except BurnishError as error:
         traceback.print_exc()
-        return {"error": _describe(error)}
+        return {"error": describe(error)}
     except MemoryError:
         traceback.print_exc()
         return {"failure": "memory", "message": "no memory was left"}
@@ -70,7 +70,7 @@ def _outcome(request: dict[str, Any]) -> dict[str, Any]:
         return {"failure": "error", "message": f"{type(error).__name__}: {error}"}
 
 
-def _describe(error: BurnishError) -> dict[str, Any]:
+def describe(error: BurnishError) -> dict[str, Any]:
     """The error as JSON, under the name of the nearest class that the parent knows."""
     name = next(kind.__name__ for kind in type(error).__mro__ if hasattr(errors, kind.__name__))
     plain = {key: value for key, value in vars(error).items() if isinstance(value, bool | int | float | str | None)}

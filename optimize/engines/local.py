@@ -7,8 +7,10 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -41,6 +43,7 @@ _OFFLINE = {
 _POLL_S = 0.1
 _POLLS_PER_TREE = 10  # a walk over all processes of the machine costs milliseconds, so it is done once a second
 _TAIL_BYTES = 4000
+_stop: ContextVar[threading.Event | None] = ContextVar("stop", default=None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,6 +124,16 @@ def run_in_child(
         return _result(function, folder, code, stopped)
 
 
+@contextlib.contextmanager
+def stopped_by(event: threading.Event) -> Iterator[None]:
+    """Children that are started in the block (by this thread) end soon after the event is set."""
+    token = _stop.set(event)
+    try:
+        yield
+    finally:
+        _stop.reset(token)
+
+
 def child_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     """The environment of a child: an allow-list of this process's, no network for model hubs, and ``extra``."""
     inherited = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
@@ -149,7 +162,10 @@ def _watch(process: "subprocess.Popen[bytes]", limits: Limits) -> FailureKind | 
     deadline = time.monotonic() + limits.timeout_s
     most = limits.memory_bytes
     polls = 0
+    stop = _stop.get()
     while True:
+        if stop is not None and stop.is_set():
+            return "died"
         left_s = deadline - time.monotonic()
         if left_s <= 0:
             return "timeout"
@@ -188,13 +204,13 @@ def _result(function: str, folder: Path, code: int, stopped: FailureKind | None)
         raise ChildFailure(f"{function} {how} and gave no result", kind="died", log=log)
     outcome = json.loads((folder / RESULT).read_text(encoding="utf-8"))
     if "error" in outcome:
-        raise _rebuilt(outcome["error"])
+        raise rebuilt(outcome["error"])
     if "failure" in outcome:
         raise ChildFailure(f"{function} failed: {outcome['message']}", kind=outcome["failure"], log=log)
     return outcome["result"]
 
 
-def _rebuilt(described: Mapping[str, Any]) -> BurnishError:
+def rebuilt(described: Mapping[str, Any]) -> BurnishError:
     """The error that the child raised, of the same class."""
     kind: type[BurnishError] = getattr(errors, described["class"])
     error = kind.__new__(kind)

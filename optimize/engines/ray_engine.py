@@ -1,0 +1,321 @@
+"""The engine of a Ray cluster: an existing one by its address, or one that is started here, on loopback only.
+
+Tasks and answers are JSON text; models and samples go through the shared store. A step whose worker or node dies is run
+again elsewhere. Ray's own token of a cluster is found by Ray (``RAY_AUTH_TOKEN``, ``RAY_AUTH_TOKEN_PATH`` or
+``~/.ray/auth_token``), and never looked at here.
+"""
+
+import ipaddress
+import json
+import logging
+import os
+import socket
+from collections.abc import Generator, Iterable, Mapping
+from typing import Any, Self
+
+from optimize.engines import ray_worker
+from optimize.engines.cores import usable_cores
+from optimize.engines.local import ChildFailure
+from optimize.engines.performing import as_outcome, as_request
+from optimize.engines.port import Outcome, Resources, Task
+from optimize.packages import version
+from registry.errors import InputError, MissingExtraError, UnreachableError
+from registry.shared_store import SharedStore
+
+_log = logging.getLogger(__name__)
+
+RETRIES = 3
+"""How often a task is run again whose worker or node died."""
+_CONNECT_S = 5.0
+_LOOK_S = 90.0
+_LOOPBACK = "127.0.0.1"
+_OBJECT_STORE_BYTES = 80_000_000  # Ray's least is 75 MB, and nothing but short texts goes through it
+_LOOPBACK_SWITCH = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+
+
+class RayEngine:
+    """Implements `optimize.engines.port.Engine` on a Ray cluster. A context manager."""
+
+    def __init__(self, store: SharedStore, *, address: str | None = None) -> None:
+        """Connects to nothing yet.
+
+        Args:
+            store: shared by this machine and the nodes.
+            address: ``host:port`` of the cluster's head, ``auto`` for the one that this machine is part of, or None to
+                start one here.
+        """
+        self._store = store
+        self._address = address
+        self._ray: Any = None
+        self._nodes: list[Mapping[str, Any]] = []
+
+    def __enter__(self) -> Self:
+        """Connects, and looks at each node.
+
+        Raises:
+            MissingExtraError: Ray is not installed.
+            InputError: the cluster has another version of Ray, Python or burnish.
+            UnreachableError: there is no cluster at the address, or a node cannot use the shared store.
+        """
+        self._ray = _connect(self._address)
+        try:
+            self._nodes = [node for node in self._ray.nodes() if node["Alive"]]
+            self._look_at_nodes()
+        except BaseException:
+            self._ray.shutdown()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ray.shutdown()
+
+    @property
+    def nodes(self) -> int:
+        """How many nodes there are."""
+        return len(self._nodes)
+
+    def run(self, tasks: Iterable[Task]) -> Generator[Outcome, None, None]:
+        """The outcome of each task, in the order in which they end; see `optimize.engines.port.Engine`.
+
+        Raises:
+            InputError: no node has what a task needs, or a task has code that is on this machine alone; said before any
+                work begins.
+            UnreachableError: the cluster was lost.
+        """
+        wanted = list(tasks)
+        placed = [self._placed(task) for task in wanted]
+        shared: dict[str, str] = {}
+        waiting: dict[Any, Task] = {}
+        try:
+            for task, resources in zip(wanted, placed, strict=True):
+                waiting[self._submit(task, resources, shared)] = task
+            while waiting:
+                ready, _ = self._ray.wait(list(waiting), num_returns=1)
+                for reference in ready:
+                    yield self._outcome(waiting.pop(reference), reference)
+        finally:
+            for reference in waiting:
+                self._ray.cancel(reference, force=True)
+
+    # --- parts of it ---
+
+    def _look_at_nodes(self) -> None:
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as On
+
+        look = self._ray.remote(ray_worker.look)
+        ways = [
+            {"num_cpus": 0, "max_retries": 0, "scheduling_strategy": On(one["NodeID"], soft=False)}
+            for one in self._nodes
+        ]
+        references = [look.options(**way).remote(self._store.uri) for way in ways]
+        for node, reference in zip(self._nodes, references, strict=True):
+            name = node["NodeManagerHostname"]
+            try:
+                about = json.loads(self._ray.get(reference, timeout=_LOOK_S))
+            except self._ray.exceptions.GetTimeoutError:
+                raise UnreachableError(
+                    f"the node {name} of the Ray cluster has not run a first task within {_LOOK_S:g} s"
+                ) from None
+            except self._ray.exceptions.RayError as error:
+                raise InputError(
+                    f"the node {name} of the Ray cluster cannot run burnish: {_last_line(error)}",
+                    hint="Install the same burnish in the environment that Ray runs in there.",
+                ) from None
+            if about["burnish"] != version("burnish"):
+                raise InputError(
+                    f"the node {name} has burnish {about['burnish']}, and this is {version('burnish')}",
+                    hint="Install the same one on all nodes.",
+                )
+            if "error" in about:
+                raise UnreachableError(f"the node {name} cannot use the shared store: {about['error']}")
+
+    def _placed(self, task: Task) -> Resources:
+        """What a task asks Ray for, with a number of cores, where there is a node that has it."""
+        if task.python_path is not None:
+            raise InputError(f"{task.name} needs code in {task.python_path}, which nodes of a cluster do not have")
+        fitting = [node for node in self._nodes if _lacking(node, task.resources) is None]
+        if not fitting:
+            had = "; ".join(f"{node['NodeManagerHostname']}: {_told(node)}" for node in self._nodes[:5])
+            raise InputError(
+                f"no node of the Ray cluster has what {task.name} needs: {_wanted(task.resources)}",
+                hint=f"There are {len(self._nodes)} nodes ({had}). Ask for less, or add one.",
+            )
+        cores = task.resources.cores
+        if cores is None:
+            # A whole node, the smallest of those that fit, so that each of them can take it.
+            cores = max(1, min(int(node["Resources"].get("CPU", 0)) for node in fitting))
+        asked = task.resources
+        return Resources(
+            cores=cores,
+            memory_mb=asked.memory_mb,
+            gpus=asked.gpus,
+            accelerator=asked.accelerator,
+            labels=asked.labels,
+            alone=asked.alone,
+        )
+
+    def _submit(self, task: Task, resources: Resources, shared: dict[str, str]) -> Any:
+        files = {}
+        for name, path in task.files.items():
+            if str(path) not in shared:
+                shared[str(path)] = self._store.share_file(path)
+            files[name] = shared[str(path)]
+        request = {**as_request(task), "store": self._store.uri, "files": files}
+        request["resources"]["cores"] = resources.cores
+        options: dict[str, Any] = {
+            "name": task.name,
+            "num_cpus": resources.cores,
+            "max_retries": RETRIES,
+            "retry_exceptions": False,
+        }
+        if resources.gpus:
+            options["num_gpus"] = resources.gpus
+        if resources.memory_mb is not None:
+            options["memory"] = int(resources.memory_mb * 1e6)
+        if resources.accelerator is not None:
+            options["accelerator_type"] = resources.accelerator
+        if resources.labels:
+            options["label_selector"] = dict(resources.labels)
+        return self._ray.remote(ray_worker.work).options(**options).remote(json.dumps(request))
+
+    def _outcome(self, task: Task, reference: Any) -> Outcome:
+        known = self._ray.exceptions
+        try:
+            told = json.loads(self._ray.get(reference))
+        except known.RayTaskError:
+            raise  # a bug: the worker's traceback is in it
+        except known.OutOfMemoryError as error:
+            words = f"{task.name} was stopped: its node had no memory left"
+            return _lost(task, ChildFailure(words, kind="memory", log=str(error)))
+        except (known.WorkerCrashedError, known.NodeDiedError, known.TaskUnschedulableError) as error:
+            failure = ChildFailure(
+                f"{task.name} was begun {RETRIES + 1} times, and its worker or node died each time",
+                kind="died",
+                log=_last_line(error),
+            )
+            return _lost(task, failure)
+        except known.RayError as error:
+            raise UnreachableError(f"the Ray cluster was lost: {_last_line(error)}", hint="Run it again.") from None
+        return as_outcome(task, told, node=told["node"], host=told["host"])
+
+
+def _lost(task: Task, failure: ChildFailure) -> Outcome:
+    return Outcome(task=task, result=None, error=failure, node="", host="", cpus=(), seconds=0.0)
+
+
+# --- nodes -----------------------------------------------------------------------------------------------------------
+
+
+def _lacking(node: Mapping[str, Any], wanted: Resources) -> str | None:
+    """What a node does not have of what a step needs, or None."""
+    had, labels = node["Resources"], node.get("Labels") or {}
+    for name, amount in (
+        ("CPU", wanted.cores or 1),
+        ("GPU", wanted.gpus),
+        ("memory", (wanted.memory_mb or 0) * 1e6),
+        (f"accelerator_type:{wanted.accelerator}", 0.001 if wanted.accelerator else 0),
+    ):
+        if amount and had.get(name, 0) < amount:
+            return name
+    return next((label for label, value in wanted.labels.items() if labels.get(label) != value), None)
+
+
+def _wanted(wanted: Resources) -> str:
+    parts = [f"{wanted.cores or 1} cores"]
+    if wanted.memory_mb is not None:
+        parts.append(f"{wanted.memory_mb:g} MB")
+    if wanted.gpus:
+        parts.append(f"{wanted.gpus:g} GPUs" + (f" of type {wanted.accelerator}" if wanted.accelerator else ""))
+    parts += [f"{label}={value}" for label, value in wanted.labels.items()]
+    return ", ".join(parts)
+
+
+def _told(node: Mapping[str, Any]) -> str:
+    had, labels = node["Resources"], node.get("Labels") or {}
+    parts = [f"{had.get('CPU', 0):g} cores", f"{had.get('memory', 0) / 1e6:.0f} MB", f"{had.get('GPU', 0):g} GPUs"]
+    parts += [f"{label}={value}" for label, value in labels.items() if label != "ray.io/node-id"]
+    return ", ".join(parts)
+
+
+# --- connecting ------------------------------------------------------------------------------------------------------
+
+
+def _connect(address: str | None) -> Any:
+    """Ray's module, connected."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    host = None if address in {None, "auto"} else _reachable(str(address))
+    if address is None or (host is not None and _is_loopback(host)):
+        # Ray's servers listen on every interface, unless it may not be more than one machine; the switch has the name
+        # of the systems where that is the default.
+        os.environ[_LOOPBACK_SWITCH] = "0"
+    try:
+        import ray
+        from ray._private import ray_constants
+    except ImportError as error:
+        raise MissingExtraError("Running on Ray", extra="ray") from error
+    if os.environ.get(_LOOPBACK_SWITCH) == "0":
+        ray_constants.ENABLE_RAY_CLUSTER = False  # for a Ray that was imported before
+    options: dict[str, Any] = {"address": address, "log_to_driver": False, "logging_level": logging.ERROR}
+    if address is None:
+        options = {
+            "address": "local",
+            "num_cpus": len(usable_cores()),
+            "include_dashboard": False,
+            "object_store_memory": _OBJECT_STORE_BYTES,
+            "log_to_driver": False,
+            "logging_level": logging.ERROR,
+        }
+    try:
+        context = ray.init(namespace="burnish", **options)
+    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        raise _refused(address, error) from None
+    if address is None and not _is_loopback(str(context.address_info["node_ip_address"])):
+        ray.shutdown()
+        raise UnreachableError("Ray would have listened beyond this machine, and was ended")
+    return ray
+
+
+def _reachable(address: str) -> str:
+    """The host of an address where something listens."""
+    host, colon, port = address.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    if not colon or not port.isdigit() or "/" in host or not host:
+        raise InputError(
+            f"{address!r} is no address of a Ray cluster",
+            hint="Give host:port of its head (port 6379, usually), or auto.",
+        )
+    try:
+        socket.create_connection((host, int(port)), timeout=_CONNECT_S).close()
+    except OSError as error:
+        raise UnreachableError(
+            f"there is no Ray cluster at {address}: {error.strerror or error}",
+            hint="Check host and port (ray status says them there), or leave the address out to start one here.",
+        ) from None
+    return host
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _refused(address: str | None, error: Exception) -> Exception:
+    said = _last_line(error)
+    if "ersion mismatch" in str(error):
+        words = " ".join(str(error).split())
+        return InputError(
+            f"the Ray cluster at {address} does not fit: {words}",
+            hint="Ray and Python have to be of the same versions.",
+        )
+    if address is None:
+        return UnreachableError(f"Ray could not be started here: {said}")
+    if address == "auto":
+        return UnreachableError("there is no Ray cluster on this machine", hint="Name one by host:port, or start one.")
+    return UnreachableError(f"the Ray cluster at {address} could not be joined: {said}")
+
+
+def _last_line(error: BaseException) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(error).__name__

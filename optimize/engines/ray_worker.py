@@ -1,0 +1,55 @@
+"""The worker's side of `optimize.engines.ray_engine`: what Ray calls on a node. Nothing here imports Ray."""
+
+import json
+import os
+import platform
+import socket
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from optimize.engines.performing import describe_failure, perform
+from optimize.packages import version
+from profiles.measure.host import fingerprint_host, split_cpus
+from registry.codec import digest
+from registry.errors import BurnishError
+from registry.shared_store import SharedStore
+from registry.store import FolderStore
+
+CACHE = "BURNISH_CACHE"
+"""The environment variable with the folder where a node keeps what it fetched."""
+
+
+def work(request: str) -> str:
+    """Runs one task on this node; request and answer are JSON (see `performing.perform`)."""
+    task = json.loads(request)
+    begin: dict[str, Any] = {"cpus": [], "seconds": 0.0, **_here()}
+    try:
+        store = _store(task["store"])
+        task["arguments"] |= {name: str(store.fetch_file(sha256)) for name, sha256 in task["files"].items()}
+    except BurnishError as error:
+        return json.dumps({**begin, "error": describe_failure(error)})
+    return json.dumps({**begin, **perform(task, store=store, scratch=None)})
+
+
+def look(uri: str) -> str:
+    """What this node is, as JSON, and whether it can use the shared store."""
+    about = {**_here(), "burnish": version("burnish"), "python": platform.python_version()}
+    try:
+        _store(uri).check()
+    except BurnishError as error:
+        about["error"] = str(error)
+    return json.dumps(about)
+
+
+@cache
+def _here() -> dict[str, str]:
+    return {"node": socket.gethostname(), "host": fingerprint_host(split_cpus()[2]).fingerprint}
+
+
+@cache
+def _store(uri: str) -> SharedStore:
+    """The shared store, with a local one that all workers of this node have."""
+    given = os.environ.get(CACHE)
+    root = Path(given) if given else Path.home() / ".cache" / "burnish"
+    return SharedStore(uri, FolderStore(root / digest(uri)))

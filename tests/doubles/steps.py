@@ -1,0 +1,68 @@
+"""Steps that engines run in tests and benchmarks: small, and told what to do."""
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from optimize.engines.local import Limits, run_in_child
+from optimize.engines.port import Place
+from registry import codec
+from registry.errors import InputError
+from registry.records import TensorSpec
+
+SPEC = TensorSpec(name="x", dtype="float32", shape=("batch", 3))
+
+
+def where(place: Place, **arguments: Any) -> dict[str, Any]:
+    """What the step was given, and where it runs."""
+    return {"pid": os.getpid(), "cpus": list(place.cpus), "scratch": place.scratch.is_dir(), **arguments}
+
+
+def read(place: Place, *, file: str) -> str:
+    """The text of a file that the task named."""
+    return Path(file).read_text()
+
+
+def refuse(place: Place) -> None:
+    raise InputError("the step says no", hint="Ask another one.")
+
+
+def fail(place: Place) -> None:
+    raise ZeroDivisionError("a bug")
+
+
+def begin_and_wait(place: Place, *, folder: str, mark: str, wait_s: float) -> str:
+    """Leaves a mark with its process, waits, and leaves another at its end."""
+    path = Path(folder, f"{mark}.{os.getpid()}.{time.monotonic_ns()}")
+    path.touch()
+    time.sleep(wait_s)
+    path.rename(f"{path}.done")
+    return mark
+
+
+def in_child(place: Place, *, seconds: float, timeout_s: float) -> Any:
+    """A child that takes its time, within a limit."""
+    limits = Limits(timeout_s=timeout_s)
+    return run_in_child("tests.doubles.steps:sleep_here", {"seconds": seconds}, limits=limits, python_path=ROOT)
+
+
+def sleep_here(seconds: float) -> float:
+    time.sleep(seconds)
+    return seconds
+
+
+def wait_and_store(place: Place, *, number: int, wait_s: float, size_bytes: int) -> str:
+    """An artifact of so many bytes, after a while; its digest."""
+    time.sleep(wait_s)
+    content = number.to_bytes(8, "little") * (size_bytes // 8)
+    (place.scratch / "model.onnx").write_bytes(content)
+    return place.store.add(place.scratch, format="onnx", entry="model.onnx", inputs=(SPEC,), outputs=(SPEC,)).digest
+
+
+def answer(place: Place, *, record: Any) -> Any:
+    """The record, read and written once."""
+    return codec.to_jsonable(codec.from_jsonable(TensorSpec, record))
+
+
+ROOT = Path(__file__).parents[2]

@@ -1,0 +1,195 @@
+"""The engine of Ray on a real cluster of two nodes on this machine."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+ray = pytest.importorskip("ray")
+
+from optimize.engines.port import Resources, Task  # noqa: E402
+from optimize.engines.ray_engine import RayEngine  # noqa: E402
+from optimize.testing import tiny_conv_net  # noqa: E402
+from registry.errors import InputError, UnreachableError  # noqa: E402
+from registry.shared_store import SharedStore  # noqa: E402
+from registry.store import FolderStore  # noqa: E402
+from tests.doubles.ray_cluster import ray_cluster  # noqa: E402
+
+STEPS = "tests.doubles.steps"
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.xdist_group("ray"),
+    # Ray leaves sockets and files to the garbage collector.
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[str]:
+    # Ray's sockets are in the folder, and a path of a socket is short.
+    with (
+        tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder,
+        ray_cluster(2, Path(folder)) as address,
+    ):
+        yield address
+
+
+@pytest.fixture(autouse=True)
+def environment_of_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the engine sets for Ray is put back."""
+    monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    for variable in ("RAY_ADDRESS", "BURNISH_ENGINE", "BURNISH_STORE"):
+        monkeypatch.delenv(variable, raising=False)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> SharedStore:
+    return SharedStore(str(tmp_path / "mount"), FolderStore(tmp_path / "work"))
+
+
+def task(name: str, step: str, resources: Resources | None = None, **arguments: Any) -> Task:
+    return Task(name=name, step=f"{STEPS}:{step}", arguments=arguments, resources=resources or Resources())
+
+
+def test_tasks_run_on_nodes_and_tell_what_became_of_them(cluster: str, store: SharedStore, tmp_path: Path):
+    (tmp_path / "given.txt").write_text("what was given")
+    with RayEngine(store, address=cluster) as engine:
+        assert engine.nodes == 2
+        tasks = [task(f"t{number}", "where", number=number) for number in range(4)]
+        tasks += [task("shelf", "where", Resources(labels={"shelf": "1"})), task("no", "refuse")]
+        tasks.append(Task(name="r", step=f"{STEPS}:read", arguments={}, files={"file": tmp_path / "given.txt"}))
+        found = {one.task.name: one for one in engine.run(tasks)}
+        assert [found[f"t{number}"].result["number"] for number in range(4)] == list(range(4))
+        assert found["r"].result == "what was given"
+        assert isinstance(found["no"].error, InputError)
+        assert found["no"].error.hint == "Ask another one."
+        assert {one.host for one in found.values()} == {found["t0"].host}
+        assert os.getpid() not in {found[f"t{number}"].result["pid"] for number in range(4)}
+
+        for resources, words in (
+            (Resources(cores=7), "7 cores"),
+            (Resources(gpus=1, accelerator="L4"), "1 GPUs of type L4"),
+            (Resources(memory_mb=1e7), "1e.07 MB"),
+            (Resources(labels={"shelf": "9"}), "shelf=9"),
+        ):
+            with pytest.raises(InputError, match=f"no node of the Ray cluster has what big needs: .*{words}"):
+                list(engine.run([task("big", "where", resources)]))
+        with pytest.raises(InputError, match="which nodes of a cluster do not have"):
+            list(engine.run([Task(name="own", step=f"{STEPS}:where", arguments={}, python_path=tmp_path)]))
+
+
+def test_a_killed_worker_is_replaced_and_nothing_is_lost_or_done_twice(
+    cluster: str, store: SharedStore, tmp_path: Path
+):
+    names = [f"w{number}" for number in range(6)]
+    victims: list[str] = []
+
+    def kill() -> None:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            running = [mark for mark in tmp_path.glob("w3.*") if not mark.name.endswith(".done")]
+            if running:
+                os.kill(int(running[0].name.split(".")[1]), signal.SIGKILL)
+                victims.append(running[0].name)
+                return
+            time.sleep(0.01)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    try:
+        with RayEngine(store, address=cluster) as engine:
+            tasks = [task(name, "begin_and_wait", folder=str(tmp_path), mark=name, wait_s=0.5) for name in names]
+            outcomes = list(engine.run(tasks))
+    finally:
+        killer.join()
+    assert len(victims) == 1
+    assert sorted(one.result for one in outcomes) == names
+    assert sorted(mark.name.split(".")[0] for mark in tmp_path.glob("w*.done")) == names
+
+
+def test_variants_are_made_on_the_cluster(cluster: str, tmp_path: Path):
+    model = tmp_path / "source" / "model.onnx"
+    tiny_conv_net(model.parent)
+    command = [sys.executable, "-P", "-m", "optimize", "make", str(model), "--variant", "float32", "--json"]
+    command += ["--variant", "ort-optimized", "--work", str(tmp_path / "work"), "--out", str(tmp_path / "out")]
+    environment = {
+        **os.environ,
+        "BURNISH_ENGINE": "ray",
+        "RAY_ADDRESS": cluster,
+        "BURNISH_STORE": str(tmp_path / "mount"),
+    }
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    document = json.loads(done.stdout)
+    assert [one["name"] for one in document["variants"]] == ["float32", "ort-optimized"]
+    assert all(Path(one["path"]).is_file() for one in document["variants"])
+    assert len(list((tmp_path / "mount" / "records").glob("variant-*"))) == 2
+
+
+def test_a_node_that_cannot_use_the_store_is_said_before_any_work(cluster: str, tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    broken = SharedStore(str(tmp_path / "file" / "store"), FolderStore(tmp_path / "work"))
+    with (
+        pytest.raises(UnreachableError, match=r"cannot use the shared store: .*Not a directory"),
+        RayEngine(broken, address=cluster),
+    ):
+        pass
+
+
+def test_another_version_of_ray_is_said(cluster: str, store: SharedStore, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(ray, "__version__", "2.59.0")
+    with (
+        pytest.raises(InputError, match=r"does not fit: Version mismatch: .*2\.59\.0"),
+        RayEngine(store, address=cluster),
+    ):
+        pass
+    assert not ray.is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("address", "error", "words"),
+    [
+        ("127.0.0.1:1", UnreachableError, "there is no Ray cluster at 127.0.0.1:1: Connection refused"),
+        ("nowhere", InputError, "'nowhere' is no address of a Ray cluster"),
+        ("ray://127.0.0.1:10001", InputError, "is no address of a Ray cluster"),
+    ],
+)
+def test_no_cluster_at_the_address_is_said(store: SharedStore, address: str, error: type[Exception], words: str):
+    with pytest.raises(error, match=words), RayEngine(store, address=address):
+        pass
+
+
+def test_a_ray_of_ones_own_listens_on_loopback_only(store: SharedStore):
+    with RayEngine(store) as engine:
+        (outcome,) = engine.run([task("one", "where")])
+        assert outcome.error is None
+        listening = {
+            connection.laddr.ip
+            for process in psutil.Process().children(recursive=True)
+            for connection in _connections(process)
+            if connection.status == psutil.CONN_LISTEN
+        }
+    assert listening
+    assert listening <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
+
+
+def _connections(process: psutil.Process) -> list[Any]:
+    try:
+        return list(process.net_connections(kind="inet"))
+    except psutil.Error:
+        return []
