@@ -10,7 +10,7 @@ from registry import codec
 from registry.errors import InputError, UnreachableError
 from registry.ports import Published, Tracker
 from registry.records import Campaign
-from registry.tracking import open_tracker
+from registry.tracking import holds_secret, open_tracker, redact
 
 RECORD = "campaign.json"
 PAGE = "report.html"
@@ -93,24 +93,32 @@ def as_markdown(campaign: Campaign) -> str:
 
 
 def publish(campaign: Campaign, work: Path) -> Published:
-    """Records the campaign and its page in the tracking store that `use_tracker` chose.
+    """Records the campaign, its page and its pictures in the tracking store that `use_tracker` chose.
 
     Raises:
-        UnreachableError: the tracking store does not answer; nothing is lost, the working folder holds it all.
+        UnreachableError: the tracking store does not answer, refuses or is full; nothing is lost, the working folder
+            holds it all.
     """
     try:
         return _tracker(work).publish(campaign, files=files_of(work))
     except UnreachableError as error:
-        hint = f"Nothing is lost: once it answers, `burnish report {work} --sync` sends it."
-        raise UnreachableError(error.message, hint=hint) from error
+        later = f"Nothing is lost: `burnish report {work} --sync` sends it later."
+        raise UnreachableError(error.message, hint=f"{error.hint or ''} {later}".strip()) from error
 
 
 def use_tracker(uri: str | None, work: Path) -> None:
     """Has `publish` record in this store, now and whenever the working folder is reported on again.
 
     Raises:
-        UnreachableError: the store does not answer.
+        InputError: the URI holds a secret, which would be kept in the working folder.
+        UnreachableError: the store does not answer, or refuses.
     """
+    if uri is not None and holds_secret(uri):
+        raise InputError(
+            f"the tracking store {redact(uri)} is named with its credentials, which would be kept in {work}",
+            hint="Set MLFLOW_TRACKING_URI instead, or MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or "
+            "MLFLOW_TRACKING_TOKEN (PGPASSWORD for a PostgreSQL).",
+        )
     place = work / _STORE
     if uri is None:
         place.unlink(missing_ok=True)

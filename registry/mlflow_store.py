@@ -54,7 +54,6 @@ _WORDS = (
     (re.compile(r"UNAUTHENTICATED|not authenticated|locate credentials|password authentication failed"), 401),
     (re.compile(r"PERMISSION_DENIED|AccessDenied|Forbidden|SignatureDoesNotMatch|InvalidAccessKeyId"), 403),
 )
-_NOTHING_LOST = "Nothing measured is lost: record the campaign again when that is done."
 _CREDENTIALS = "MLflow takes them from MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
 
 
@@ -94,20 +93,15 @@ def _named(error: Exception, uri: str) -> UnreachableError:
 def _cause(error: Exception, text: str) -> tuple[str, str]:
     """What is the matter in a few words, empty where that is not known, and what to do about it."""
     if (isinstance(error, OSError) and error.errno in _FULL_ERRNOS) or _FULL.search(text):
-        return "no space is left", f"Make room there, or for temporary files here. {_NOTHING_LOST}"
+        return "no space is left", "Make room there, or for temporary files here."
     status = _status(error, text)
     if status == 401:
-        return "it does not know who asks (401)", f"Give credentials: {_CREDENTIALS}. {_NOTHING_LOST}"
+        return "it does not know who asks (401)", f"Give credentials: {_CREDENTIALS}."
     if status == 403:
-        return "it refuses these credentials (403)", f"Ask for the right to write, or give others: {_CREDENTIALS}. " + (
-            _NOTHING_LOST
-        )
+        return "it refuses these credentials (403)", f"Ask for the right to write, or give others: {_CREDENTIALS}."
     if status >= 500:
-        return f"it fails ({status})", f"Its log says why: a full disk or a database that is gone, say. {_NOTHING_LOST}"
-    return "", (
-        "Start it or correct MLFLOW_TRACKING_URI, then record the campaign again; nothing measured is lost. "
-        "Without MLFLOW_TRACKING_URI a store in the working folder is used."
-    )
+        return f"it fails ({status})", "Its log says why: a full disk or a database that is gone, say."
+    return "", ("Start it or correct MLFLOW_TRACKING_URI; without that variable a store in the working folder is used.")
 
 
 def _status(error: Exception, text: str) -> int:
