@@ -3,12 +3,13 @@
 import contextlib
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from optimize import reporting
+from optimize.champion import NONE_YET, Contender, judge_champion, record_of, with_champion
 from optimize.clusters import Site, open_site, owner_of
 from optimize.config import CampaignConfig, SamplesConfig, SourceConfig, load_campaign
 from optimize.fidelity import load_outputs
@@ -24,6 +25,7 @@ from optimize.tuning import tune_variants
 from profiles.deploy.core2_candidates import UNKNOWN_VERSION
 from profiles.deploy.reaper import reap
 from profiles.measure.advice import advice_of
+from profiles.measure.compare import turned
 from profiles.measure.cost import with_costs
 from profiles.measure.rounds import compare_rounds, reduce_rounds
 from profiles.measure.spectrum import spectra_of
@@ -75,7 +77,10 @@ def run_campaign(
     if config.search.serving is not None:
         space_of(planned, config.search.serving)  # says so now where there is nothing to search
     planned.work.mkdir(parents=True, exist_ok=True)
+    planned = with_champion(planned)
     with _workspace(planned, observer) as workspace:
+        if planned.passed_over:
+            observer.note(f"{NONE_YET} Limits against it are passed over: {'; '.join(planned.passed_over)}")
         _look_at_cluster(workspace)
         reporting.use_tracker(config.registry.tracking_uri, planned.work)
         campaign = _campaign(workspace)
@@ -187,12 +192,14 @@ def _prepare(workspace: Workspace) -> Prepared:
 def _campaign(workspace: Workspace) -> Campaign:
     started_at = datetime.now(UTC).isoformat(timespec="seconds")
     prepared = _prepare(workspace)
-    served, unserved = choose_served(workspace, prepared.judged)
     evaluation = prepared.evaluation
+    contender = judge_champion(workspace, evaluation=evaluation, sources=prepared.sources, judged=prepared.judged)
+    served, unserved = choose_served(workspace, prepared.judged)
     with _site(workspace) as site:
         found = find_profiles(workspace, served, site.cluster, evaluation, _candidates(site))
         workspace, served = found.workspace, found.served
         servings, unfit = _servings(workspace, served, site)
+        servings, refused = _with_champion(workspace, servings, served[0], contender, site)
         measured = measure(workspace, site.cluster, servings, evaluation.inputs, evaluation.digest)
         if not measured.deployed:
             site.check(workspace.plan.profiles)  # where all failed, the cluster may be why
@@ -206,7 +213,8 @@ def _campaign(workspace: Workspace) -> Campaign:
         servings=servings,
         measured=measured,
         searches=found.searches,
-        failures=[*prepared.failures, *unserved, *unfit, *measured.failures],
+        failures=[*prepared.failures, *unserved, *unfit, *refused, *measured.failures],
+        contender=contender,
     )
 
 
@@ -246,20 +254,45 @@ def _servings(workspace: Workspace, served: Sequence[Judged], site: Site) -> tup
                 reason = f"Triton's {profile.backend} backend does not run models for {one.engine.name}"
                 failures.append(Failure(subject=candidate.name, phase="deploy", kind="not_applicable", reason=reason))
                 continue
-            answers = None if one.variant.batch_dependent else load_outputs(next(iter(one.answers.values())))
-            servings.append(
-                Serving(
-                    candidate=candidate,
-                    artifact=one.variant.artifact,
-                    files=workspace.store.path(one.variant.artifact),
-                    answers=answers,
-                    baseline=one is served[0],
-                    adaptation=one.variant.adaptation,
-                    reference=next(iter(served[0].answers.values())),
-                    parity=one.variant.source == served[0].variant.source,
-                )
-            )
+            servings.append(_serving(workspace, one, candidate, served[0], baseline=one is served[0]))
     return servings, failures
+
+
+def _serving(
+    workspace: Workspace, one: Judged, candidate: Candidate, first: Judged, *, baseline: bool = False
+) -> Serving:
+    """A candidate with what serving and checking it takes; ``first`` is the baseline's variant."""
+    answers = None if one.variant.batch_dependent else load_outputs(next(iter(one.answers.values())))
+    return Serving(
+        candidate=candidate,
+        artifact=one.variant.artifact,
+        files=workspace.store.path(one.variant.artifact),
+        answers=answers,
+        baseline=baseline,
+        adaptation=one.variant.adaptation,
+        reference=next(iter(first.answers.values())),
+        parity=one.variant.source == first.variant.source,
+    )
+
+
+def _with_champion(
+    workspace: Workspace, servings: Sequence[Serving], first: Judged, contender: Contender | None, site: Site
+) -> tuple[list[Serving], list[Failure]]:
+    """The servings with the champion's among them, which may be one of them anyway."""
+    standing = workspace.plan.champion
+    if contender is None or standing is None:
+        return list(servings), []
+    if contender.judged is None:
+        return list(servings), [contender.failure] if contender.failure else []
+    profile = standing.candidate.serving
+    candidate = _candidates(site)(contender.judged, profile)
+    if candidate.id in {one.candidate.id for one in servings}:
+        return [replace(one, champion=one.candidate.id == candidate.id) for one in servings], []
+    if (why := workspace.plan.config.cluster.why_not(profile)) is not None:
+        reason = f"the champion cannot be served here as it is now: {why}"
+        return list(servings), [Failure(subject=candidate.name, phase="deploy", kind="not_applicable", reason=reason)]
+    serving = _serving(workspace, contender.judged, candidate, first)
+    return [*servings, replace(serving, champion=True)], []
 
 
 def _candidates(site: Site) -> CandidateOf:
@@ -315,22 +348,31 @@ def _assembled(
     measured: Measured,
     searches: tuple[ServingSearch, ...],
     failures: Sequence[Failure],
+    contender: Contender | None,
 ) -> Campaign:
     planned = workspace.plan
     candidates = [serving.candidate for serving in servings]
+    champion = next((serving.candidate for serving in servings if serving.champion), None)
+    if contender is not None and contender.judged is not None and champion is not None:
+        known = {one.id for one in variants}
+        variants = [*variants, *([] if contender.judged.variant.id in known else [contender.judged.variant])]
+        sources = [*sources, *([] if contender.source is None else [contender.source])]
+        judged = [*judged, *([] if contender.judged.name in {one.name for one in judged} else [contender.judged])]
     fidelities = [fidelity for one in judged for fidelity in one.fidelities.values()]
     fidelities += measured.fidelities
     measurements = _measurements(planned, candidates, measured)
     comparisons = _comparisons(planned, candidates, measured)
+    against = _against_champion(planned, candidates[0], champion, measured)
     verdict = select(
         policy=planned.policy,
         candidates=candidates,
         variants=variants,
         metrics=metric_table(candidates, measurements, fidelities, variants),
-        comparisons=comparisons,
+        comparisons=[*comparisons, *against],
         failures=failures,
         baseline_id=candidates[0].id,
         provisional=planned.level.provisional,
+        champion_id=None if champion is None else champion.id,
     )
     identity = plan_id(planned, sources=tuple(source.digest for source in sources), samples_digest=evaluation.digest)
     return Campaign(
@@ -362,6 +404,7 @@ def _assembled(
         hardware=planned.hardware,
         advice=tuple(advice_of(one) for one in measured.capacities),
         spectra=spectra_of(measured.rounds, raw_root=planned.work, loads=loads_of(planned.policy)),
+        champion=record_of(planned, contender, champion, against),
     )
 
 
@@ -399,6 +442,22 @@ def _comparisons(planned: Plan, candidates: Sequence[Candidate], measured: Measu
         rounds = [one for one in measured.rounds if one.candidate_id in {one.id for one in alike}]
         found += compare_rounds(baseline.id, rounds, raw_root=planned.work, level=planned.level)
     return found
+
+
+def _against_champion(
+    planned: Plan, baseline: Candidate, champion: Candidate | None, measured: Measured
+) -> list[Comparison]:
+    """Each candidate against the champion, however the two are served: all of them were in the same rounds."""
+    if champion is None:
+        return []
+    how: dict[str, Any] = {"raw_root": planned.work, "level": planned.level}
+    if champion.id == baseline.id:
+        return list(compare_rounds(baseline.id, measured.rounds, **how))
+    found = compare_rounds(champion.id, measured.rounds, a_a_id=baseline.id, **how)
+    # Whose two slots give the noise floor is not compared there.
+    both = [one for one in measured.rounds if one.candidate_id in {baseline.id, champion.id}]
+    of_baseline = [turned(one) for one in compare_rounds(baseline.id, both, **how)]
+    return [*of_baseline, *found]
 
 
 def _rounds_of(candidate: Candidate, measured: Measured) -> list[Round]:

@@ -15,7 +15,7 @@ from registry.documents import load_document
 from registry.errors import InputError
 from registry.ledger import Ledger
 from registry.policy import loads_named, parse_policy
-from registry.records import Campaign, Candidate, Policy
+from registry.records import Campaign, Candidate, Champion, Policy
 from registry.report import numbers
 from registry.report.table import outcome, printable
 from registry.selection import metric_table, select
@@ -84,24 +84,30 @@ def choose_again(campaign: Campaign, policy: Policy, *, champion: str | None = N
     Args:
         campaign: as it was recorded.
         policy: what to judge by.
-        champion: name or id of the candidate that limits with ``vs champion`` refer to.
+        champion: name or id of the candidate that limits with ``vs champion`` refer to; None for the one that the
+            campaign measured as its champion, if it did.
 
     Raises:
         InputError: there is no such candidate.
     """
+    measured = campaign.champion
+    champion_id = None if measured is None else measured.candidate_id
+    if champion is not None and (named := find_candidate(campaign, champion).id) != champion_id:
+        # Nothing was compared with this one in the report's own tables.
+        champion_id, measured = named, Champion(named="burnish select", candidate_id=named, was=champion)
     table = metric_table(campaign.candidates, campaign.measurements, campaign.fidelities, campaign.variants)
     verdict = select(
         policy=policy,
         candidates=campaign.candidates,
         variants=campaign.variants,
         metrics=table,
-        comparisons=campaign.comparisons,
+        comparisons=[*campaign.comparisons, *(() if measured is None else measured.comparisons)],
         failures=campaign.failures,
         baseline_id=campaign.verdict.baseline,
         provisional=campaign.verdict.provisional,
-        champion_id=None if champion is None else find_candidate(campaign, champion).id,
+        champion_id=champion_id,
     )
-    return Choice(recorded=campaign, chosen=replace(campaign, verdict=verdict))
+    return Choice(recorded=campaign, chosen=replace(campaign, verdict=verdict, champion=measured))
 
 
 def record(choice: Choice, work: Path) -> Path:

@@ -15,6 +15,7 @@ from optimize.samples import load_samples
 from optimize.serving import endpoint
 from profiles.load.engine import LoadGenerator
 from profiles.load.payloads import encode_payloads
+from profiles.measure.compare import turned
 from profiles.measure.host import fingerprint_host, split_cpus
 from profiles.measure.levels import Level, find_level, load_levels
 from profiles.measure.recorded import FILE, Recorded, read_recorded, recorded_of, write_recorded
@@ -183,8 +184,8 @@ def _candidates_pair(campaign: Campaign, first: Candidate, second: Candidate, wo
     rounds = [one for one in campaign.rounds if one.candidate_id in {first.id, second.id, a_a}]
     comparisons = compare_rounds(first.id, rounds, raw_root=work, level=level, a_a_id=a_a)
     if a_a == second.id:  # the noise floor is the second's own
-        turned = compare_rounds(second.id, rounds, raw_root=work, level=level)
-        comparisons = tuple(_turned(one) for one in turned if one.candidate_id == first.id)
+        seen = compare_rounds(second.id, rounds, raw_root=work, level=level)
+        comparisons = tuple(turned(one) for one in seen if one.candidate_id == first.id)
     variants = {one.id: one for one in campaign.variants}
     table = metric_table(campaign.candidates, campaign.measurements, campaign.fidelities, campaign.variants)
     objective = campaign.verdict.policy.objectives[0]
@@ -210,25 +211,6 @@ def _level_of(campaign: Campaign) -> Level:
         return shipped[campaign.level]
     rounds = len({one.number for one in campaign.rounds})
     return replace(shipped["standard"], name=campaign.level, rounds=rounds, most_rounds=rounds)
-
-
-def _turned(one: Comparison) -> Comparison:
-    """The same, seen from the other side."""
-    words: Mapping[str, Any] = {"faster": "slower", "slower": "faster"}
-    ratio = one.ratio
-    turned = replace(
-        ratio,
-        value=1 / ratio.value,
-        low=None if ratio.high is None else 1 / ratio.high,
-        high=None if ratio.low is None else 1 / ratio.low,
-    )
-    return replace(
-        one,
-        candidate_id=one.baseline_id,
-        baseline_id=one.candidate_id,
-        ratio=turned,
-        word=words.get(one.word, one.word),
-    )
 
 
 def _facts(candidate: Candidate, variant: Variant) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """The campaign file: what the user writes, checked at the edge and turned into records."""
 
 import difflib
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
@@ -13,6 +14,7 @@ from profiles.measure.cost import HardwareConfig, find_hardware
 from registry.errors import InputError
 from registry.records import ServingProfile
 
+REGISTERED = re.compile(r"models:/(?P<name>[^/:@]+)(@(?P<alias>[\w.-]+)|/(?P<version>\d+))")
 _NAME = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"
 Name = Annotated[str, Field(pattern=_NAME, max_length=50)]
 
@@ -164,6 +166,18 @@ class PolicyConfig(_Model):
         return (self.objective,) if isinstance(self.objective, str) else self.objective
 
 
+class ChampionConfig(_Model):
+    """The candidate that serves now, in the working folder of the campaign that chose it.
+
+    Attributes:
+        work: that folder.
+        candidate: name or id of the candidate; None for the one that the campaign selected.
+    """
+
+    work: str
+    candidate: str | None = None
+
+
 class RegistryConfig(_Model):
     """Where results go.
 
@@ -282,6 +296,8 @@ class CampaignConfig(_Model):
         level: level of proof: ``quick``, ``standard``, ``proof``, or one of the file that ``levels`` names.
         levels: a file with levels of the user's own, in the form of ``profiles/library/levels.yaml``; or None.
         policy: constraints and objective.
+        champion: what serves now, to be measured again beside the others: the working folder of the campaign that
+            chose it, or ``models:/NAME@champion`` of the tracking store; None where nothing does.
         target_instruction_sets: those of the machines that are to serve the winner, as ``burnish doctor`` names them;
             None where they are this machine's. Variants are judged for them: one whose u8 times s8 sums would overflow
             there is refused.
@@ -304,6 +320,7 @@ class CampaignConfig(_Model):
     level: str = "standard"
     levels: str | None = None
     policy: PolicyConfig = PolicyConfig()
+    champion: str | ChampionConfig | None = None
     target_instruction_sets: tuple[str, ...] | None = None
     predict: bool = True
     search: SearchConfig = SearchConfig()
@@ -337,6 +354,13 @@ class CampaignConfig(_Model):
                 "put another first"
             )
         return self
+
+    @field_validator("champion")
+    @classmethod
+    def _names_a_version(cls, value: str | ChampionConfig | None) -> str | ChampionConfig | None:
+        if isinstance(value, str) and value.startswith("models:") and not REGISTERED.fullmatch(value):
+            raise ValueError("a registered model is named models:/NAME@ALIAS or models:/NAME/VERSION")
+        return value
 
     @field_validator("hardware")
     @classmethod

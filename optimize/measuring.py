@@ -69,6 +69,7 @@ class Serving:
         baseline: whether others are compared with it, so that it has two slots in a round, for the noise floor.
         reference: file with the baseline's answers, which a server's own engine is judged by; None where it is not.
         parity: whether the baseline is of the same source.
+        champion: whether it serves now, so that others are compared with it, too.
     """
 
     candidate: Candidate
@@ -79,6 +80,7 @@ class Serving:
     adaptation: tuple[Adaptation, ...] = ()
     reference: Path | None = None
     parity: bool = True
+    champion: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -331,7 +333,7 @@ class _Hall:
                 self.attempt(self.servings[slot.candidate_id], self._in_slot(slot, number, position, together))
 
     def undecided(self, slots: Sequence[Slot]) -> list[Slot]:
-        """The slots of candidates that the rounds so far leave open in an objective, and of their baselines."""
+        """The slots of candidates that the rounds so far leave open in an objective, and of baselines and champion."""
         wanted = [(objective.metric, objective.load) for objective in self._plan.policy.objectives]
         left: set[str] = set()
         standing = [one for identity, one in self.servings.items() if identity not in self._failures]
@@ -340,7 +342,21 @@ class _Hall:
             rounds = [one for one in self._rounds if one.candidate_id in alike]
             found = undecided(baseline.id, rounds, wanted, raw_root=self._plan.work, level=self._plan.level)
             left |= {baseline.id, *found} if found else set()
+        left |= self._undecided_against_champion(standing, wanted)
         return [slot for slot in slots if slot.candidate_id in left]
+
+    def _undecided_against_champion(
+        self, standing: Sequence[Serving], wanted: Sequence[tuple[str, str | None]]
+    ) -> set[str]:
+        """Candidates that the rounds so far do not tell from the champion, it, and who gives the noise floor."""
+        champion = next((one.candidate.id for one in standing if one.champion), None)
+        twice = next((one.candidate.id for one in standing if one.baseline), None)
+        if champion is None or champion == twice:
+            return set()
+        found = undecided(
+            champion, self._rounds, wanted, raw_root=self._plan.work, level=self._plan.level, a_a_id=twice
+        )
+        return {champion, *found, *([] if twice is None else [twice])} if found else set()
 
     def _in_slot(self, slot: Slot, number: int, position: int, together: list[str]) -> Callable[[Serving], str]:
         """The work of measuring the slot's candidate in it."""
@@ -432,7 +448,8 @@ class _Hall:
             )
 
         policy = self._plan.policy
-        asked = "load_time_s" in {one.metric for one in (*policy.constraints, *policy.objectives)}
+        named = [one.metric for one in policy.constraints] + [one.metric for one in policy.objectives]
+        asked = "load_time_s" in named
         loads = self._plan.level.loads if asked else 1
         components: dict[str, Any] = {
             "candidate": candidate_id,

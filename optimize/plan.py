@@ -20,11 +20,44 @@ from registry.errors import InputError, PolicyError
 from registry.ledger import Ledger
 from registry.policy import parse_policy, slo_limit
 from registry.ports import Store
-from registry.records import Constraint, HardwareProfile, Host, Objective, Policy, Recipe, ServingProfile
+from registry.records import (
+    Campaign,
+    Candidate,
+    Constraint,
+    HardwareProfile,
+    Host,
+    Objective,
+    Policy,
+    Recipe,
+    ServingProfile,
+    Source,
+    Variant,
+)
 
 R = TypeVar("R")
 
 _PERCENTILE = re.compile(r"latency_p(\d+)_ms")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Standing:
+    """The champion as an earlier campaign chose it; `optimize.champion` finds it.
+
+    Attributes:
+        named: where the campaign file says that it is.
+        campaign: that chose it.
+        candidate: there.
+        variant: of that candidate.
+        source: that the variant was made from.
+        files: folders that may hold the variant's files, among others.
+    """
+
+    named: str
+    campaign: Campaign
+    candidate: Candidate
+    variant: Variant
+    source: Source
+    files: tuple[Path, ...]
 
 
 class Observer(Protocol):
@@ -55,6 +88,9 @@ class Plan:
         host: this machine, with the pinning that measurements use.
         server_cpus: the CPUs that servers and in-process sessions are pinned to.
         client_cpus: the CPUs that generate load.
+        champion: what serves now, to be measured beside the others; None where the campaign names none, or nothing is
+            there yet.
+        passed_over: limits that hold against a champion where nothing is there yet.
     """
 
     config: CampaignConfig
@@ -67,6 +103,8 @@ class Plan:
     host: Host
     server_cpus: tuple[int, ...]
     client_cpus: tuple[int, ...]
+    champion: Standing | None = None
+    passed_over: tuple[str, ...] = ()
 
     @property
     def target_instruction_sets(self) -> tuple[str, ...]:
@@ -174,6 +212,8 @@ def plan_id(planned: Plan, *, sources: tuple[str, ...], samples_digest: str) -> 
             "sources": list(sources),
             "samples": samples_digest,
             "host": planned.host.fingerprint,
+            # An alias may stand for another one day.
+            **({} if planned.champion is None else {"champion": planned.champion.candidate.id}),
         }
     )
 
@@ -243,10 +283,11 @@ def _check_policy(planned: Plan, arrays: frozenset[str]) -> None:
     for line in lines:
         _check_percentile(line, planned.level)
         _check_resource(line, planned)
-        if isinstance(line, Constraint) and line.reference == "champion":
+        if isinstance(line, Constraint) and line.reference == "champion" and planned.config.champion is None:
             raise PolicyError(
-                f"{line.text!r} cannot be judged: a campaign does not know which of its candidates is the champion",
-                hint="Leave it out here, and judge the results by it: burnish select --champion NAME --constraint ...",
+                f"{line.text!r} cannot be judged: the campaign file names no champion",
+                hint="Write `champion:` into it: the working folder of the campaign that chose what serves now, or "
+                "models:/NAME@champion. Or leave the limit out.",
             )
         if line.metric == "slice_drop_max" and arrays and SLICES not in arrays:
             raise PolicyError(

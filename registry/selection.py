@@ -3,9 +3,9 @@
 How the winner is found. A candidate passes when the pessimistic end of each constrained metric is within its limit,
 and every objective is known. Among those that pass, the objectives count in their order: the best by point value
 leads, and who is certainly worse than the leader is out; the rest tie with it and go on to the next objective.
-Objectives with weights count all at once. Of those that tie to the end the simplest is selected: the baseline, then
-fewest stages, then the smaller artifact, then the name. So a variant that is not certainly better than the baseline
-does not replace it.
+Objectives with weights count all at once. Of those that tie to the end the simplest is selected: the champion, then the
+baseline, then fewest stages, then the smaller artifact, then the name. So a variant that is not certainly better than
+what serves now does not replace it.
 
 ``A`` is certainly better than ``B`` when interleaved rounds of the two say so, or where they say nothing, when A's
 interval lies wholly beyond B's, or A's ratio to a common baseline lies wholly beyond B's ratio to the same.
@@ -92,13 +92,19 @@ def select(
         baseline_id: the candidate that relative limits refer to; where it has failed they are unknown.
         provisional: whether the level of proof is too low for promotion.
         champion_id: the candidate that serves now, which limits with ``vs champion`` refer to; without it, or where it
-            has failed, they are unknown.
+            has failed, they are unknown. Comparisons with it judge them where there are any.
     """
     failed = {failure.subject: failure for failure in failures}
     variant_of = {variant.id: variant for variant in variants}
     references = References(
         baseline=_whole_metrics(candidates, metrics, failed, baseline_id),
         champion=_whole_metrics(candidates, metrics, failed, champion_id),
+        champion_id=champion_id,
+        ratios={
+            (one.candidate_id, (one.metric, one.load)): one.ratio
+            for one in comparisons
+            if champion_id is not None and one.baseline_id == champion_id
+        },
     )
     judged = _Judged(policy, references)
     standings = [
@@ -108,7 +114,8 @@ def select(
             variant=variant_of[candidate.variant_id],
             is_baseline=candidate.id == baseline_id,
             metrics=metrics.get(candidate.id, {}),
-            judgements=judged(metrics.get(candidate.id, {})),
+            is_champion=candidate.id == champion_id,
+            judgements=judged(metrics.get(candidate.id, {}), candidate.id),
             failure=failed.get(candidate.name),
         )
         for candidate in candidates
@@ -116,8 +123,9 @@ def select(
     passing = sorted((one for one in standings if one.outcome == "pass"), key=lambda one: one.simplicity)
     selected, lost = contest(passing, goals_of(policy.objectives), comparisons)
     closest = () if selected else _closest(policy, standings, references)
+    with_baselines = [one for one in comparisons if one.baseline_id != champion_id or champion_id == baseline_id]
     sentence = (
-        _selected_sentence(selected, policy.objectives[0], comparisons)
+        _selected_sentence(selected, policy.objectives[0], with_baselines)
         if selected
         else _nothing_sentence(standings, closest, references)
     )
@@ -131,6 +139,7 @@ def select(
         rejections=tuple(_rejection(one, selected, lost) for one in standings if one is not selected),
         unknown=tuple(one.candidate.id for one in standings if one.outcome == "unknown"),
         closest=closest,
+        champion=champion_id,
     )
 
 
@@ -143,12 +152,14 @@ class _Judged:
         # By identity, which is quick; the estimates outlive this object.
         self._known: dict[tuple[int, int], Judgement] = {}
 
-    def __call__(self, metrics: Mapping[Key, Estimate]) -> tuple[Judgement, ...]:
+    def __call__(self, metrics: Mapping[Key, Estimate], candidate_id: str) -> tuple[Judgement, ...]:
         """The judgements of all constraints."""
-        return tuple(self._one(number, metrics) for number in range(len(self._constraints)))
+        return tuple(self._one(number, metrics, candidate_id) for number in range(len(self._constraints)))
 
-    def _one(self, number: int, metrics: Mapping[Key, Estimate]) -> Judgement:
+    def _one(self, number: int, metrics: Mapping[Key, Estimate], candidate_id: str) -> Judgement:
         constraint = self._constraints[number]
+        if constraint.reference == "champion":  # by its own ratio
+            return judge_against(constraint, metrics, self._references, candidate_id)
         key = (number, id(metrics.get((constraint.metric, constraint.load))))
         if key not in self._known:
             self._known[key] = judge_against(constraint, metrics, self._references)
@@ -161,6 +172,7 @@ def _standing(
     policy: Policy,
     variant: Variant,
     is_baseline: bool,
+    is_champion: bool,
     metrics: Mapping[Key, Estimate],
     judgements: tuple[Judgement, ...],
     failure: Failure | None,
@@ -179,6 +191,7 @@ def _standing(
         candidate=candidate,
         variant=variant,
         is_baseline=is_baseline,
+        is_champion=is_champion,
         metrics=metrics,
         judgements=judgements,
         failure=failure,
@@ -315,6 +328,8 @@ def _lost_reason(one: Standing, selected: Standing, loss: Loss) -> str:
 
 
 def _simpler(selected: Standing, other: Standing) -> str:
+    if selected.is_champion:
+        return "which serves now and needs no change"
     if selected.is_baseline:
         return "which is the baseline and needs no change"
     stages, more = len(selected.variant.recipe.stages), len(other.variant.recipe.stages)
@@ -333,6 +348,8 @@ def _count(number: int, noun: str) -> str:
 
 def _selected_sentence(selected: Standing, objective: Objective, comparisons: Sequence[Comparison]) -> str:
     said = f"{label(objective.metric, objective.load)} {numbers.text(selected.estimate(objective))}"
+    if selected.is_champion:
+        return f"Keep what serves now, {selected.candidate.name}: nothing that meets the policy is certainly better ({said})."
     if selected.is_baseline:
         return (
             f"Keep the baseline {selected.candidate.name}: nothing that meets the policy is certainly better ({said})."
@@ -370,7 +387,7 @@ def _together(standings: Sequence[Standing], references: References) -> str:
     if not near:
         return ""
 
-    def distance(one: Standing) -> tuple[int, float, tuple[bool, int, int, str]]:
+    def distance(one: Standing) -> tuple[int, float, tuple[bool, bool, int, int, str]]:
         found = missed[one.candidate.id]
         return len(found), sum(violation(judgement, references) for judgement in found), one.simplicity
 

@@ -34,12 +34,19 @@ class Standing:
     missing: tuple[str, ...]
     other_signature: bool
     outcome: Literal["failed", "fail", "unknown", "pass"]
+    is_champion: bool = False
 
     @property
-    def simplicity(self) -> tuple[bool, int, int, str]:
-        """Sorts the simplest first."""
+    def simplicity(self) -> tuple[bool, bool, int, int, str]:
+        """Sorts the simplest first: what serves now, then the baseline."""
         stages = len(self.variant.recipe.stages)
-        return (not self.is_baseline, stages, self.variant.artifact.size_bytes, self.candidate.name)
+        return (
+            not self.is_champion,
+            not self.is_baseline,
+            stages,
+            self.variant.artifact.size_bytes,
+            self.candidate.name,
+        )
 
     def estimate(self, objective: Objective) -> Estimate:
         """What is known of the objective's metric."""

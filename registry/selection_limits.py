@@ -1,7 +1,7 @@
 """One constraint on one candidate: pass, fail or unknown; by how much it misses, and what would admit it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
 from functools import cache
 from typing import Literal
@@ -19,10 +19,27 @@ _OPPOSITE = {"<=": ">", "<": ">=", ">=": "<", ">": "<="}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class References:
-    """What relative limits refer to; empty mappings where nothing is known of it."""
+    """What relative limits refer to; empty mappings where nothing is known of it.
+
+    Attributes:
+        baseline: its metrics.
+        champion: its metrics.
+        champion_id: who that is.
+        ratios: (candidate, metric and load) -> times the champion's value, from rounds in which both were measured.
+    """
 
     baseline: Mapping[Key, Estimate] = field(default_factory=dict)
     champion: Mapping[Key, Estimate] = field(default_factory=dict)
+    champion_id: str | None = None
+    ratios: Mapping[tuple[str, Key], Estimate] = field(default_factory=dict)
+
+    def ratio(self, constraint: Constraint, candidate_id: str) -> Estimate | None:
+        """Times the champion's value, where the limit holds against that and the two were compared in turns."""
+        if constraint.reference != "champion":
+            return None
+        if candidate_id == self.champion_id:
+            return exact(1.0, "1")
+        return self.ratios.get((candidate_id, (constraint.metric, constraint.load)))
 
     def of(self, constraint: Constraint) -> float | None:
         """What the limit is multiplied with: 1 for an absolute one, else the reference's value or None."""
@@ -41,8 +58,13 @@ def judge(
     return judge_against(constraint, metrics, References(baseline=baseline_metrics))
 
 
-def judge_against(constraint: Constraint, metrics: Mapping[Key, Estimate], references: References) -> Judgement:
+def judge_against(
+    constraint: Constraint, metrics: Mapping[Key, Estimate], references: References, candidate_id: str = ""
+) -> Judgement:
     """The constraint tested on the pessimistic end of the candidate's interval.
+
+    Where the limit holds against the champion, and the two were compared in turns, that is the end of their ratio, in
+    which the machine's drift cancels; what is observed is then that ratio of the champion's value.
 
     A metric that is missing, an end that is not known, or a reference's value that a relative limit needs and that is
     not known, give ``unknown``. A relative limit on ``accuracy_drop`` or ``slice_drop_max`` is a fraction of the
@@ -56,6 +78,8 @@ def judge_against(constraint: Constraint, metrics: Mapping[Key, Estimate], refer
         reason = f"{name} is not known"
     elif reference is None:
         reason = f"{name} has a limit relative to the {constraint.reference}, of which that value is not known"
+    elif (judged := _in_turns(constraint, observed, reference, references.ratio(constraint, candidate_id))) is not None:
+        return judged
     else:
         end = pessimistic_end(constraint, observed)
         limit = _limit_text(constraint, observed.unit, reference)
@@ -70,6 +94,31 @@ def judge_against(constraint: Constraint, metrics: Mapping[Key, Estimate], refer
         else:
             outcome, reason = "fail", f"{name} {numbers.text(observed)} {_OPPOSITE[constraint.op]} {limit}"
     return Judgement(constraint=constraint, outcome=outcome, observed=observed, reason=reason)
+
+
+def _in_turns(constraint: Constraint, observed: Estimate, reference: float, ratio: Estimate | None) -> Judgement | None:
+    """The judgement by a ratio to the champion; None where there is none, or it has no such end."""
+    end = None if ratio is None else pessimistic_end(constraint, ratio)
+    if ratio is None or end is None or reference <= 0:
+        return None
+    said = " ".join(part for part in (numbers.times(ratio), numbers.times_interval(ratio)) if part)
+    words = f"{label(constraint.metric, constraint.load)} {said} the champion's"
+    part = f"{numbers.plain(constraint.limit * 100)}%"
+    outcome: Literal["pass", "fail", "unknown"] = "fail"
+    if _holds(end, constraint.op, constraint.limit):
+        outcome, reason = "pass", f"{words} {constraint.op} {part}"
+    elif _holds(ratio.value, constraint.op, constraint.limit):
+        reason = f"{words} is not certainly {constraint.op} {part}"
+    else:
+        reason = f"{words} {_OPPOSITE[constraint.op]} {part}"
+    scaled = replace(
+        ratio,
+        value=ratio.value * reference,
+        low=None if ratio.low is None else ratio.low * reference,
+        high=None if ratio.high is None else ratio.high * reference,
+        unit=observed.unit,
+    )
+    return Judgement(constraint=constraint, outcome=outcome, observed=scaled, reason=reason)
 
 
 def is_upper_limit(constraint: Constraint) -> bool:

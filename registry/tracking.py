@@ -31,7 +31,12 @@ def open_tracker(uri: str | None, work: Path) -> Tracker:
     # MLflow takes seconds to import, and commands that record nothing need it not.
     from registry.mlflow_tracking import MlflowTracker
 
-    return MlflowTracker(uri or os.environ.get("MLFLOW_TRACKING_URI") or embedded_uri(work), work)
+    return MlflowTracker(store_uri(uri, work), work)
+
+
+def store_uri(uri: str | None, work: Path) -> str:
+    """The store that `open_tracker` takes."""
+    return uri or os.environ.get("MLFLOW_TRACKING_URI") or embedded_uri(work)
 
 
 def artifact_location(uri: str, tracking_uri: str | None = None) -> str:

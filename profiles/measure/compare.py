@@ -6,6 +6,7 @@ A shared machine drifts; the two of a pair stand close together in time and shar
 import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -139,6 +140,24 @@ def compare_blocks(
         ratio=ratio,
         noise_floor=BLOCK_FLOOR,
         word=word,
+    )
+
+
+def turned(one: Comparison) -> Comparison:
+    """The same comparison, seen from the other side."""
+    words: dict[Word, Word] = {"faster": "slower", "slower": "faster"}
+    ratio = one.ratio
+    return replace(
+        one,
+        candidate_id=one.baseline_id,
+        baseline_id=one.candidate_id,
+        ratio=replace(
+            ratio,
+            value=1 / ratio.value,
+            low=None if ratio.high is None else 1 / ratio.high,
+            high=None if ratio.low is None else 1 / ratio.low,
+        ),
+        word=words.get(one.word, one.word),
     )
 
 

@@ -394,6 +394,7 @@ def undecided(
     *,
     raw_root: Path,
     level: Level,
+    a_a_id: str | None = None,
 ) -> frozenset[str]:
     """Candidates of which these rounds do not say whether they differ from the baseline in what is wanted.
 
@@ -404,12 +405,13 @@ def undecided(
             comparisons of rounds are passed over.
         raw_root: the campaign's folder.
         level: as for `compare_rounds`.
+        a_a_id: likewise.
 
     Raises:
         InputError: arrays of a run are missing or damaged, or are not those that were measured.
     """
     keys = set(wanted)
-    told = compare_rounds(baseline_id, rounds, raw_root=raw_root, level=level)
+    told = compare_rounds(baseline_id, rounds, raw_root=raw_root, level=level, a_a_id=a_a_id)
     return frozenset(one.candidate_id for one in told if (one.metric, one.load) in keys and one.word == "undecided")
 
 

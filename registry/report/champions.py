@@ -15,18 +15,19 @@ def champion_sentence(campaign: Campaign) -> str:
     if champion is None:
         return ""
     if champion.candidate_id is None:
-        return " ".join(champion.notes)
+        passed = f" Passed over: {'; '.join(champion.passed_over)}." if champion.passed_over else ""
+        return " ".join(champion.notes) + passed
     names = {one.id: one.name for one in campaign.candidates}
     name = names.get(champion.candidate_id, champion.was)
     selected = campaign.verdict.selected
     if selected is None:
-        return f"The champion {name} goes on serving."
+        return f"The champion goes on serving: {name}."
     if selected == champion.candidate_id:
-        return f"The champion {name} stays: nothing that meets the policy is certainly better."
+        return "Nothing was certainly better than the champion, which was measured again in the same rounds."
     found = _chosen(campaign, champion, selected)
     if found is None:
-        return f"How the selected compares with the champion {name} is not known: they share no valid round."
-    return f"Against the champion {name}, in the same rounds: {_metric(found)} {_ratio(found)}, {found.word}."
+        return f"How the selected compares with the champion ({name}) is not known: they share no valid round."
+    return f"Against the champion ({name}), in the same rounds: {_metric(found)} {_ratio(found)}, {found.word}."
 
 
 def champion_table(campaign: Campaign, shown: Sequence[Row]) -> Table | None:
@@ -44,7 +45,7 @@ def champion_table(campaign: Campaign, shown: Sequence[Row]) -> Table | None:
             rows.append((f"{row.number}. {row.candidate.variant_name}, {row.candidate.serving.server}", *cells))
     names = {one.id: one.name for one in campaign.candidates}
     return Table(
-        title=f"Against the champion {names.get(champion.candidate_id or '', champion.was)}",
+        title=f"Against the champion, {names.get(champion.candidate_id or '', champion.was)}",
         headings=("candidate", *(_label(metric, load) for metric, load in keys)),
         rows=tuple(rows),
         notes=(

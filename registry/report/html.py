@@ -136,6 +136,7 @@ def _cells(row: Row) -> dict[str, Any]:
         "number": row.number,
         "outcome": row.outcome,
         "baseline": row.baseline,
+        "champion": row.champion,
         "pareto": row.pareto,
         "variant": row.candidate.variant_name,
         "engine": f"{engine_words(row.candidate.engine)} {row.candidate.engine_version}",

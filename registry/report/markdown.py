@@ -64,6 +64,7 @@ def _cells(row: Row) -> list[str]:
     if row.comparison is not None:
         against = f"{numbers.times(row.comparison.ratio)} {row.comparison.word}"
     mark = f"**{row.outcome}**" if row.outcome == "selected" else row.outcome
+    mark += ", champion" if row.champion else ""
     return [
         str(row.number),
         _text(row.candidate.variant_name),

@@ -39,6 +39,7 @@ class Row:
     number: int
     candidate: Candidate
     baseline: bool
+    champion: bool
     accuracy: Estimate | None
     drop: Estimate | None
     latency: Estimate | None
@@ -164,6 +165,7 @@ def _row(campaign: Campaign, candidate: Candidate) -> Row:
         number=0,
         candidate=candidate,
         baseline=candidate.id == campaign.verdict.baseline,
+        champion=candidate.id == campaign.verdict.champion,
         accuracy=fidelity.metrics.get("accuracy") if fidelity else None,
         drop=fidelity.metrics.get("accuracy_drop") if fidelity else None,
         latency=estimate_of(campaign, candidate.id, metric, load),

@@ -66,6 +66,8 @@ def _cells(row: Row, narrow: bool) -> list[Text]:
     verdict = Text(row.outcome, style=_STYLES[row.outcome])
     if row.baseline:
         verdict.append("\nbaseline", style="dim")
+    if row.champion:
+        verdict.append("\nchampion", style="dim")
     what = [f"{variant}\n{server} {protocol}"] if narrow else [variant, f"{server}\n{protocol}"]
     found = [
         _lines(numbers.number(row.accuracy), numbers.number(row.drop) if row.drop else ""),

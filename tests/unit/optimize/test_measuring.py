@@ -5,6 +5,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Self
 
 import numpy as np
@@ -526,3 +527,46 @@ def test_a_limit_on_the_load_time_has_each_candidate_loaded_as_often_as_the_leve
     assert whole.metrics["load_time_s"].high is not None
     # Without such a limit the same folder's single load is no answer to it, and the other way round.
     assert [one.reload_times_s for one in session.measure(BASE, FAST).deployed] == [(), ()]
+
+
+def test_a_champion_is_compared_with_all_in_the_same_rounds(tmp_path: Path, generator: SimulatedGenerator) -> None:
+    from optimize.campaign import _against_champion
+
+    other = replace(serving("late"), champion=True)
+    other = replace(other, candidate=replace(other.candidate, serving=replace(other.candidate.serving, threads=2)))
+    session = Session(tmp_path, generator)
+    found = session.measure(BASE, FAST, other)
+    plan = SimpleNamespace(work=tmp_path, level=QUICK)
+    told = _against_champion(plan, BASE.candidate, other.candidate, found)
+    assert {(one.candidate_id, one.baseline_id) for one in told} == {("base", "late"), ("fast", "late")}
+    of_base = next(one for one in told if (one.candidate_id, one.metric) == ("base", "max_throughput_rps"))
+    [direct] = [
+        one
+        for one in compare_rounds("base", found.rounds, raw_root=tmp_path, level=QUICK)
+        if (one.candidate_id, one.metric) == ("late", "max_throughput_rps")
+    ]
+    assert of_base.ratio.value == pytest.approx(1 / direct.ratio.value)
+    assert of_base.ratio.low == pytest.approx(1 / direct.ratio.high)
+    # Who is the baseline and the champion at once is compared as the baseline is.
+    assert {one.baseline_id for one in _against_champion(plan, BASE.candidate, BASE.candidate, found)} == {"base"}
+    assert _against_champion(plan, BASE.candidate, None, found) == []
+
+
+def test_more_rounds_are_played_while_a_candidate_is_not_told_from_the_champion(
+    tmp_path: Path, generator: SimulatedGenerator
+) -> None:
+    """Both are served another way than the baseline, which so says nothing of the two."""
+    apart = replace(BASE.candidate.serving, threads=2)
+    champion, other = (replace(one, candidate=replace(one.candidate, serving=apart)) for one in (serving("late"), FAST))
+    level = replace(QUICK, rounds=2, most_rounds=4)
+
+    def played(folder: str, *servings: Serving) -> dict[str, int]:
+        (tmp_path / folder).mkdir()
+        found = Session(tmp_path / folder, generator).measure(*servings, level=level)
+        numbers: dict[str, set[int]] = {}
+        for one in found.rounds:
+            numbers.setdefault(one.candidate_id, set()).add(one.number)
+        return {identity: len(seen) for identity, seen in numbers.items()}
+
+    assert played("without", BASE, other, champion) == {"base": 2, "fast": 2, "late": 2}
+    assert played("with", BASE, other, replace(champion, champion=True)) == {"base": 4, "fast": 4, "late": 4}

@@ -66,10 +66,11 @@ def test_slices_that_the_samples_do_not_have(tmp_path: Path) -> None:
     assert planned(tmp_path, "slice_drop_max <= 0.03", slices=np.zeros(3, np.int64))
 
 
-def test_a_limit_against_the_champion_is_for_select(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="does not know which of its candidates is the champion") as caught:
+def test_a_limit_against_the_champion_needs_one_in_the_file(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="the campaign file names no champion") as caught:
         planned(tmp_path, "rss_mb <= 100% rel vs champion")
-    assert "burnish select --champion" in str(caught.value.hint)
+    assert "models:/NAME@champion" in str(caught.value.hint)
+    assert planned(tmp_path, "rss_mb <= 100% rel vs champion", champion="../before/burnish-work")
     assert planned(tmp_path, "rss_mb <= 100% rel vs baseline")
 
 

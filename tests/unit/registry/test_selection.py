@@ -374,6 +374,73 @@ def test_a_limit_against_the_champion_is_unknown_without_one():
     assert case.verdict([limit], champion="id-champion").selected is None
 
 
+def against_champion(one: str, ratio: Estimate, load: str | None = P90[1], metric: str = P90[0]) -> Comparison:
+    return Comparison(
+        candidate_id=f"id-{one}",
+        baseline_id="id-champion",
+        metric=metric,
+        load=load,
+        ratio=ratio,
+        noise_floor=0.02,
+        word="undecided",
+    )
+
+
+def test_a_limit_against_the_champion_is_judged_by_rounds_in_turns():
+    """The machine drifted by more than the two differ: apart they prove nothing, in turns they do."""
+    case = Case(
+        base={RATE: around(100), P90: around(50, unit="ms")},
+        champion={RATE: around(200), P90: estimate(20, 15, 27, "ms")},
+        near={RATE: around(900), P90: estimate(20.5, 15, 28, "ms")},
+    )
+    limit = "latency_p90_ms <= 105% rel vs champion"
+    apart = case.verdict([limit], champion="id-champion")
+    assert apart.selected == "id-champion"
+    assert "is not certainly <= 21 ms" in reasons(apart)["near"]
+    case.comparisons = [against_champion("near", estimate(1.02, 1.00, 1.04, "1"))]
+    assert case.verdict([limit], champion="id-champion").selected == "id-near"
+    case.comparisons = [against_champion("near", estimate(1.02, 1.00, 1.07, "1"))]
+    doubtful = case.verdict([limit], champion="id-champion")
+    assert reasons(doubtful)["near"] == (
+        "p90 at 0.8 saturation 1.02× [1.00, 1.07] the champion's is not certainly <= 105%"
+    )
+    case.comparisons = [against_champion("near", estimate(1.20, 1.15, 1.25, "1"))]
+    slower = case.verdict([limit, "max_throughput_rps >= 250"], champion="id-champion")
+    assert "1.20× [1.15, 1.25] the champion's > 105%" in reasons(slower)["near"]
+    # What would admit it is the end of the ratio.
+    assert "`latency_p90_ms <= 125% rel vs champion at 0.8 saturation` would admit near" in slower.sentence
+    # A single pair has no end; then each stands with its own interval, as before.
+    alone = Estimate(value=1.0, low=None, high=None, runs=1, method="single pair", unit="1")
+    case.comparisons = [against_champion("near", alone)]
+    assert "is not certainly <= 21 ms" in reasons(case.verdict([limit], champion="id-champion"))["near"]
+
+
+def test_the_champion_keeps_its_own_limits_exactly():
+    case = Case(base={RATE: around(100)}, champion={RATE: estimate(200, 150, 260, "1/s")})
+    assert (
+        case.verdict(["max_throughput_rps >= 100% rel vs champion"], champion="id-champion").selected == "id-champion"
+    )
+
+
+def test_what_serves_now_stays_where_nothing_is_certainly_better():
+    case = Case(base={RATE: around(200)}, champion={RATE: around(200)}, other={RATE: around(201)})
+    verdict = case.verdict([], champion="id-champion")
+    assert verdict.selected == "id-champion"
+    assert verdict.champion == "id-champion"
+    assert verdict.sentence.startswith("Keep what serves now, champion: ")
+    assert reasons(verdict)["base"] == "ties with the selected, which serves now and needs no change"
+    assert case.verdict([]).selected == "id-base"
+
+
+def test_the_sentence_tells_of_the_baseline_not_of_the_champion():
+    case = Case(base={RATE: around(100)}, champion={RATE: around(200)}, best={RATE: around(900)})
+    case.comparisons = [
+        against_champion("best", around(4.5, unit="1"), load=None, metric="max_throughput_rps"),
+        comparison("best", "base", "faster", around(9.0, unit="1")),
+    ]
+    assert "9.00× that of the baseline" in case.verdict([], champion="id-champion").sentence
+
+
 MEMORY = ("rss_mb", None)
 
 
