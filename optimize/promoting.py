@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from optimize import passports, reporting
-from optimize.cluster_config import ClusterConfig, load_cluster
+from optimize.cluster_config import ClusterConfig, LocalConfig, load_cluster
 from optimize.live_fidelity import JUDGED, LiveFidelity, variant_of
 from optimize.production import Place, Served, open_place, production_name
 from registry import promotion as promotions
@@ -231,7 +231,7 @@ class Promoting:
         journal = _read_journal(self._subject.work)
         with self._place(serve=False) as place:
             wanted, state = self._wanted(journal, place, self._registered())
-            if state == "new":
+            if state == "new" and (journal is None or journal.unfinished() is None):
                 place.rollout.snapshot()
             with self._probe(place) as probe:
                 return self._told_of(wanted, state, probe)
@@ -247,7 +247,9 @@ class Promoting:
             InputError: it may not be promoted, or somebody has changed what it had done.
             UnreachableError: the registry or the cluster does not answer, or refuses.
         """
-        self._registry.check()
+        planned = self.plan()
+        if planned.short and planned.state == "new":
+            raise InputError(planned.short, hint="Raise --watch or --rate. Unknown never wins.")
         work = self._subject.work
         with Ledger.open(work / JOURNAL) as ledger, self._place(serve=True) as place:
             journal = Journal(ledger, _now)
@@ -256,8 +258,6 @@ class Promoting:
                 registered = self._registered() or self._register()
                 wanted, state = self._wanted(journal, place, registered)
                 planned = self._told_of(wanted, state, probe)
-                if planned.short and state == "new":
-                    raise InputError(planned.short, hint="Raise --watch or --rate. Unknown never wins.")
                 promoter = Promoter(
                     registry=self._registry, rollout=place.rollout, probe=probe, journal=journal, told=self._told
                 )
@@ -424,9 +424,11 @@ class Promoting:
             yield own if options.prometheus is None else self._by_prometheus(own, place)
 
     def _by_prometheus(self, own: Probe, place: Place) -> Probe:
-        from profiles.measure.prometheus import Prometheus, PrometheusProbe
+        from profiles.deploy.envoy_config import FLUSH_S as FLUSH_HERE_S
+        from profiles.measure.prometheus import FLUSH_S, Prometheus, PrometheusProbe
 
         options = self._options
+        flush_s = FLUSH_HERE_S if isinstance(self._subject.cluster, LocalConfig) else FLUSH_S
         prometheus = Prometheus(str(options.prometheus))
         prometheus.query("vector(1)")
         return PrometheusProbe(
@@ -434,8 +436,8 @@ class Promoting:
             production=place.rollout.production,
             challenger=place.rollout.challenger,
             meanwhile=own,
-            # What happened last is scraped at the second scrape from now on at the latest.
-            settle=lambda: time.sleep(2 * options.scrape_s),
+            # What happened last is in the histogram after a flush, and scraped at the second scrape from then on.
+            settle=lambda: time.sleep(flush_s + 2 * options.scrape_s),
             matchers=options.matchers,
         )
 

@@ -36,6 +36,8 @@ RETRIES_AT_ONCE = 5
 # What Core 2's agent takes as one message.
 BUFFER_BYTES = 1000 * 1024 * 1024
 MAX_TOTAL_WEIGHT = 2**32 - 1
+FLUSH_S = 0.25
+"""How old its histograms may be when it is asked for them; elsewhere it is 5 s where nobody says otherwise."""
 
 _TYPES = "type.googleapis.com/envoy."
 _PREFIXES: Mapping[Protocol, str] = {"rest": "/v2", "grpc": "/inference.GRPCInferenceService"}
@@ -177,6 +179,7 @@ def bootstrap(*, port: int, clusters: str, routes: str, mirror_routes: str) -> C
     asked = ("/ready", "/listeners", "/stats")
     return {
         "node": {"id": "burnish", "cluster": "burnish"},
+        "stats_flush_interval": f"{FLUSH_S}s",
         "admin": {"address": _address(0), "allow_paths": [{"prefix": path} for path in asked]},
         "dynamic_resources": {"cds_config": _from_file(clusters)},
         "static_resources": {

@@ -29,6 +29,8 @@ COMPLETED: Final = "envoy_cluster_upstream_rq_completed"
 RETRIED: Final = "envoy_cluster_upstream_rq_retry"
 CLASSES: Final = "envoy_cluster_upstream_rq_xx"
 METHOD = "Envoy's histogram"
+FLUSH_S: Final = 5.0
+"""How old an Envoy's histograms may be when it is scraped: its ``stats_flush_interval`` where nobody sets another."""
 _TIMEOUT_S = 10.0
 _MOST_BYTES = 10_000_000
 

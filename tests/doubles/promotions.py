@@ -1,5 +1,6 @@
 """A registry, a place for manifests and a probe that live in memory, and end with whoever is killed."""
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 from optimize.reporting import write_campaign, write_report
 from profiles.deploy.rollout import ManifestRollout, owned
 from profiles.serving.core2.manifests import Manifest, as_yaml
+from registry import codec
 from registry.errors import InputError, UnreachableError
 from registry.policy import parse_policy
 from registry.ports import RegisteredVersion
@@ -285,3 +287,29 @@ def _described(artifact: Artifact) -> dict[str, Any]:
         "inputs": artifact.inputs,
         "outputs": artifact.outputs,
     }
+
+
+class FileRegistry(MemoryRegistry):
+    """The same, kept in a file, so that it outlives a process that is killed."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._path = path
+        if path.is_file():
+            told = json.loads(path.read_text())
+            self.named = told["named"]
+            self.kept = {key: codec.loads(text) for key, text in told["kept"].items()}
+
+    def set_alias(self, model: str, alias: str, version: str | None) -> None:
+        super().set_alias(model, alias, version)
+        self._keep()
+
+    def crown(self, reign: Reign) -> None:
+        super().crown(reign)
+        self._keep()
+
+    def _keep(self) -> None:
+        draft = self._path.with_suffix(".draft")
+        kept = {key: codec.dumps(one) for key, one in self.kept.items()}
+        draft.write_text(json.dumps({"named": self.named, "kept": kept}))
+        draft.replace(self._path)
