@@ -51,16 +51,53 @@ def test_the_ceiling_is_measured_once_and_gates_what_is_near_to_it(tmp_path: Pat
         free = generator.run(target, payloads, window(), raw_path=tmp_path / "w.npz")
         ((key, found),) = json.loads((tmp_path / FILE).read_text(encoding="utf-8")).items()
         # The fake server computes and shares its CPU with this test, the null server does neither.
-        assert found > free.metrics["throughput_rps"]
-        # The next one believes what is remembered, here that this client can do hardly anything.
-        (tmp_path / FILE).write_text(json.dumps({key: 10.0}), encoding="utf-8")
-        with LoadGenerator(None, tmp_path / "other", ceiling=Ceilings(tmp_path, (), "this host")) as weak:
-            record = weak.run(target, payloads, window(), raw_path=tmp_path / "w.npz")
-    (finding,) = [finding for finding in record.findings if finding.gate == "ceiling"]
-    assert "of 10/s that the client can" in finding.observed
+        assert found["rate_rps"] > free.metrics["throughput_rps"]
+        # The next one believes what is remembered, here that this client can do anything.
+        (tmp_path / FILE).write_text(json.dumps({key: {**found, "rate_rps": 1e9}}), encoding="utf-8")
+        with LoadGenerator(None, tmp_path / "other", ceiling=Ceilings(tmp_path, (), "this host")) as strong:
+            record = strong.run(target, payloads, window(), raw_path=tmp_path / "w.npz")
+    assert not [finding for finding in record.findings if finding.gate == "ceiling"]
+    assert [*json.loads((tmp_path / FILE).read_text(encoding="utf-8")).values()] == [{**found, "rate_rps": 1e9}]
 
 
-@pytest.mark.parametrize("content", ["", "[1]", '{"a": "b"}', "{"])
+def test_a_ceiling_of_a_busy_machine_is_measured_again_where_it_makes_a_window_invalid(tmp_path: Path) -> None:
+    ceilings = Ceilings(tmp_path, (), "this host")
+    with FakeV2Server() as server, LoadGenerator(None, tmp_path / "own", ceiling=ceilings) as generator:
+        target = server.target("grpc")
+        payloads = encode_payloads(X, target=target)
+        generator.run(target, payloads, window(), raw_path=tmp_path / "w.npz")
+        (key,) = json.loads((tmp_path / FILE).read_text(encoding="utf-8"))
+        low = {key: {"rate_rps": 10.0, "date": "2026-01-01"}}
+        (tmp_path / FILE).write_text(json.dumps(low), encoding="utf-8")
+        with LoadGenerator(None, tmp_path / "other", ceiling=Ceilings(tmp_path, (), "this host")) as other:
+            record = other.run(target, payloads, window(), raw_path=tmp_path / "w.npz")
+    kept = json.loads((tmp_path / FILE).read_text(encoding="utf-8"))[key]
+    assert kept["rate_rps"] > record.metrics["throughput_rps"]
+    assert kept["date"] > "2026-01-01"
+    assert not [finding for finding in record.findings if "of 10/s that the client can" in finding.observed]
+
+
+def test_a_ceiling_that_stays_too_low_is_not_measured_at_each_window(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = iter([10.0, 8.0])  # and then no more
+    monkeypatch.setattr(Ceilings, "_measure", lambda *_: next(asked))
+    with FakeV2Server() as server:
+        ceilings = Ceilings(tmp_path, (), "this host")
+        target = server.target("grpc")
+        payloads = encode_payloads(X, target=target)
+        with LoadGenerator(None, tmp_path / "own", ceiling=ceilings) as generator:
+            for _ in range(2):
+                record = generator.run(target, payloads, window(), raw_path=tmp_path / "w.npz")
+                (finding,) = [finding for finding in record.findings if finding.gate == "ceiling"]
+                assert "of 10/s that the client can" in finding.observed
+            # A day later it would be.
+            ceilings._taken_s.clear()
+            assert ceilings(generator, target, payloads, doubted=True) == 10.0
+    assert next(asked, None) is None
+
+
+@pytest.mark.parametrize("content", ["", "[1]", '{"a": "b"}', '{"a": 10.0}', "{"])
 def test_what_is_remembered_may_be_damaged(tmp_path: Path, content: str) -> None:
     (tmp_path / FILE).write_text(content, encoding="utf-8")
     assert Ceilings(tmp_path, (), "h")._known == {}
