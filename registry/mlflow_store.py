@@ -101,7 +101,9 @@ def _cause(error: Exception, text: str) -> tuple[str, str]:
         return "it refuses these credentials (403)", f"Ask for the right to write, or give others: {_CREDENTIALS}."
     if status >= 500:
         return f"it fails ({status})", "Its log says why: a full disk or a database that is gone, say."
-    return "", ("Start it or correct MLFLOW_TRACKING_URI; without that variable a store in the working folder is used.")
+    if status >= 400:
+        return f"it refuses ({status})", "Whoever runs it can say why."
+    return "", "Start it or correct MLFLOW_TRACKING_URI; without that variable a store in the working folder is used."
 
 
 def _status(error: Exception, text: str) -> int:
