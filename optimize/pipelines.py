@@ -11,14 +11,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from optimize.admission import ENTRY, ask_child
+from optimize.admission import ENTRY, Format, admit_here
 from optimize.engines.local import run_in_child
 from optimize.metrics import find_metric
 from optimize.samples import Samples, load_samples
 from optimize.serving import Served, serve_model, serving_profile
 from optimize.signature import signature_of
+from profiles.deploy.cluster import Usage
 from profiles.load.engine import LoadGenerator
-from profiles.load.payloads import encode_payloads
+from profiles.load.payloads import Payload, encode_payloads
 from profiles.measure.host import fingerprint_host, split_cpus
 from profiles.measure.levels import Level
 from profiles.pipelines.analysis import Analysis, Overhead
@@ -28,7 +29,7 @@ from profiles.pipelines.documents import ModelPart, Plan, load_plan
 from profiles.pipelines.gateway import WITHOUT, core2_target, local_pipeline
 from profiles.pipelines.graph import Pipeline, in_order
 from profiles.pipelines.measured import Measured, StepNumbers, WholeNumbers
-from profiles.pipelines.measuring import as_step, as_whole, latency_at, measure_endpoint
+from profiles.pipelines.measuring import Found, as_step, as_whole, latency_at, measure_endpoint
 from profiles.pipelines.run import run_samples
 from profiles.serving.session import open_session
 from registry.errors import InputError
@@ -70,20 +71,26 @@ def signatures(plan: Plan) -> dict[str, Signature]:
     Raises:
         InputError: a file is missing, or no model.
     """
+    files = {step: str(file_of(plan, step).absolute()) for step in plan.pipeline.names if step in plan.models}
+    described = run_in_child("optimize.pipelines:read_here", {"files": files}) if files else {}
     found = {}
-    for step in plan.pipeline.names:
-        if step not in plan.models:
-            continue
-        with TemporaryDirectory(prefix="burnish-pipeline-") as folder:
-            inputs, outputs = signature_of(_admit(file_of(plan, step), Path(folder)))
+    for step, one in described.items():
+        inputs, outputs = signature_of(one)
         found[step] = Signature(inputs=inputs, outputs=outputs)
     return found
 
 
-def _admit(path: Path, folder: Path) -> Any:
-    """The model copied to a folder, by a child with limits; its signature as JSON has it."""
-    kind = "openvino" if path.suffix == ".xml" else "onnx"
-    return ask_child("optimize.admission:admit_here", path, folder=str(folder), format=kind)
+def read_here(*, files: dict[str, str]) -> dict[str, Any]:
+    """`signatures` as JSON has them, in this process, which is a child."""
+    found = {}
+    for step, path in files.items():
+        with TemporaryDirectory(prefix="burnish-pipeline-") as folder:
+            found[step] = admit_here(path=path, folder=folder, format=_format(path))
+    return found
+
+
+def _format(path: str) -> Format:
+    return "openvino" if path.endswith(".xml") else "onnx"
 
 
 def message_bytes(signature: Mapping[str, Signature], *, rows: int = 1, free: int = 64) -> dict[str, int]:
@@ -130,16 +137,10 @@ def answers(plan: Plan, samples: Samples, variants: Mapping[str, str]) -> tuple[
     """
     with TemporaryDirectory(prefix="burnish-pipeline-") as name:
         work = Path(name)
-        entries = {}
-        for step in plan.pipeline.names:
-            folder = work / step
-            folder.mkdir()
-            source = file_of(plan, step, variants.get(step))
-            _admit(source, folder)
-            entries[step] = str(folder / (source.name if source.suffix == ".xml" else ENTRY))
+        files = {step: str(file_of(plan, step, variants.get(step)).absolute()) for step in plan.pipeline.names}
         np.savez(work / "inputs.npz", **dict(samples.inputs))
         run_in_child(
-            "optimize.pipelines:answer_here", {"plan": str(plan.path.absolute()), "entries": entries, "work": str(work)}
+            "optimize.pipelines:answer_here", {"plan": str(plan.path.absolute()), "files": files, "work": str(work)}
         )
         outputs = _unpacked(work / "outputs.npz")
         seen: dict[str, dict[str, NDArray[Any]]] = {}
@@ -149,14 +150,16 @@ def answers(plan: Plan, samples: Samples, variants: Mapping[str, str]) -> tuple[
     return outputs, seen
 
 
-def answer_here(*, plan: str, entries: dict[str, str], work: str) -> None:
+def answer_here(*, plan: str, files: dict[str, str], work: str) -> None:
     """`answers`, in this process, which is a child."""
-    read = load_plan(Path(plan))
+    read, folder = load_plan(Path(plan)), Path(work)
     models = {}
-    for step, entry in entries.items():
-        engine = "openvino" if entry.endswith(".xml") else "onnxruntime"
-        models[step] = open_session(entry, engine=engine).run
-    folder = Path(work)
+    for step, path in files.items():
+        own, kind = folder / step, _format(path)
+        own.mkdir()
+        admit_here(path=path, folder=str(own), format=kind)
+        entry = own / (Path(path).name if kind == "openvino" else ENTRY)
+        models[step] = open_session(entry, engine="openvino" if kind == "openvino" else "onnxruntime").run
     outputs, seen = run_samples(read.pipeline, models, _unpacked(folder / "inputs.npz"))
     np.savez(folder / "outputs.npz", **outputs)
     np.savez(
@@ -252,7 +255,10 @@ def measure_plan(
     server_cpus, client_cpus, pinning = split_cpus()
     work.mkdir(parents=True, exist_ok=True)
     steps: dict[str, dict[str, StepNumbers]] = {}
-    with LoadGenerator(client_cpus, work) as generator:
+    with LoadGenerator(client_cpus, work) as generator, ExitStack() as stack:
+        # They stand idle while another is measured, and serve the whole at the end.
+        first = {step: _replicas(stack, plan, step) for step in pipeline.names}
+        bench = _Bench(generator=generator, level=level, work=work, seed=seed)
         for step in pipeline.names:
             if step not in seen:
                 raise InputError(f"no sample reaches step {step!r}, so that it cannot be measured", hint="Add samples.")
@@ -260,38 +266,73 @@ def measure_plan(
             for place, variant in enumerate(model.variants):
                 if place and not variants:
                     break
-                drop = 0.0 if place == 0 or base is None else _drop(plan, samples, {step: variant}, metric, base)
-                found = _measure_step(generator, plan, step, variant, seen[step], level=level, work=work, seed=seed)
-                numbers = as_step(found, workers=max(1, model.parallel_workers), accuracy_drop=drop)
+                if place == 0:
+                    loss: float | None = 0.0
+                    found = bench.model(first[step][0], seen[step])
+                else:
+                    loss = _loss(plan, samples, {step: variant}, metric, base)
+                    with _served(model, file_of(plan, step, variant)) as served:
+                        found = bench.model(served, seen[step])
+                numbers = as_step(found, workers=max(1, model.parallel_workers), accuracy_drop=loss)
                 steps.setdefault(step, {})[variant] = numbers
                 told(f"{step} {variant}: saturates at {numbers.saturation_rps:.4g} a second")
-        whole = _measure_whole(generator, plan, samples, level=level, work=work, mesh=mesh, seed=seed)
+        if mesh is None:
+            targets = {step: [one.deployment.target for one in ones] for step, ones in first.items()}
+            target = stack.enter_context(local_pipeline(pipeline, targets, work, cpus=client_cpus))
+        else:
+            target = core2_target(pipeline, mesh)
+        whole = bench.whole(target, plan, samples, without=WITHOUT if mesh is None else "")
         told(f"{pipeline.name}: saturates at {whole.saturation_rps or 0:.4g} a second")
     cpus = None if mesh else float(len(server_cpus))
     return Measured(steps=steps, whole=whole, host=fingerprint_host(pinning).fingerprint, shared_cpus=cpus)
 
 
-def _drop(plan: Plan, samples: Samples, variants: Mapping[str, str], metric: str | None, base: float) -> float:
-    return base - score(plan, answers(plan, samples, variants)[0], samples, metric or "accuracy")
+def _loss(
+    plan: Plan, samples: Samples, variants: Mapping[str, str], metric: str | None, base: float | None
+) -> float | None:
+    """What these variants lose against the first ones; None where nothing is known of that."""
+    if metric is None or base is None:
+        return None
+    return base - score(plan, answers(plan, samples, variants)[0], samples, metric)
 
 
-def _measure_step(
-    generator: LoadGenerator,
-    plan: Plan,
-    step: str,
-    variant: str,
-    inputs: Mapping[str, NDArray[Any]],
-    *,
-    level: Level,
-    work: Path,
-    seed: int,
-) -> Any:
-    with _served(plan.models[step], file_of(plan, step, variant)) as served:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Bench:
+    """How everything is measured."""
+
+    generator: LoadGenerator
+    level: Level
+    work: Path
+    seed: int
+
+    def model(self, served: Served, inputs: Mapping[str, NDArray[Any]]) -> Found:
         target = served.deployment.target
-        payloads = encode_payloads({name: array[:_MOST_SAMPLES] for name, array in inputs.items()}, target=target)
+        return self._endpoint(target, inputs, served.deployment.usage)
+
+    def whole(self, target: Target, plan: Plan, samples: Samples, *, without: str) -> WholeNumbers:
+        found = self._endpoint(target, samples.inputs, None)
+        rates = [share * found.saturation_rps for share in RATE_SHARES]
+        payloads = _payloads(target, samples.inputs)
+        at = latency_at(self.generator, target, payloads, rates, level=self.level, raw_root=self.work, seed=self.seed)
+        first = {step: next(iter(plan.models[step].variants)) for step in plan.pipeline.names}
+        return as_whole(found, variants=first, rates=at, without=without)
+
+    def _endpoint(
+        self, target: Target, inputs: Mapping[str, NDArray[Any]], usage: Callable[[], Usage | None] | None
+    ) -> Found:
         return measure_endpoint(
-            generator, target, payloads, level=level, raw_root=work, usage=served.deployment.usage, seed=seed
+            self.generator,
+            target,
+            _payloads(target, inputs),
+            level=self.level,
+            raw_root=self.work,
+            usage=usage,
+            seed=self.seed,
         )
+
+
+def _payloads(target: Target, inputs: Mapping[str, NDArray[Any]]) -> tuple[Payload, ...]:
+    return encode_payloads({name: array[:_MOST_SAMPLES] for name, array in inputs.items()}, target=target)
 
 
 @contextmanager
@@ -312,31 +353,17 @@ def serve_plan(plan: Plan, work: Path, *, variants: Mapping[str, str] | None = N
     chosen = variants or {}
     _, client_cpus, _ = split_cpus()
     with ExitStack() as stack:
-        targets: dict[str, list[Target]] = {}
-        for step in plan.pipeline.names:
-            path, model = file_of(plan, step, chosen.get(step)), plan.models[step]
-            for _ in range(model.replicas):
-                served = stack.enter_context(_served(model, path))
-                targets.setdefault(step, []).append(served.deployment.target)
+        targets = {
+            step: [one.deployment.target for one in _replicas(stack, plan, step, chosen.get(step))]
+            for step in plan.pipeline.names
+        }
         yield stack.enter_context(local_pipeline(plan.pipeline, targets, work, cpus=client_cpus))
 
 
-def _measure_whole(
-    generator: LoadGenerator, plan: Plan, samples: Samples, *, level: Level, work: Path, mesh: str | None, seed: int
-) -> WholeNumbers:
-    with ExitStack() as stack:
-        if mesh is None:
-            target, without = stack.enter_context(serve_plan(plan, work)), WITHOUT
-        else:
-            target, without = core2_target(plan.pipeline, mesh), ""
-        payloads = encode_payloads(
-            {name: array[:_MOST_SAMPLES] for name, array in samples.inputs.items()}, target=target
-        )
-        found = measure_endpoint(generator, target, payloads, level=level, raw_root=work, seed=seed)
-        rates = [share * found.saturation_rps for share in RATE_SHARES]
-        at = latency_at(generator, target, payloads, rates, level=level, raw_root=work, seed=seed)
-    first = {step: next(iter(plan.models[step].variants)) for step in plan.pipeline.names}
-    return as_whole(found, variants=first, rates=at, without=without)
+def _replicas(stack: ExitStack, plan: Plan, step: str, variant: str | None = None) -> list[Served]:
+    """The servers of a step, as many as the plan has; they end with the stack."""
+    path, model = file_of(plan, step, variant), plan.models[step]
+    return [stack.enter_context(_served(model, path)) for _ in range(model.replicas)]
 
 
 # --- showing ---------------------------------------------------------------------------------------------------

@@ -497,14 +497,22 @@ def pipeline_limits(
     variants: Mapping[str, str] | None = None,
     replicas: Mapping[str, int] | None = None,
 ) -> tuple[Limit, ...]:
-    """`limits`, from what was measured."""
+    """`limits`, from what was measured.
+
+    Where all servers share one CPU, a step alone at its saturation shows how much of it can be used: the most that any
+    did is taken for the whole. Of several CPUs one step need not have used all, and they count in full.
+    """
     chosen, copies = variants or {}, replicas or {}
     numbers = {name: measured.of(name, chosen.get(name)) for name in pipeline.names}
+    usable = measured.shared_cpus
+    used = [one.saturation_rps * one.cpu_ms / 1000 for one in numbers.values() if one.cpu_ms is not None]
+    if usable == 1 and used:
+        usable = min(1.0, max(used))
     return limits(
         pipeline,
         {name: one.saturation_rps * copies.get(name, 1) for name, one in numbers.items()},
         cpu_ms={name: one.cpu_ms for name, one in numbers.items() if one.cpu_ms is not None},
-        shared_cpus=measured.shared_cpus,
+        shared_cpus=usable,
     )
 
 

@@ -152,6 +152,10 @@ class Model:
         """
         await asyncio.gather(*(transport.open(START_S) for _, transport in self._servers))
 
+    async def close(self) -> None:
+        """Closes all connections."""
+        await asyncio.gather(*(transport.close() for _, transport in self._servers))
+
     async def __call__(self, step: str, inputs: Arrays) -> Arrays:
         """Its outputs.
 

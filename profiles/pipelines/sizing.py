@@ -310,8 +310,7 @@ def render_config(sizing: Sizing, *, name: str = "default", version: str = NEWES
         InputError: the name is none, the multiplier is above the partitions, or the release has no such field.
     """
     check_core2_name(name, "SeldonConfig")
-    if version not in VERSIONS:
-        raise InputError(f"nothing is known of Core 2 {version!r}", hint=f"It is {' or '.join(VERSIONS)}.")
+    _check_version(version)
     if sizing.multiplier > sizing.partitions:
         raise InputError(
             f"maxShardCountMultiplier {sizing.multiplier} is above the {sizing.partitions} partitions: Core 2 "
@@ -332,19 +331,28 @@ def render_config(sizing: Sizing, *, name: str = "default", version: str = NEWES
     return _checked(SeldonConfigPatch, manifest)
 
 
-def render_runtime(sizing: Sizing, *, name: str = "seldon", config: str = "default") -> dict[str, Any]:
+def render_runtime(
+    sizing: Sizing, *, name: str = "seldon", config: str = "default", version: str = NEWEST
+) -> dict[str, Any]:
     """The patch of a SeldonRuntime.
 
     ``overrides`` is a list, which a merge patch replaces whole: keep what yours has of other services.
 
     Raises:
-        InputError: a name is none.
+        InputError: a name is none, or the release has no such field.
     """
     check_core2_name(name, "SeldonRuntime")
+    _check_version(version)
+    usual = sizing.num_workers == NUM_WORKERS and sizing.max_num_consumers == MAX_NUM_CONSUMERS
+    if version != NEWEST and not usual:
+        raise InputError(
+            f"overrides.podSpec came after Core 2 {version}, and the model gateway needs {sizing.num_workers} workers",
+            hint=f"Set MODELGATEWAY_NUM_WORKERS in the SeldonConfig's component {MODEL_GATEWAY}, or size for fewer.",
+        )
     overrides = []
     for service, count in sizing.replicas.items():
         override: dict[str, Any] = {"name": service, "replicas": count}
-        if service == MODEL_GATEWAY:
+        if service == MODEL_GATEWAY and version == NEWEST:
             env = [
                 {"name": "MODELGATEWAY_NUM_WORKERS", "value": str(sizing.num_workers)},
                 {"name": "MODELGATEWAY_MAX_NUM_CONSUMERS", "value": str(sizing.max_num_consumers)},
@@ -354,6 +362,11 @@ def render_runtime(sizing: Sizing, *, name: str = "seldon", config: str = "defau
     spec = {"seldonConfig": config, "overrides": overrides}
     manifest = {"apiVersion": MLOPS, "kind": "SeldonRuntime", "metadata": {"name": name}, "spec": spec}
     return _checked(SeldonRuntimePatch, manifest)
+
+
+def _check_version(version: str) -> None:
+    if version not in VERSIONS:
+        raise InputError(f"nothing is known of Core 2 {version!r}", hint=f"It is {' or '.join(VERSIONS)}.")
 
 
 def _checked(model: type[BaseModel], manifest: dict[str, Any]) -> dict[str, Any]:
