@@ -12,8 +12,8 @@ class Usage:
     """What a deployment has used so far.
 
     Attributes:
-        cpu_s: CPU seconds of all its processes, user and system, since they started.
-        rss_mb: resident memory of all its processes now, in MB of 10^6 bytes.
+        cpu_s: CPU seconds of all its processes, user and system, since they started; None where that is not known.
+        rss_mb: resident memory of all its processes now, in MB of 10^6 bytes; None where that is not known.
         instance: what tells this life of the server from the next, after a restart or an eviction; empty where that
             is not known.
         peak_rss_mb: the most that each of its processes has had resident since it started (``VmHWM``), summed: no
@@ -22,8 +22,8 @@ class Usage:
         pids: of its processes.
     """
 
-    cpu_s: float
-    rss_mb: float
+    cpu_s: float | None = None
+    rss_mb: float | None = None
     instance: str = ""
     peak_rss_mb: float | None = None
     pids: tuple[int, ...] = ()

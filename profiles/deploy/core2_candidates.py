@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from profiles.serving.core2.folder import ModelFolder, model_folder, write_folder
 from profiles.serving.core2.manifests import REQUIREMENTS
@@ -17,6 +17,8 @@ from registry.errors import InputError, ServerDiedError, UnreachableError
 from registry.records import Artifact, ArtifactFile, Candidate, Target
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 Place = Callable[[Artifact, Path], str]
 """Puts the files of a folder where Core 2 can fetch them, under their digest, and returns the rclone URI of that.
@@ -87,18 +89,19 @@ def one_line(value: object) -> str:
     return line if len(line) <= _REASON_LENGTH else f"{line[:_REASON_LENGTH]}..."
 
 
-def look_again(name: str, check: Callable[[], None]) -> None:
-    """Returns where a model is still served as it was, or where that cannot be asked, which is only logged.
+def look_again(name: str, check: Callable[[], T]) -> T | None:
+    """What ``check`` finds of a model that is still served as it was; None where that cannot be asked, which is logged.
 
     Raises:
         ServerDiedError: ``check`` says that it is not.
     """
     try:
-        check()
+        return check()
     except ServerDiedError:
         raise
     except UnreachableError as error:
         logger.warning("Whether %s is still served as it was is not known: %s", name, error.message)
+        return None
 
 
 def check_workers(candidate: Candidate, workers: int) -> None:

@@ -60,6 +60,7 @@ class ModelVersion:
         reason: why, where it failed; the server's own words.
         server: the server it is on; empty where it is on none.
         available_replicas: how many answer.
+        changed_ns: when a replica's state changed last, in ns since 1970; 0 where the scheduler does not say.
         parameters: what it was loaded with; None where the scheduler does not say.
         definition: the whole of that; None where the scheduler does not say.
         deployment: how many replicas were asked for; None where the scheduler does not say.
@@ -73,6 +74,7 @@ class ModelVersion:
     parameters: Mapping[str, str] | None
     definition: pb.ModelSpec | None = field(default=None, repr=False)
     deployment: pb.DeploymentSpec | None = field(default=None, repr=False)
+    changed_ns: int = 0
 
     @property
     def live(self) -> bool:
@@ -223,6 +225,7 @@ def model_version(status: pb.ModelVersionStatus) -> ModelVersion:
         reason=status.state.reason or "; ".join(dict.fromkeys(reasons)),
         server=status.serverName,
         available_replicas=status.state.availableReplicas,
+        changed_ns=status.state.lastChangeTimestamp.ToNanoseconds(),
         parameters=None if spec is None else {one.name: one.value for one in spec.parameters},
         definition=spec,
         deployment=None if spec is None else status.modelDefn.deploymentSpec,

@@ -3,9 +3,11 @@
 import logging
 import time
 from collections.abc import Collection
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Self
 
+from profiles.deploy.cluster import Usage
 from profiles.deploy.core2_candidates import UNKNOWN_VERSION, Core2Options, Mesh, look_again, place_folder
 from profiles.deploy.core2_messages import AVAILABLE, GOING, Core2Model, ModelVersion
 from profiles.deploy.scheduler import SchedulerClient
@@ -56,15 +58,20 @@ class Core2Deployment:
     def statistics(self) -> None:
         """Nothing: the mesh leads to the model alone, not to what its server tells of itself."""
 
-    def usage(self) -> None:
-        """Returns where it is still served as it was; what it uses, the scheduler does not know.
+    def usage(self) -> Usage | None:
+        """Which life of its server this is; what it uses, the scheduler does not know.
 
-        A scheduler that does not answer is no reason to end a measurement: the mesh serves without it.
+        A server that was restarted or evicted has to load the model anew, and the scheduler says when a replica's state
+        changed last. One that does not answer is no reason to end a measurement: the mesh serves without it.
 
         Raises:
             ServerDiedError: it is not available any more, or somebody loaded another model under its name.
         """
-        look_again(self.target.model, lambda: self._cluster.check(self))
+        found = look_again(self.target.model, lambda: self._cluster.check(self))
+        if found is None or not found.changed_ns:
+            return None
+        since = datetime.fromtimestamp(found.changed_ns / 1e9, UTC).isoformat(timespec="milliseconds")
+        return Usage(instance=f"{found.server} with {found.available_replicas} replicas since {since}")
 
     def undeploy(self) -> None:
         """Unloads it and returns when its memory is free; a second call does nothing.
@@ -188,8 +195,8 @@ class Core2SchedulerCluster:
         for name in sorted(self._ours):
             self._clean_up(name)
 
-    def check(self, deployment: Core2Deployment) -> None:
-        """Returns where a deployment is still served as it was.
+    def check(self, deployment: Core2Deployment) -> ModelVersion:
+        """What the scheduler says of a deployment that is still served as it was.
 
         Raises:
             ServerDiedError: it is not available any more, or somebody loaded another model under its name.
@@ -205,6 +212,7 @@ class Core2SchedulerCluster:
                 f"somebody has loaded another model as {name} on Core 2: it was version {deployment.version}, and is "
                 f"version {found.version}"
             )
+        return found
 
     def take_away(self, name: str) -> None:
         """Unloads a model that was deployed here and returns when it is gone; see `Core2Deployment.undeploy`."""

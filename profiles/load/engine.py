@@ -411,7 +411,9 @@ def _added(recordings: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def _spent(marks: Sequence[Usage | None]) -> tuple[float, float] | None:
     """(CPU seconds, resident MB) of the server in the window, from its usage at both ends; None where unknown."""
     begin, end = marks if len(marks) == 2 else (None, None)
-    return None if begin is None or end is None else (end.cpu_s - begin.cpu_s, end.rss_mb)
+    if begin is None or end is None or begin.cpu_s is None or end.cpu_s is None or end.rss_mb is None:
+        return None
+    return end.cpu_s - begin.cpu_s, end.rss_mb
 
 
 def _instances(marks: Sequence[Usage | None]) -> tuple[str, str] | None:

@@ -99,6 +99,8 @@ class _Version:
         else:
             answer.state.state, answer.state.availableReplicas = State.ModelAvailable, replicas
             answer.modelReplicaState[0].state = pb.ModelReplicaStatus.Available
+            # Since this machine was started, where Core 2 counts from 1970.
+            answer.state.lastChangeTimestamp.FromNanoseconds(int(1e9 * self.ready_at))
         return answer
 
     @property
@@ -201,6 +203,11 @@ class SchedulerDouble:
         with self._lock:
             versions = self._models.get(name)
             return bool(versions) and versions[-1].state().state.state == State.ModelAvailable
+
+    def restart(self, name: str) -> None:
+        """Has the server of a model load it anew, as after a crash; it is ready at once."""
+        with self._lock:
+            self._models[name][-1].ready_at = time.monotonic()
 
     def route(self, name: str) -> tuple[Agent | None, str] | None:
         """(agent, internal name) of an available model, or None."""

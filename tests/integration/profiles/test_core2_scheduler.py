@@ -582,7 +582,15 @@ def test_a_candidate_is_served_and_taken_away(
         assert first.target.headers == {"seldon-model": first.target.model}
         assert second.target.protocol == "rest"
         assert first.load_time_s > 0
-        assert first.usage() is None
+        usage = first.usage()
+        assert usage is not None
+        assert usage.instance.startswith("mlserver with 1 replicas since ")
+        assert usage == first.usage()
+        double.restart(first.target.model)
+        restarted = first.usage()
+        assert restarted is not None
+        assert restarted.instance != usage.instance
+        assert (restarted.cpu_s, restarted.rss_mb) == (None, None)
         assert (first.server, first.version) == ("mlserver", 1)
         first.undeploy()
         first.undeploy()
