@@ -17,7 +17,7 @@ from mlflow import MlflowClient
 
 from registry.errors import InputError, UnreachableError
 from registry.mlflow_tracking import MlflowTracker
-from registry.records import Campaign
+from registry.records import Campaign, StageCall
 from registry.tracking import embedded_uri, open_tracker
 from tests.doubles import campaigns, searches
 
@@ -223,6 +223,30 @@ def test_the_logged_files_are_those_that_were_measured(uri: str, own_name: Campa
     place = Path(own_name.artifacts[campaigns.STATIC.id])
     for path in place.iterdir():
         assert (Path(local) / path.name).read_bytes() == path.read_bytes()
+
+
+@pytest.mark.usefixtures("default_store")
+def test_a_variant_that_was_only_made_is_a_model_too_and_one_for_tensorrt_asks_for_it(
+    uri: str, own_name: Campaign, work: Path
+) -> None:
+    """Where ONNX Runtime has no TensorRT, MLflow falls back to what it has."""
+    stage = StageCall(name="tensorrt.prepare", params={"version": 10})
+    made = tuple(
+        dataclasses.replace(one, recipe=dataclasses.replace(one.recipe, stages=(stage,)))
+        if one.id == campaigns.OPTIMIZED.id
+        else one
+        for one in own_name.variants
+    )
+    MlflowTracker(uri, work).publish(dataclasses.replace(own_name, variants=made), files={})
+    client = MlflowClient(tracking_uri=uri)
+    experiment = client.get_experiment_by_name(f"burnish/{own_name.model_name}")
+    models = {one.tags["burnish.variant_id"]: one for one in client.search_logged_models([experiment.experiment_id])}
+    assert set(models) == {one.id for one in made}
+    loaded = mlflow.pyfunc.load_model(f"models:/{models[campaigns.OPTIMIZED.id].model_id}")
+    assert loaded.metadata.flavors["onnx"]["providers"] == [
+        "TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider",
+    ]  # fmt: skip
+    assert loaded.predict({"x": SAMPLE})["y"].shape == (3, 2)
 
 
 def test_the_winner_becomes_a_version_without_an_alias(uri: str, own_name: Campaign, work: Path) -> None:
