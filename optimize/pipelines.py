@@ -25,13 +25,16 @@ from profiles.measure.levels import Level
 from profiles.pipelines.analysis import Analysis, Overhead
 from profiles.pipelines.checks import Signature
 from profiles.pipelines.choice import Combination, Shortlist
-from profiles.pipelines.documents import ModelPart, Plan, load_plan
+from profiles.pipelines.documents import ManifestPart, ModelPart, Plan, load_plan
 from profiles.pipelines.gateway import WITHOUT, core2_target, local_pipeline
 from profiles.pipelines.graph import Pipeline, in_order
 from profiles.pipelines.measured import Measured, StepNumbers, WholeNumbers
 from profiles.pipelines.measuring import Found, as_step, as_whole, latency_at, measure_endpoint
+from profiles.pipelines.rollout import stages_of
 from profiles.pipelines.run import run_samples
+from profiles.serving.core2.manifests import as_yaml
 from profiles.serving.session import open_session
+from registry.documents import load_document
 from registry.errors import InputError
 from registry.records import Target
 from registry.report.pipeline import PipelineView, StepView
@@ -470,3 +473,29 @@ def choice_lines(found: Shortlist, truths: Sequence[Truth], limit: float | None)
 
 def _named(combination: Combination) -> str:
     return ", ".join(f"{step}={variant}" for step, variant in combination.variants.items())
+
+
+# --- promoting -------------------------------------------------------------------------------------------------
+
+
+def write_promotion(manifest: Path, models: Sequence[str], shares: Sequence[int], out: Path) -> list[Path]:
+    """The manifests of a promotion, written in their order; see `profiles.pipelines.rollout.stages_of`.
+
+    Raises:
+        InputError: a model is not ``step=Model``, or does not fit.
+    """
+    before = load_document(manifest, ManifestPart).model_dump(mode="json", exclude_unset=True)
+    chosen = {}
+    for text in models:
+        step, _, name = text.partition("=")
+        if not step or not name:
+            raise InputError(f"--model {text!r} is not step=Model")
+        chosen[step] = name
+    made = stages_of(before, chosen, shares)
+    out.mkdir(parents=True, exist_ok=True)
+    written = []
+    for name, content in made.items():
+        path = out / f"{name}.yaml"
+        path.write_text(as_yaml(content), encoding="utf-8")
+        written.append(path)
+    return written

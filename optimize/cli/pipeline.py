@@ -257,6 +257,30 @@ def size(
         typer.echo("---\n".join(as_yaml(patch) for patch in patches.values()), nl=False)
 
 
+@app.command("promote")
+def promote(
+    manifest: Annotated[Path, typer.Argument(help="The Pipeline manifest that is in production.")],
+    model: Annotated[list[str], typer.Option(help="step=Model that takes its place; once for each.")],
+    share: Annotated[list[int] | None, typer.Option(help="Percent for the challenger, rising.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the manifests.")] = Path("promotion"),
+    json_output: Json = False,
+) -> None:
+    """Write the manifests that promote new step variants together, in the order to apply them, and the way back.
+
+    The Models that are named are served already.
+
+    Example: burnish pipeline promote pipeline.yaml --model encoder=encoder-int8 --share 10 --share 50
+    """
+    from optimize import pipelines
+
+    written = pipelines.write_promotion(manifest, model, share or [10, 50], out)
+    if json_output:
+        emit_json({"manifests": [str(path) for path in written]})
+    else:
+        typer.echo("\n".join(map(str, written)))
+        say("Apply them in this order, watching each; then delete the Experiment and the challenger. Back: the first.")
+
+
 def _read(plan: Path, measured: Path, variant: list[str] | None) -> Any:
     """(the plan, what was measured, step -> variant)."""
     from profiles.pipelines.documents import load_plan

@@ -1,0 +1,111 @@
+"""``burnish pipeline`` on a plan and on what was measured of it; nothing is served."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from optimize.cli import main
+from profiles.pipelines.measured import Measured, write_measured
+from tests.doubles.pipelines import numbers
+
+PLAN = """
+name: p
+steps:
+- {name: a, inputs: [p.inputs.x]}
+- {name: b, inputs: [a.outputs.y], tensorMap: {a.outputs.y: x}}
+output: {steps: [b]}
+"""
+
+
+@pytest.fixture
+def burnish(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Runs ``burnish pipeline`` in a folder with a plan and measurements; gives (exit code, stdout, stderr)."""
+    (tmp_path / "plan.yaml").write_text(PLAN)
+    steps = {
+        "a": {"fp32": numbers(5.0, memory_mb=200.0), "int8": numbers(3.0, memory_mb=120.0, accuracy_drop=0.01)},
+        "b": {"fp32": numbers(20.0, memory_mb=300.0), "int8": numbers(8.0, memory_mb=180.0, accuracy_drop=0.02)},
+    }
+    write_measured(Measured(steps=steps), tmp_path / "m.yaml")
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["burnish", "pipeline", *arguments])
+        with pytest.raises(SystemExit) as caught:
+            main()
+        out, err = capsys.readouterr()
+        return int(caught.value.code or 0), out, err
+
+    return run
+
+
+def test_analyse_tells_the_bottleneck_and_draws(burnish, tmp_path: Path):
+    code, out, _ = burnish("analyse", "plan.yaml", "--measured", "m.yaml", "--rate", "20", "--picture", "p.svg")
+    assert code == 0
+    words = " ".join(out.split())
+    assert "p saturates at 50 requests a second, at b" in words
+    assert "a: int8 alone does 1.67 times the rate" in words
+    assert (tmp_path / "p.svg").read_text().startswith("<?xml")
+    code, out, _ = burnish("analyse", "plan.yaml", "--measured", "m.yaml", "--variant", "b=int8", "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert found["analysis"]["limits"][0] == {"what": "b", "rate_rps": 125.0, "visits": 1.0}
+
+
+def test_choose_lists_the_best_or_the_closest_miss(burnish):
+    budget = ("--accuracy-drop", "0.025")
+    code, out, _ = burnish("choose", "plan.yaml", "--measured", "m.yaml", "--rate", "20", *budget, "--json")
+    shortlist = json.loads(out)["shortlist"]
+    assert code == 0
+    assert shortlist["combinations"][0]["variants"] == {"a": "fp32", "b": "int8"}
+    code, out, _ = burnish("choose", "plan.yaml", "--measured", "m.yaml", "--memory-mb", "100")
+    assert code == 3
+    assert "Closest: a=int8, b=int8\n  memory_mb 300, and the limit is 100" in out
+
+
+def test_balance_counts_replicas(burnish):
+    code, out, err = burnish("balance", "plan.yaml", "--measured", "m.yaml", "--rate", "100")
+    assert code == 0
+    assert "b                        3 x 1 workers, busy 67%" in out
+    assert err == ""
+
+
+def test_size_writes_two_patches(burnish, tmp_path: Path):
+    code, out, _ = burnish("size", "plan.yaml", "--measured", "m.yaml", "--rate", "5000", "--out", "patches", "--json")
+    assert code == 0
+    assert json.loads(out)["sizing"]["partitions"] == 2
+    assert sorted(path.name for path in (tmp_path / "patches").iterdir()) == ["seldonconfig.yaml", "seldonruntime.yaml"]
+    assert burnish("size", "plan.yaml", "--measured", "m.yaml", "--rate", "5", "--core2-version", "9")[0] == 2
+
+
+def test_promote_writes_the_manifests_in_order(burnish, tmp_path: Path):
+    (tmp_path / "p.yaml").write_text(
+        "apiVersion: mlops.seldon.io/v1alpha1\nkind: Pipeline\nmetadata: {name: p}\n"
+        "spec: {steps: [{name: a}, {name: b, inputs: [a]}], output: {steps: [b]}}\n"
+    )
+    code, out, _ = burnish("promote", "p.yaml", "--model", "b=b-int8", "--share", "20")
+    assert code == 0
+    assert [Path(line).name for line in out.splitlines()] == [
+        "0-way-back.yaml", "1-challenger.yaml", "2-mirror.yaml", "3-share-20.yaml", "4-promoted.yaml",
+    ]  # fmt: skip
+    assert "name: b-int8" in (tmp_path / "promotion" / "4-promoted.yaml").read_text()
+    assert burnish("promote", "p.yaml", "--model", "b")[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("analyse", "plan.yaml", "--measured", "none.yaml"), "there is no file none.yaml"),
+        (("analyse", "plan.yaml", "--measured", "m.yaml", "--variant", "c=x"), "is not step=variant"),
+        (("analyse", "plan.yaml", "--measured", "m.yaml", "--variant", "a=x"), "was not measured"),
+        (("analyse", "plan.yaml", "--measured", "m.yaml", "--rate", "60"), "beyond its saturation"),
+        (("choose", "plan.yaml", "--measured", "m.yaml", "--objective", "speed"), "--objective 'speed' is not known"),
+        (("choose", "plan.yaml", "--measured", "m.yaml", "--cost", "5"), "cost is unknown"),
+        (("measure", "plan.yaml"), "names no samples"),
+    ],
+)
+def test_what_is_wrong_is_told_in_one_message(burnish, arguments: tuple[str, ...], says: str):
+    code, _, err = burnish(*arguments)
+    assert code == 2
+    assert says in err
