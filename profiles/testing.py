@@ -24,6 +24,8 @@ import pytest
 from numpy.typing import NDArray
 
 from profiles.load.arrivals import schedule_blocks
+from profiles.load.http2 import Http2Error
+from profiles.load.null_server import GRPC_REPLY, Grpc
 from profiles.load.payloads import HEADER_LENGTH, encode_payloads
 from profiles.load.recording import NS_PER_S, Recording, Trace
 from profiles.load.transports import Status, Transport, make_transport
@@ -491,17 +493,26 @@ def _on_server_loop(work: Coroutine[Any, Any, T]) -> T:
 
 
 class RudeServer:
-    """Something on loopback that takes requests over HTTP and does not answer them as it should; a context manager.
+    """Something on loopback that takes requests and does not answer them as it should; a context manager.
 
     Args:
-        manner: what it does with each request: ``rubbish`` answers at once, with status 200 and no V2 reply; ``drip``
-            answers a byte at a time and never comes to an end; ``reset`` breaks the connection off.
+        manner: what it does with each request: ``rubbish`` answers at once, as if all were well, with no V2 reply;
+            ``drip`` answers a byte at a time (over gRPC: begins to) and never comes to an end; ``reset`` breaks the
+            connection off.
         good: so many requests are answered well first.
+        protocol: what it speaks.
     """
 
-    def __init__(self, manner: Literal["rubbish", "drip", "reset"], *, good: int = 0) -> None:
+    def __init__(
+        self,
+        manner: Literal["rubbish", "drip", "reset"],
+        *,
+        good: int = 0,
+        protocol: Literal["grpc", "rest"] = "rest",
+    ) -> None:
         self._manner = manner
         self._good = good
+        self._protocol = protocol
 
     def __enter__(self) -> Self:
         self._server = _on_server_loop(self._start())
@@ -515,10 +526,13 @@ class RudeServer:
     @property
     def target(self) -> Target:
         """Where it listens."""
-        return Target(url=f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}", protocol="rest", model="m")
+        url = f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+        return Target(url=url, protocol=self._protocol, model="m")
 
     async def _start(self) -> asyncio.Server:
         self._talks: set[asyncio.Task[None]] = set()
+        if self._protocol == "grpc":
+            return await asyncio.get_running_loop().create_server(lambda: Grpc(self._answer_call), "127.0.0.1", 0)
         return await asyncio.start_server(self._talk, "127.0.0.1", 0)
 
     async def _stop(self) -> None:
@@ -547,6 +561,14 @@ class RudeServer:
         finally:
             self._talks.discard(task)
             writer.transport.abort()
+
+    def _answer_call(self, method: str) -> bytes | None:
+        self._good -= 1
+        if self._good >= 0:
+            return GRPC_REPLY.replace(b"\n\x04null", b"\n\x01m")
+        if self._manner == "reset":
+            raise Http2Error("it has had enough")
+        return b"\xff\xff rubbish" if self._manner == "rubbish" else None
 
     async def _be_rude(self, writer: asyncio.StreamWriter) -> None:
         if self._manner == "rubbish":

@@ -78,12 +78,12 @@ class Rest(_Buffered):
 class Grpc(_Buffered):
     """Calls of gRPC, each of one message, on HTTP/2."""
 
-    def __init__(self, answer: Callable[[str], bytes] = lambda method: GRPC_REPLY) -> None:
-        """Answers each call by its method."""
+    def __init__(self, answer: Callable[[str], bytes | None] = lambda method: GRPC_REPLY) -> None:
+        """Answers each call by its method; where that is None, it only begins to."""
         self._answer_to = answer
         self._frames = http2.Frames(_FRAME_BYTES)
         self._headers = http2.HeaderBlocks()
-        self._answers: dict[int, bytes] = {}
+        self._answers: dict[int, bytes | None] = {}
         self._begun = b""
         self._received = 0
 
@@ -131,8 +131,10 @@ class Grpc(_Buffered):
             self._answers.pop(stream, None)
         if kind in (Kind.HEADERS, Kind.DATA) and flags & http2.END_STREAM and stream in self._answers:
             message = self._answers.pop(stream)
+            out.append(http2.frame(Kind.HEADERS, http2.END_HEADERS, stream, _GRPC_HEADERS))
+            if message is None:
+                return
             out += (
-                http2.frame(Kind.HEADERS, http2.END_HEADERS, stream, _GRPC_HEADERS),
                 http2.frame(Kind.DATA, 0, stream, b"\0" + len(message).to_bytes(4, "big") + message),
                 http2.frame(Kind.HEADERS, http2.END_HEADERS | http2.END_STREAM, stream, _GRPC_TRAILERS),
             )

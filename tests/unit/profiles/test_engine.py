@@ -371,16 +371,18 @@ def rude(generator: LoadGenerator, server: RudeServer, wanted: LoadProfile, tmp_
     return generator.run(target, payloads_for(target), wanted, raw_path=tmp_path / "w.npz")
 
 
-def test_rubbish_that_comes_at_once_is_no_answer(generator: LoadGenerator, tmp_path: Path) -> None:
-    with RudeServer("rubbish") as server:
+@pytest.mark.parametrize("protocol", ["grpc", "rest"])
+def test_rubbish_that_comes_at_once_is_no_answer(generator: LoadGenerator, tmp_path: Path, protocol: Protocol) -> None:
+    with RudeServer("rubbish", protocol=protocol) as server:
         record = rude(generator, server, profile(ClosedLoop(concurrency=2)), tmp_path)
     assert record.errors["mismatch"] > 0
     assert "mismatch" in gates(record)
 
 
-def test_an_answer_that_never_ends_is_a_miss(generator: LoadGenerator, tmp_path: Path) -> None:
+@pytest.mark.parametrize("protocol", ["grpc", "rest"])
+def test_an_answer_that_never_ends_is_a_miss(generator: LoadGenerator, tmp_path: Path, protocol: Protocol) -> None:
     began = time.monotonic()
-    with RudeServer("drip", good=10) as server:
+    with RudeServer("drip", good=10, protocol=protocol) as server:
         slow = profile(OpenLoop(rate_rps=50, arrivals="constant"), timeout_s=0.3)
         record = rude(generator, server, slow, tmp_path)
     assert time.monotonic() - began < 10
@@ -389,8 +391,9 @@ def test_an_answer_that_never_ends_is_a_miss(generator: LoadGenerator, tmp_path:
     assert "latency_max_ms" not in record.metrics
 
 
-def test_connections_that_break_off_are_counted(generator: LoadGenerator, tmp_path: Path) -> None:
-    with RudeServer("reset", good=10) as server:
+@pytest.mark.parametrize("protocol", ["grpc", "rest"])
+def test_connections_that_break_off_are_counted(generator: LoadGenerator, tmp_path: Path, protocol: Protocol) -> None:
+    with RudeServer("reset", good=10, protocol=protocol) as server:
         record = rude(generator, server, profile(OpenLoop(rate_rps=50, arrivals="constant")), tmp_path)
     assert record.errors["connection"] > 5
     assert "errors" in gates(record)
