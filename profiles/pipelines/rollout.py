@@ -2,8 +2,8 @@
 
 A step of a pipeline is a Model of the same name. So the challenger is a Pipeline of its own that names other Models
 where steps change, and to promote is to have the production Pipeline name them: one resource changes, and no request
-meets some of the new variants and not others. The Models that it named before stay, so that the way back is one resource
-too; nobody else's Pipeline or caller loses them.
+meets some of the new variants and not others. The Models that it named before stay, so that the way back is one
+resource too; nobody else's Pipeline or caller loses them.
 """
 
 import copy
@@ -200,7 +200,7 @@ class PipelineRollout:
         self.unload()
         if (found := self.serving()) != snapshot.live[key]:
             raise UnreachableError(
-                f"the Pipeline {self.production} was applied as it was before, and is in force otherwise: {found or 'gone'}",
+                f"the Pipeline {self.production} is in force otherwise than before: {found or 'gone'}",
                 hint="Something else changes it.",
             )
 
