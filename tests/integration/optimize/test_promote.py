@@ -10,7 +10,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,14 +20,21 @@ import pytest
 
 from optimize import promoting
 from optimize.cli import main
+from optimize.live_fidelity import JUDGED, LiveFidelity
 from optimize.production import Place
 from optimize.promoting import Options, Promoting, find_subject, open_registry
-from profiles.deploy import local
+from optimize.samples import load_samples
+from profiles.deploy import local, rollout_kubernetes
+from profiles.deploy.rollout import ManifestRollout
 from profiles.measure.answers import answers_of
 from registry.errors import CheckFailedError, InputError
 from registry.ledger import Ledger
+from registry.policy import parse_policy
 from registry.promotion import Journal
-from registry.records import PromotionEvent
+from registry.records import Campaign, PromotionEvent
+from registry.store import FolderStore
+from tests.doubles.core2 import SchedulerDouble
+from tests.doubles.kubernetes_api import KubernetesDouble
 from tests.doubles.promotions import chosen_campaign
 
 pytestmark = [
@@ -136,13 +143,21 @@ def test_from_the_first_champion_to_the_next_and_back(work: Path, tmp_path: Path
     if local.available_servers()["mlserver"].version is None:
         pytest.skip("MLServer is not installed")
     served: list[float] = []
-    chosen_campaign(work, 1000)
+    campaign = chosen_campaign(work, 1000)
     first, _ = promoting_of(work)
     planned = first.plan()
     assert [step.name for step in planned.promotion.steps] == ["register", "swap", "champion", "unload"]
     assert planned.short == ""
     assert open_registry(work).aliases("sums") == {}
-    assert first.apply(hold=lambda place: served.append(answer(place))).state == "completed"
+    judged: dict[str, Any] = {}
+
+    def look(place: Place) -> None:
+        served.append(answer(place))
+        judged.update(judge(work, campaign, tmp_path, place))
+
+    assert first.apply(hold=look).state == "completed"
+    assert judged["accuracy_drop"].value == pytest.approx(0, abs=1e-6)
+    assert set(judged) <= JUDGED
     before = {path.name: path.read_bytes() for path in (work / "production/manifests").iterdir()}
 
     chosen_campaign(work, 2000)
@@ -177,6 +192,21 @@ def test_from_the_first_champion_to_the_next_and_back(work: Path, tmp_path: Path
         ("1", "promoted", "adds-1000"), ("2", "promoted", "adds-2000"), ("1", "rolled back", "adds-1000"),
     ]  # fmt: skip
     assert (reigns[2].reason, word) == ("it was worse", "")
+
+
+def judge(work: Path, campaign: Campaign, folder: Path, place: Place) -> dict[str, Any]:
+    """What live answers are worth, by samples whose sums are known."""
+    samples, x = folder / "samples.npz", np.random.default_rng(0).normal(size=(50, 4)).astype(np.float32)
+    np.savez(samples, x=x, labels=x.sum(1, keepdims=True) + np.float32(1000))
+    loaded, store = load_samples(samples), FolderStore(work)
+    candidate, told = campaign.candidates[0], {"samples": samples, "loaded": loaded, "store": store, "base": folder}
+    with pytest.raises(InputError, match="does not hold the samples that the campaign"):
+        LiveFidelity(campaign, candidate, **told)
+    fidelity = LiveFidelity(replace(campaign, samples_digest=loaded.digest, task_metric="mse"), candidate, **told)
+    try:
+        return dict(fidelity(place.target_of("sums")))
+    finally:
+        fidelity.close()
 
 
 def _wait_for(url: str) -> None:
@@ -284,3 +314,103 @@ def test_nothing_to_take_back(work: Path):
         promoting.history("sums", work)
     with pytest.raises(InputError, match="no tracking store"):
         promoting.history("sums", work / "nowhere")
+
+
+# --- on a Core 2 -----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def core2(kind: str, folder: Path) -> Iterator[tuple[Path, SchedulerDouble | KubernetesDouble]]:
+    """A double of Core 2, and the file that names it."""
+    storage = {"storage": str(folder / "models"), "storage_uri": "/mnt/models", "servers": {"mlserver": "mlserver"}}
+    needed = {"burnish": ["mlserver", "python"]}
+    with ExitStack() as stack:
+        double: SchedulerDouble | KubernetesDouble
+        if kind == "scheduler":
+            double = stack.enter_context(SchedulerDouble())
+            where = {"kind": "scheduler", "address": f"127.0.0.1:{double.port}"}
+        else:
+            double = stack.enter_context(KubernetesDouble())
+            where = {"kind": "kubernetes", "kubeconfig": str(double.kubeconfig(folder)), "namespace": "seldon"}
+        file = folder / "cluster.yaml"
+        file.write_text(json.dumps({"cluster": {**where, **storage, "mesh": double.mesh, "requirements": needed}}))
+        yield file, double
+
+
+def promote_on(work: Path, cluster: Path, **options: Any) -> promoting.Planned:
+    chosen = replace(Options(watch_s=0.0, weights=(100,)), **options)
+    subject = find_subject(work, work=None, cluster=cluster, options=chosen)
+    return Promoting(subject, chosen, open_registry(work), lambda _: None).apply()
+
+
+@pytest.mark.parametrize("kind", ["scheduler", "kubernetes"])
+def test_a_core2_gets_the_next_champion_by_its_uri(
+    kind: str, work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(rollout_kubernetes, "SETTLE_S", 0.05)
+    with core2(kind, tmp_path) as (cluster, double):
+
+        def uri() -> str:
+            if isinstance(double, SchedulerDouble):
+                return str(double._models["production"][-1].model.modelSpec.uri)
+            return str(double.get("production")["spec"]["storageUri"])
+
+        chosen_campaign(work, 1000)
+        first = promote_on(work, cluster, production="production")
+        assert [step.name for step in first.promotion.steps] == ["register", "swap", "champion", "unload"]
+        old = uri()
+        assert old.startswith("/mnt/models/adds-1000-")
+        assert (tmp_path / "models" / old.removeprefix("/mnt/models/") / "model.onnx").is_file()
+        # A model that answers otherwise is refused, and where the policy lets it, takes the place at once.
+        chosen_campaign(work, 2000, output="total")
+        with pytest.raises(InputError, match="takes or gives other tensors than the champion"):
+            promote_on(work, cluster, production="production")
+        changing = parse_policy([], "maximize max_throughput_rps", signature="may_change")
+        chosen_campaign(work, 2000, output="total", policy=changing)
+        other = promote_on(work, cluster, production="production")
+        assert "weights-100" not in [step.name for step in other.promotion.steps]
+        assert any("never by weights" in note for note in other.promotion.notes)
+        assert uri().startswith("/mnt/models/adds-2000-")
+        assert open_registry(work).aliases("sums")["champion"] == other.promotion.version
+        with pytest.raises(InputError, match=r"was promoted at Core 2 .* not at this machine"):
+            promoting.roll_back(work, cluster=None, campaign_file=None, reason="", told=lambda _: None)
+        promoting.roll_back(work, cluster=cluster, campaign_file=None, reason="", told=lambda _: None)
+        assert uri() == old
+        # The same inputs and outputs go by weights.
+        chosen_campaign(work, 3000)
+        assert "weights-100" in [
+            step.name for step in promote_on(work, cluster, production="production").promotion.steps
+        ]
+        assert uri().startswith("/mnt/models/adds-3000-")
+
+
+def test_another_promotion_under_way_is_in_the_way(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with core2("scheduler", tmp_path) as (cluster, double):
+        assert isinstance(double, SchedulerDouble)
+        chosen_campaign(work, 1000)
+        promote_on(work, cluster)
+        chosen_campaign(work, 2000)
+        with monkeypatch.context() as patch:
+            # Killed before the weights, and before anything could be undone.
+            patch.setattr(ManifestRollout, "weights", _killed)
+            patch.setattr(ManifestRollout, "restore", _killed)
+            with pytest.raises(KeyboardInterrupt):
+                promote_on(work, cluster)
+        (work / promoting.JOURNAL).write_text(_without_rollback(work))
+        campaign = chosen_campaign(work, 3000)
+        with pytest.raises(InputError, match=r"the promotion of adds-2000 .* is under way"):
+            promote_on(work, cluster)
+        chosen_campaign(work, 2000)
+        assert promote_on(work, cluster, mirror=0).state == "completed"
+        assert double.loaded() == ["sums"]
+        assert campaign.model_name == "sums"
+
+
+def _killed(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _without_rollback(work: Path) -> str:
+    """The journal up to where a process was killed, which journals no failure of its own."""
+    lines = (work / promoting.JOURNAL).read_text().splitlines(keepends=True)
+    return "".join(line for line in lines if '"subject":"rollback' not in line and " failed" not in line)
