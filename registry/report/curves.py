@@ -180,7 +180,7 @@ def _log_latency(axes: "Axes") -> None:
 
 
 def _with_latency(capacity: Capacity) -> list[RateStage]:
-    return [stage for stage in capacity.stages if stage.latency_p90_ms is not None]
+    return [stage for stage in capacity.stages if {stage.latency_p50_ms, stage.latency_p90_ms} != {None}]
 
 
 def _rates(

@@ -72,7 +72,7 @@ def endpoint_files(
 def latency_picture(campaign: Campaign, shown: Sequence[Row]) -> Picture | None:
     """p50 and p90 against the offered rate, a line a candidate; None where no stages were measured."""
     known = [(row, found) for row in shown if (found := capacity_of(campaign, row.candidate.id)) is not None]
-    known = [(row, found) for row, found in known if any(one.latency_p90_ms is not None for one in found.stages)]
+    known = [(row, found) for row, found in known if any(one.latency_p50_ms is not None for one in found.stages)]
     drawn = _foremost(known)
     limit = latency_limit(campaign)
     return rate_picture(

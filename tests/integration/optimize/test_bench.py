@@ -43,15 +43,21 @@ def run(target: Target, samples: Path, *options: str) -> "subprocess.CompletedPr
 
 def test_a_load_profile_of_ones_own_in_an_encoding_of_choice(server: FakeV2Server, samples: Path) -> None:
     file = samples.with_name("my.yaml")
-    file.write_text("load:\n  kind: staged\n  rates_rps: [20, 40]\n  ramp_s: 0.2\nwarmup_s: 0\n", encoding="utf-8")
+    file.write_text("load:\n  kind: staged\n  rates_rps: [40, 80]\n  ramp_s: 0.2\nwarmup_s: 0\n", encoding="utf-8")
+    pictures = samples.with_name("pictures")
     options = ("--duration-s", "1", "--runs", "1", "--encoding", "packed", "--workers", "2", "--json")
+    options += ("--pictures", str(pictures))
     done = run(server.target("grpc"), samples, "--load", str(file), "--out", str(samples.with_name("out")), *options)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["target"]["encoding"] == "packed"
     assert found["payloads"]["distinct"] == 8
-    assert [stage["offered_rps"] for stage in found["capacity"]["stages"]] == [20, 40]
-    assert "run 1, 40 rps: " in done.stderr
+    assert [stage["offered_rps"] for stage in found["capacity"]["stages"]] == [40, 80]
+    assert "run 1, 80 rps: " in done.stderr
+    # There is no ladder of concurrencies to draw; a machine that is too busy for the load earns no spectrum.
+    drawn = {Path(path).name for path in found["pictures"]}
+    assert {"latency.png"} <= drawn <= {"latency.png", "spectrum.png"}
+    assert all((pictures / name).read_bytes().startswith(b"\x89PNG") for name in drawn)
     kept = {path.name for path in samples.with_name("out").iterdir()}
     assert {FILE, "round-0-0.npz", "round-0-1.npz", "ceilings.json"} <= kept
 
