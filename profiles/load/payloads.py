@@ -2,11 +2,12 @@
 
 Four encodings, chosen by the target: V2 gRPC with raw tensors, V2 gRPC with packed tensors, V2 REST with binary tensors
 (Triton), V2 REST as plain JSON (MLServer's REST takes nothing else). MLServer answers over gRPC with raw tensors where
-the request had them.
+the request had them, and otherwise with typed ones.
 
 A packed tensor is one BYTES element with all its values, as an MLServer runtime of one's own may take it to spare the
 lists that typed tensors become. V2 has no word for it: what it is stands in its parameters ``datatype`` and ``shape``
-(JSON). burnish's own runtime takes raw tensors, which are as fast, and refuses packed ones.
+(JSON). MLServer hands these to the runtime; Triton keeps them to itself, so that a model there has to know type and
+shape. burnish's own runtime takes raw tensors, which are as fast, and refuses packed ones. An answer may be packed, too.
 """
 
 import json
@@ -162,8 +163,7 @@ def decode_outputs(body: bytes, headers: Mapping[str, str], target: Target) -> d
         UnreachableError: the reply is not one of V2.
     """
     try:
-        names, result = _grpc_result(body) if target.protocol == "grpc" else _rest_result(body, headers)
-        outputs = {name: result.as_numpy(name) for name in names}
+        outputs = _grpc_outputs(body) if target.protocol == "grpc" else _rest_outputs(body, headers)
     except Exception as error:
         # Foreign bytes can break a foreign parser in any way.
         raise UnreachableError(
@@ -298,16 +298,53 @@ _ENCODERS: Mapping[Encoding, Callable[[Arrays, str], tuple[bytes, dict[str, str]
 }
 
 
-def _grpc_result(body: bytes) -> tuple[list[str], Any]:
-    from tritonclient.grpc import InferResult, service_pb2
+# Where V2 has the values of typed tensors over gRPC; half precision has none.
+_TYPED: Mapping[str, str] = {
+    "BOOL": "bool_contents",
+    **dict.fromkeys(("INT8", "INT16", "INT32"), "int_contents"),
+    "INT64": "int64_contents",
+    **dict.fromkeys(("UINT8", "UINT16", "UINT32"), "uint_contents"),
+    "UINT64": "uint64_contents",
+    "FP32": "fp32_contents",
+    "FP64": "fp64_contents",
+    "BYTES": "bytes_contents",
+}
+
+
+def _grpc_outputs(body: bytes) -> dict[str, NDArray[Any]]:
+    """Raw, typed or packed; tritonclient 2.73 takes typed ones of numbers for empty."""
+    from tritonclient.grpc import service_pb2
+    from tritonclient.utils import deserialize_bytes_tensor
 
     response = service_pb2.ModelInferResponse.FromString(body)
-    return [output.name for output in response.outputs], InferResult(response)
+    outputs = {}
+    for index, output in enumerate(response.outputs):
+        words, shape = output.datatype == "BYTES", list(output.shape)
+        if index < len(response.raw_output_contents):
+            raw = response.raw_output_contents[index]
+            array = deserialize_bytes_tensor(raw) if words else np.frombuffer(raw, _numpy_type(output.datatype))
+        else:
+            values = list(getattr(output.contents, _TYPED[output.datatype]))
+            array = np.array(values, dtype=object if words else _numpy_type(output.datatype))
+        if words and array.size == 1 and {"datatype", "shape"} <= set(output.parameters):
+            datatype, shape = (output.parameters[name].string_param for name in ("datatype", "shape"))
+            array, shape = np.frombuffer(array.item(), _numpy_type(datatype)), json.loads(shape)
+        outputs[output.name] = array.reshape(shape)
+    return outputs
 
 
-def _rest_result(body: bytes, headers: Mapping[str, str]) -> tuple[list[str], Any]:
+def _rest_outputs(body: bytes, headers: Mapping[str, str]) -> dict[str, NDArray[Any]]:
     from tritonclient.http import InferResult
 
     length = {name.lower(): value for name, value in headers.items()}.get(HEADER_LENGTH.lower())
     result = InferResult.from_response_body(body, False, None if length is None else int(length))
-    return [output["name"] for output in result.get_response()["outputs"]], result
+    return {output["name"]: result.as_numpy(output["name"]) for output in result.get_response()["outputs"]}
+
+
+def _numpy_type(datatype: str) -> Any:
+    from tritonclient.utils import triton_to_np_dtype
+
+    kind = triton_to_np_dtype(datatype)
+    if kind is None:
+        raise ValueError(f"V2 has no type {datatype!r}")
+    return kind

@@ -6,6 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from tritonclient.grpc import service_pb2
+from tritonclient.utils import triton_to_np_dtype
 
 from profiles.load.payloads import (
     HEADER_LENGTH,
@@ -197,3 +199,48 @@ def test_labels_that_differ_are_flipped() -> None:
 )
 def test_a_broken_server_is_told_from_a_sample_on_the_edge(likenesses: list[tuple[int, Any]], wrong: int) -> None:
     assert count_wrong(likenesses) == wrong
+
+
+@pytest.mark.parametrize(
+    ("datatype", "field", "values"),
+    [
+        ("BOOL", "bool_contents", [True, False]),
+        ("INT8", "int_contents", [-1, 2]),
+        ("INT64", "int64_contents", [-1, 2]),
+        ("UINT16", "uint_contents", [1, 2]),
+        ("UINT64", "uint64_contents", [1, 2]),
+        ("FP32", "fp32_contents", [0.5, -2.0]),
+        ("FP64", "fp64_contents", [0.5, -2.0]),
+        ("BYTES", "bytes_contents", [b"a", b"\xff"]),
+    ],
+)
+def test_typed_outputs_over_grpc(datatype: str, field: str, values: list[Any]) -> None:
+    """As MLServer gives them where the request was typed or packed."""
+    response = service_pb2.ModelInferResponse(model_name="m")
+    output = response.outputs.add(name="y", datatype=datatype, shape=[2, 1])
+    getattr(output.contents, field).extend(values)
+    array = decode_outputs(response.SerializeToString(), {}, Target(url="h:1", protocol="grpc", model="m"))["y"]
+    assert array.shape == (2, 1)
+    assert array.ravel().tolist() == values
+    assert array.dtype == triton_to_np_dtype(datatype)
+
+
+@pytest.mark.parametrize("raw", [True, False])
+def test_packed_outputs(raw: bool) -> None:
+    array = np.arange(6, dtype="f4").reshape(2, 3)
+    response = service_pb2.ModelInferResponse(model_name="m")
+    output = response.outputs.add(name="y", datatype="BYTES", shape=[1])
+    output.parameters["datatype"].string_param, output.parameters["shape"].string_param = "FP32", "[2, 3]"
+    if raw:
+        response.raw_output_contents.append(len(array.tobytes()).to_bytes(4, "little") + array.tobytes())
+    else:
+        output.contents.bytes_contents.append(array.tobytes())
+    found = decode_outputs(response.SerializeToString(), {}, Target(url="h:1", protocol="grpc", model="m"))
+    assert np.array_equal(found["y"], array)
+
+
+def test_an_output_of_a_type_that_is_none_is_no_reply() -> None:
+    response = service_pb2.ModelInferResponse(model_name="m", raw_output_contents=[b"1234"])
+    response.outputs.add(name="y", datatype="FP33", shape=[1])
+    with pytest.raises(UnreachableError, match="no V2 reply"):
+        decode_outputs(response.SerializeToString(), {}, Target(url="h:1", protocol="grpc", model="m"))
