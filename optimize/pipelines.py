@@ -399,7 +399,7 @@ def view_of(
         )
         for name in pipeline.names
     )
-    latency = {f"p{one}": f"{estimate.value:.3g} ms" for one, estimate in found.latency.percentiles.items()}
+    latency_ms = {f"p{one}": estimate.value for one, estimate in found.latency.percentiles.items()}
     return PipelineView(
         name=pipeline.name,
         steps=steps,
@@ -409,7 +409,7 @@ def view_of(
         bottleneck=found.bottleneck.what,
         saturation_rps=found.bottleneck.rate_rps,
         rate_rps=found.latency.rate_rps,
-        latency=latency,
+        latency_ms=latency_ms,
         notes=(*found.notes, *notes),
     )
 

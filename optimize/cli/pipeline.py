@@ -90,6 +90,7 @@ def analyse(
     rate: Rate = None,
     variant: Chosen = None,
     picture: Annotated[Path | None, typer.Option(help="Write the graph here, as .svg or .png.")] = None,
+    track: Annotated[bool, typer.Option("--track", help="Record it in MLflow, with the picture.")] = False,
     seed: Seed = 0,
     json_output: Json = False,
 ) -> None:
@@ -111,6 +112,8 @@ def analyse(
     view = pipelines.view_of(read.pipeline, known, found, variants=chosen, notes=pipelines.overhead_words(overhead))
     if picture is not None:
         _draw(view, picture)
+    if track:
+        _track(view, picture)
     if json_output:
         emit_json(
             {"analysis": pipelines.plain(found), "overhead": pipelines.plain(overhead), "gains": pipelines.plain(gains)}
@@ -308,6 +311,13 @@ def _quantity(text: str) -> str:
     if text not in QUANTITIES:
         raise InputError(f"--objective {text!r} is not known", hint=f"There are: {', '.join(QUANTITIES)}.")
     return text
+
+
+def _track(view: Any, picture: Path | None) -> None:
+    from registry.mlflow_pipelines import record_pipeline
+
+    files = {} if picture is None else {"pictures": picture}
+    say(f"MLflow run: {record_pipeline(view, files=files, work=Path('burnish-work'))}")
 
 
 def _draw(view: Any, picture: Path) -> None:

@@ -55,7 +55,7 @@ class PipelineView:
         bottleneck: what saturates first.
         saturation_rps: at which rate.
         rate_rps: that latency is shown at.
-        latency: percentile -> words.
+        latency_ms: percentile, as ``p99``, -> ms.
         notes: sentences for the user.
     """
 
@@ -67,16 +67,16 @@ class PipelineView:
     bottleneck: str
     saturation_rps: float
     rate_rps: float
-    latency: Mapping[str, str]
+    latency_ms: Mapping[str, float]
     notes: tuple[str, ...] = ()
 
     @property
     def headline(self) -> str:
         """What it comes to, in one sentence."""
+        latencies = ", ".join(f"{name} is {_number(value)} ms" for name, value in self.latency_ms.items())
         return (
             f"{self.name} saturates at {_number(self.saturation_rps)} requests a second, at {self.bottleneck}; "
-            f"at {_number(self.rate_rps)} a second "
-            + ", ".join(f"{name} is {words}" for name, words in self.latency.items())
+            f"at {_number(self.rate_rps)} a second {latencies}"
         )
 
 

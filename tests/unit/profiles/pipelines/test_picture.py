@@ -35,7 +35,7 @@ def view() -> PipelineView:
         bottleneck="b",
         saturation_rps=60.0,
         rate_rps=54.0,
-        latency={"p50": "9 ms", "p99": "31 ms"},
+        latency_ms={"p50": 9.0, "p99": 31.0},
         notes=("no Kafka",),
     )
 

@@ -1,0 +1,79 @@
+"""A pipeline's analysis as a run of MLflow: parameters, metrics by step, and the picture."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+from mlflow import MlflowClient
+from mlflow.entities import Metric, Param, RunTag
+
+from registry.errors import InputError
+from registry.mlflow_store import is_server, named_failures, patient
+from registry.mlflow_tracking import MlflowTracker
+from registry.report.pipeline import PipelineView
+from registry.tracking import store_uri
+
+ARTIFACTS = "mlartifacts"
+"""Folder, below the working folder, of files where the store is a database: the one of campaigns."""
+
+
+def record_pipeline(view: PipelineView, *, files: Mapping[str, Path], work: Path, uri: str | None = None) -> str:
+    """Records an analysis; returns the run's id.
+
+    Metrics are ``saturation_rps``, ``p50_ms`` and the like at ``rate_rps``, and of each step ``limit_rps``,
+    ``utilisation``, ``sojourn_ms`` and ``decides``, and ``slack_ms`` where it is finite, as ``<name>.<step>``.
+
+    Args:
+        view: the analysis.
+        files: name -> file to keep with it.
+        work: folder of the embedded store, where no other is named.
+        uri: of the tracking store; None for ``MLFLOW_TRACKING_URI``, else the embedded one.
+
+    Raises:
+        InputError: a file does not exist.
+        UnreachableError: the tracking store does not answer, or refuses.
+    """
+    if missing := [path for path in files.values() if not path.is_file()]:
+        raise InputError(f"the file {missing[0]} does not exist")
+    store = store_uri(uri, work)
+    MlflowTracker(store, work).check()
+    with named_failures(store), patient():
+        client = MlflowClient(tracking_uri=store, registry_uri=store)
+        run = client.create_run(_experiment(client, view.name, store, work), run_name=view.name)
+        client.log_batch(
+            run.info.run_id,
+            metrics=[Metric(name, value, run.info.start_time, 0) for name, value in _metrics(view).items()],
+            params=[Param(name, value) for name, value in _params(view).items()],
+            tags=[RunTag("mlflow.note.content", view.headline), RunTag("burnish.kind", "pipeline")],
+        )
+        for name, path in files.items():
+            client.log_artifact(run.info.run_id, str(path), artifact_path=name)
+        client.set_terminated(run.info.run_id)
+        return str(run.info.run_id)
+
+
+def _experiment(client: MlflowClient, name: str, store: str, work: Path) -> str:
+    title = f"burnish/pipelines/{name}"
+    found = client.get_experiment_by_name(title)
+    if found is not None:
+        return str(found.experiment_id)
+    place = None if is_server(store) else (work.resolve() / ARTIFACTS).as_uri()
+    return str(client.create_experiment(title, artifact_location=place))
+
+
+def _metrics(view: PipelineView) -> dict[str, float]:
+    found = {"saturation_rps": view.saturation_rps, "rate_rps": view.rate_rps}
+    found |= {f"{name}_ms": value for name, value in view.latency_ms.items()}
+    for step in view.steps:
+        for name in ("limit_rps", "utilisation", "sojourn_ms", "slack_ms", "decides"):
+            found[f"{name}.{step.name}"] = float(getattr(step, name))
+    return {name: value for name, value in found.items() if math.isfinite(value)}
+
+
+def _params(view: PipelineView) -> dict[str, str]:
+    return {
+        "bottleneck": view.bottleneck,
+        "throughput_path": " ".join(view.throughput_path),
+        "latency_path": " ".join(view.latency_path),
+        **{f"variant.{step.name}": step.variant for step in view.steps},
+    }
