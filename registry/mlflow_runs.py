@@ -20,7 +20,7 @@ from registry import codec, tracked, tracked_metrics
 from registry.mlflow_models import ModelKey, inside, log_models, model_key, schema_of, scratch_folder
 from registry.records import Campaign, Candidate, ServingSearch
 from registry.report.markdown import render_markdown
-from registry.report.table import outcome, variant_of
+from registry.report.table import variant_of
 
 # MLflow's own limits on one log_batch.
 MOST_METRICS = 1000
@@ -140,11 +140,11 @@ class _Writer:
     def candidate(self, candidate: Candidate, parent: str, models: Mapping[ModelKey, str]) -> str:
         """The run of one candidate, whole."""
         campaign, model_id = self._campaign, models.get(model_key(candidate))
-        word, reason = outcome(campaign, candidate)
+        word, reason = tracked.outcome_words(campaign, candidate)
         tags = {
             **tracked.tags(campaign, candidate),
             MLFLOW_PARENT_RUN_ID: parent,
-            "mlflow.note.content": f"**{word}**{f': {reason}' if reason else ''}"[: tracked.MOST_TAG_CHARS],
+            "mlflow.note.content": tracked.shortened(f"**{word}**: {reason}", tracked.MOST_TAG_CHARS),
         }
         if model_id is not None:
             tags["burnish.logged_model"] = model_id

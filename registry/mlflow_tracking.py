@@ -42,6 +42,8 @@ from registry.tracking import embedded_uri, redact
 
 # Raised when runs come to hold something else, so that a campaign that is sent again is recorded again.
 LAYOUT = 2
+# By it MLflow opens an experiment on the pages for models, not on those for agents.
+_KIND = {"mlflow.experimentKind": "custom_model_development"}
 _MODEL_NAME = re.compile(r"[\w .-]+")
 
 
@@ -177,7 +179,7 @@ class MlflowTracker:
             # A server knows where artifacts go; without one MLflow would put them under the current folder.
             place = None if is_server(self._uri) else (self._work.resolve() / "mlartifacts").as_uri()
             try:
-                return str(self._client.create_experiment(name, artifact_location=place))
+                return str(self._client.create_experiment(name, artifact_location=place, tags=_KIND))
             except MlflowException as error:
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":
                     raise

@@ -117,7 +117,7 @@ def _hardware_parameters(hardware: HardwareProfile | None) -> dict[str, str]:
 
 def tags(campaign: Campaign, candidate: Candidate) -> dict[str, str]:
     """Who a candidate is, and what the verdict says of it."""
-    word, reason = outcome(campaign, candidate)
+    word, reason = outcome_words(campaign, candidate)
     return {
         "burnish.campaign_id": campaign.id,
         "burnish.kind": "candidate",
@@ -128,6 +128,12 @@ def tags(campaign: Campaign, candidate: Candidate) -> dict[str, str]:
         "burnish.verdict": word,
         "burnish.reason": shortened(reason, MOST_TAG_CHARS),
     }
+
+
+def outcome_words(campaign: Campaign, candidate: Candidate) -> tuple[str, str]:
+    """What became of a candidate, and why; of the selected it is the verdict that says why."""
+    word, reason = outcome(campaign, candidate)
+    return word, reason or campaign.verdict.sentence
 
 
 def search_tags(campaign: Campaign, search: ServingSearch) -> dict[str, str]:

@@ -84,6 +84,7 @@ def test_a_campaign_is_a_parent_run_with_a_child_for_each_candidate(
 
     winner = runs[published.runs[campaigns.STATIC_TRITON.id]]
     assert winner.data.tags["burnish.verdict"] == "selected"
+    assert winner.data.tags["burnish.reason"] == own_name.verdict.sentence
     assert winner.data.metrics["max_throughput_rps"] == 1236.9
     assert winner.data.metrics["max_throughput_rps_low"] == pytest.approx(1222.1)
     assert winner.data.metrics["latency_p90_ms.at_0.8_saturation"] == pytest.approx(17.283)
