@@ -304,8 +304,12 @@ class Promoter:
             UnreachableError: something did not answer, or refused. All is as it was, or the message says what is left.
         """
         journal = self.journal
-        journal.begin(promotion)
-        snapshot = journal.snapshot(promotion) or journal.keep(promotion, self.rollout.snapshot())
+        snapshot = journal.snapshot(promotion)
+        if snapshot is None:
+            # What stands in the way is found before anything is begun.
+            found = self.rollout.snapshot()
+            journal.begin(promotion)
+            snapshot = journal.keep(promotion, found)
         if snapshot.serving == "" and promotion.champion is not None:
             self.told(f"nothing serves {promotion.production} yet, though version {promotion.champion} is the champion")
         step = promotion.steps[0]

@@ -6,6 +6,7 @@ and then has it applied, so that the same call again completes what a kill cut s
 """
 
 import copy
+import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ from pydantic import BaseModel, ConfigDict
 
 from profiles.deploy.kubernetes_resources import CAMPAIGN, RUN
 from profiles.serving.core2.manifests import Manifest, as_yaml, render_experiment
+from profiles.serving.core2.sizing import quantity_bytes
 from profiles.serving.naming import check_core2_name
 from registry.codec import canonical
 from registry.documents import parse_document
@@ -54,6 +56,9 @@ class Applier(Protocol):
 
     def splits(self, model: str) -> tuple[str, ...]:
         """The names of the experiments that share out a model's requests, as far as that can be known."""
+
+    def is_scaled(self, model: str) -> bool:
+        """Whether something else says how many replicas a Model has, so that a manifest must not."""
 
 
 class _Text(BaseModel):
@@ -133,9 +138,11 @@ class ManifestRollout:
         found, key = self._applier.read("Model", self.production), _key("Model", self.production)
         if found is None:
             return RolloutSnapshot(manifests={}, live={}, absent=(*absent, key), serving="")
-        live = canonical(found["spec"])
         return RolloutSnapshot(
-            manifests={key: self._text_of(found)}, live={key: live}, absent=tuple(absent), serving=_identity(found)
+            manifests={key: self._text_of(found)},
+            live={key: canonical(found["spec"])},
+            absent=tuple(absent),
+            serving=_identity(found),
         )
 
     def serving(self) -> str:
@@ -149,9 +156,9 @@ class ManifestRollout:
     def load(self, snapshot: RolloutSnapshot) -> None:
         """Serves the challenger, with as many replicas as the champion has."""
         manifest = self._rendered(self.challenger)
-        before = self._before(snapshot)
-        if before is not None:
-            manifest["spec"] |= {"replicas": before["spec"].get("replicas", 1)}
+        live = snapshot.live.get(_key("Model", self.production))
+        if live is not None:
+            manifest["spec"]["replicas"] = json.loads(live).get("replicas", 1)
         self._put(manifest)
 
     def mirror(self, percent: int) -> None:
@@ -182,8 +189,11 @@ class ManifestRollout:
         for key, text in snapshot.manifests.items():
             kind, _, name = key.partition("/")
             self._write(key, text)
-            if _spec(self._applier.read(kind, name)) != snapshot.live[key]:
-                self._applier.apply(_parsed(text, key))
+            manifest, wanted = _parsed(text, key), json.loads(snapshot.live[key])
+            # Fields that the text does not have were somebody else's; where applying it lost them, they are told, too.
+            for spec in (manifest["spec"], wanted):
+                if not self._is_in_force(kind, name, wanted):
+                    self._apply({**manifest, "spec": spec})
         for key in sorted(snapshot.absent):
             kind, _, name = key.partition("/")
             self._drop(kind, name)
@@ -194,16 +204,25 @@ class ManifestRollout:
     def _check_restored(self, snapshot: RolloutSnapshot) -> None:
         for key, wanted in snapshot.live.items():
             kind, _, name = key.partition("/")
-            if (found := _spec(self._applier.read(kind, name))) != wanted:
+            if not self._is_in_force(kind, name, json.loads(wanted)):
+                found = self._applier.read(kind, name)
                 raise UnreachableError(
-                    f"the {kind} {name} was applied as it was before, and is in force otherwise: {found or 'gone'}, "
-                    f"not {wanted}",
+                    f"the {kind} {name} was applied as it was before, and is in force otherwise: "
+                    f"{'gone' if found is None else canonical(found['spec'])}, not {wanted}",
                     hint="Something else changes it: an autoscaler, or another hand.",
                 )
         for key in snapshot.absent:
             kind, _, name = key.partition("/")
             if self._applier.read(kind, name) is not None:
                 raise UnreachableError(f"the {kind} {name} was taken away, and is there again")
+
+    def _is_in_force(self, kind: str, name: str, wanted: Mapping[str, Any]) -> bool:
+        """Whether a spec is; where an autoscaler says how many replicas there are, that is left out."""
+        found = self._applier.read(kind, name)
+        left_out = {"replicas"} if kind == "Model" and self._applier.is_scaled(name) else set()
+        specs = [{} if found is None else found["spec"], wanted]
+        first, second = ({key: one[key] for key in one if key not in left_out} for one in specs)
+        return found is not None and canonical(first) == canonical(second)
 
     def _rendered(self, name: str) -> Manifest:
         if self._render is None:
@@ -231,6 +250,13 @@ class ManifestRollout:
 
     def _put(self, manifest: Manifest) -> None:
         self._write(_key(str(manifest["kind"]), str(manifest["metadata"]["name"])), as_yaml(manifest))
+        self._apply(manifest)
+
+    def _apply(self, manifest: Manifest) -> None:
+        kind, name = manifest["kind"], str(manifest["metadata"]["name"])
+        if kind == "Model" and self._applier.is_scaled(name):
+            spec = {key: value for key, value in manifest["spec"].items() if key != "replicas"}
+            manifest = {**manifest, "spec": spec}
         self._applier.apply(manifest)
 
     def _drop(self, kind: str, name: str) -> None:
@@ -243,7 +269,11 @@ class ManifestRollout:
         path = self._path(key)
         if path.is_file():
             text = path.read_text(encoding="utf-8")
-            if _identity(_parsed(text, key)) == _identity(found):
+            told = _parsed(text, key)["spec"]
+            scaled = self._applier.is_scaled(self.production)
+            # An API server adds defaults to what it was told.
+            left_out = {"replicas"} if scaled else set()
+            if all(_same(name, found["spec"].get(name), told[name]) for name in told.keys() - left_out):
                 return text
         metadata = {name: found["metadata"][name] for name in ("name", "labels") if found["metadata"].get(name)}
         return as_yaml({"apiVersion": found["apiVersion"], "kind": found["kind"], "metadata": metadata} | _only(found))
@@ -275,8 +305,10 @@ def _parsed(text: str, key: str) -> Manifest:
     return parse_document(text, _Text, name=key).model_dump()
 
 
-def _spec(found: Manifest | None) -> str:
-    return "" if found is None else canonical(found["spec"])
+def _same(name: str, one: Any, other: Any) -> bool:
+    if name == "memory" and None not in (one, other):
+        return quantity_bytes(str(one)) == quantity_bytes(str(other))
+    return bool(one == other)
 
 
 def _identity(found: Manifest | None) -> str:

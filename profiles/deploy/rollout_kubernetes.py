@@ -1,6 +1,7 @@
 """Manifests of production, applied to a Kubernetes cluster with Core 2."""
 
 import http.client
+import logging
 import time
 
 from profiles.deploy.core2_candidates import Mesh
@@ -9,8 +10,10 @@ from profiles.deploy.kubernetes_resources import CAMPAIGN, RUN, Applied, is_stal
 from profiles.deploy.rollout import PRODUCTION, owned
 from profiles.load.transports import ROUTE
 from profiles.serving.core2.manifests import Manifest
-from registry.errors import InputError
+from registry.errors import BurnishError, InputError
 from registry.records import Target
+
+logger = logging.getLogger(__name__)
 
 TIMEOUT_S = 300.0
 SETTLE_S = 2.0
@@ -139,6 +142,16 @@ class KubernetesApplier:
             if model in asked | {str((spec.get("mirror") or {}).get("name")), str(spec.get("default"))}:
                 named.append(str(one["metadata"]["name"]))
         return tuple(sorted(named))
+
+    def is_scaled(self, model: str) -> bool:
+        """Whether an autoscaler of the namespace has the Model for its target, as far as this account may see."""
+        try:
+            listed = self._client.list_all("HorizontalPodAutoscaler")
+        except BurnishError as error:
+            logger.debug("autoscalers cannot be listed: %s", error.message)
+            return False
+        targets = [(one.get("spec") or {}).get("scaleTargetRef") or {} for one in listed]
+        return any((one.get("kind"), one.get("name")) == ("Model", model) for one in targets)
 
 
 def version_in_mesh(target: Target, *, most: int) -> int | None:

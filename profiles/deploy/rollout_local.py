@@ -123,6 +123,10 @@ class LocalProduction:
             sorted(one.name for one in experiments if model in one.weights or (one.mirror or ("",))[0] == model)
         )
 
+    def is_scaled(self, model: str) -> bool:
+        """No: nothing scales here."""
+        return False
+
     def target(self, name: str, protocol: Literal["grpc", "rest"]) -> Target:
         """Where a model or an experiment is asked; see `EnvoyFront.target`.
 

@@ -85,6 +85,10 @@ class SchedulerApplier:
         """Nothing: the scheduler does not tell, and refuses a second experiment with a model for its default."""
         return ()
 
+    def is_scaled(self, model: str) -> bool:
+        """No: without Kubernetes nobody else says how many replicas there are."""
+        return False
+
 
 def experiment_of(manifest: Manifest) -> Experiment:
     """What the scheduler is told of an Experiment."""

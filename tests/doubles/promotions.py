@@ -124,6 +124,9 @@ class MemoryApplier:
         self._answer()
         self.resources.pop(f"{kind}/{name}", None)
 
+    def is_scaled(self, model: str) -> bool:
+        return False
+
     def splits(self, model: str) -> tuple[str, ...]:
         return tuple(
             str(one["metadata"]["name"])

@@ -1,8 +1,9 @@
 """Rollouts through the scheduler and through Kubernetes, each against its double on real connections."""
 
-import json
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,6 @@ from profiles.deploy.rollout_scheduler import SchedulerApplier
 from profiles.deploy.scheduler import SchedulerClient
 from profiles.serving.core2.manifests import Manifest, as_yaml
 from registry.errors import InputError, UnreachableError
-from registry.records import RolloutSnapshot
 from tests.doubles.core2 import LOOPBACK, SchedulerDouble
 from tests.doubles.kubernetes_api import KubernetesDouble
 
@@ -203,17 +203,13 @@ def test_what_stands_in_the_way(world: World):
         world.rollout().snapshot()
 
 
-def test_a_change_that_comes_back_is_told(world: World):
+def test_what_does_not_come_back_is_told(world: World, monkeypatch: pytest.MonkeyPatch):
     rollout = world.rollout()
     snapshot = rollout.snapshot()
-    other = RolloutSnapshot(
-        manifests=snapshot.manifests,
-        live={"Model/digits": json.dumps({"storageUri": "s3://never"})},
-        absent=snapshot.absent,
-        serving=snapshot.serving,
-    )
-    with pytest.raises(UnreachableError, match="is in force otherwise"):
-        rollout.restore(other)
+    rollout.swap(snapshot)
+    monkeypatch.setattr(type(world.applier), "apply", lambda *_: None)
+    with pytest.raises(UnreachableError, match="the Model digits was applied as it was"):
+        rollout.restore(snapshot)
 
 
 # --- the scheduler alone -------------------------------------------------------------------------------------------
@@ -297,3 +293,54 @@ def test_a_changed_model_that_stays_ready_all_the_time(kubernetes: tuple[World, 
     rollout.weights(100)
     rollout.swap(snapshot)
     assert world.models()["digits"] == NEW
+
+
+def test_how_many_replicas_there_are_is_left_to_an_autoscaler(kubernetes: tuple[World, KubernetesDouble]):
+    world, double = kubernetes
+    world.begin()
+    target = {"apiVersion": "mlops.seldon.io/v1alpha1", "kind": "Model", "name": "digits"}
+    double.put("horizontalpodautoscalers", "digits", {"scaleTargetRef": target, "maxReplicas": 9, "metrics": []})
+
+    def scale(replicas: int) -> None:
+        # The field is its own from then on, and nobody else may say otherwise.
+        double.put("models", "digits", {**double.get("digits")["spec"], "replicas": replicas}, manager="autoscaler")
+
+    scale(5)
+    rollout = world.rollout()
+    snapshot = rollout.snapshot()
+    rollout.load(snapshot)
+    assert double.get("digits-challenger")["spec"]["replicas"] == 5
+    rollout.weights(100)
+    rollout.swap(snapshot)
+    assert (world.models()["digits"], double.get("digits")["spec"]["replicas"]) == (NEW, 5)
+    scale(7)
+    rollout.restore(snapshot)
+    assert (world.models(), double.get("digits")["spec"]["replicas"]) == ({"digits": OLD}, 7)
+
+
+class Hijacked(BaseHTTPRequestHandler):
+    """A mesh whose experiment leads all requests to the challenger, but those who stay with version 3."""
+
+    def do_GET(self) -> None:
+        sent = self.headers.get("x-seldon-route")
+        self.send_response(200)
+        self.send_header("x-seldon-route", sent if sent == ":digits_3:" else ":digits-challenger_1:")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_the_version_of_a_model_whose_requests_go_elsewhere():
+    with ThreadingHTTPServer((LOOPBACK, 0), Hijacked) as mesh:
+        thread = threading.Thread(target=mesh.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        target = Mesh(f"{LOOPBACK}:{mesh.server_port}", tls=False, hint="").target_of("digits", "rest")
+        try:
+            assert rollout_kubernetes.version_in_mesh(target, most=4) == 3
+            assert rollout_kubernetes.version_in_mesh(target, most=2) is None
+        finally:
+            mesh.shutdown()
+            thread.join()
+    assert rollout_kubernetes.version_in_mesh(target, most=4) is None
