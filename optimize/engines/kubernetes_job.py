@@ -31,7 +31,7 @@ KUBERNETES = "1.31"
 """The oldest release that a manifest is checked against: retries by index are on by default since 1.29."""
 
 _CONFIG = "/etc/burnish"
-_WORK = "/work"
+_WORK = "/var/lib/burnish"
 _CONFIG_MAP_BYTES = 1_000_000  # Kubernetes takes 1 MiB, names and base64 included
 # No retry changes these: a bug, wrong input, no variant that meets the policy, a check that found something.
 _FINAL_CODES = (1, 2, 3, 5)

@@ -9,8 +9,14 @@ import ipaddress
 import json
 import logging
 import os
+import signal
 import socket
-from collections.abc import Generator, Iterable, Mapping
+import threading
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from concurrent.futures import Future
+from contextlib import contextmanager
+from functools import partial
+from queue import SimpleQueue
 from typing import Any, Self
 
 from optimize.engines import ray_worker
@@ -86,13 +92,16 @@ class RayEngine:
         placed = [self._placed(task) for task in wanted]
         shared: dict[str, str] = {}
         waiting: dict[Any, Task] = {}
+        # Ray's own waiting swallows what a handler of signals raises; that of a queue does not.
+        ended: SimpleQueue[tuple[Any, Future[str]]] = SimpleQueue()
         try:
             for task, resources in zip(wanted, placed, strict=True):
-                waiting[self._submit(task, resources, shared)] = task
+                reference = self._submit(task, resources, shared)
+                waiting[reference] = task
+                reference.future().add_done_callback(partial(_put, ended, reference))
             while waiting:
-                ready, _ = self._ray.wait(list(waiting), num_returns=1)
-                for reference in ready:
-                    yield self._outcome(waiting.pop(reference), reference)
+                reference, future = ended.get()
+                yield self._outcome(waiting.pop(reference), future)
         finally:
             for reference in waiting:
                 self._ray.cancel(reference, force=True)
@@ -111,8 +120,8 @@ class RayEngine:
         for node, reference in zip(self._nodes, references, strict=True):
             name = node["NodeManagerHostname"]
             try:
-                about = json.loads(self._ray.get(reference, timeout=_LOOK_S))
-            except self._ray.exceptions.GetTimeoutError:
+                about = json.loads(reference.future().result(_LOOK_S))
+            except TimeoutError:
                 raise UnreachableError(
                     f"the node {name} of the Ray cluster has not run a first task within {_LOOK_S:g} s"
                 ) from None
@@ -178,10 +187,10 @@ class RayEngine:
             options["label_selector"] = dict(resources.labels)
         return self._ray.remote(ray_worker.work).options(**options).remote(json.dumps(request))
 
-    def _outcome(self, task: Task, reference: Any) -> Outcome:
+    def _outcome(self, task: Task, future: Future[str]) -> Outcome:
         known = self._ray.exceptions
         try:
-            told = json.loads(self._ray.get(reference))
+            told = json.loads(future.result())
         except known.RayTaskError:
             raise  # a bug: the worker's traceback is in it
         except known.OutOfMemoryError as error:
@@ -197,6 +206,10 @@ class RayEngine:
         except known.RayError as error:
             raise UnreachableError(f"the Ray cluster was lost: {_last_line(error)}", hint="Run it again.") from None
         return as_outcome(task, told, node=told["node"], host=told["host"])
+
+
+def _put(ended: "SimpleQueue[tuple[Any, Future[str]]]", reference: Any, future: "Future[str]") -> None:
+    ended.put((reference, future))
 
 
 def _lost(task: Task, failure: ChildFailure) -> Outcome:
@@ -266,13 +279,29 @@ def _connect(address: str | None) -> Any:
             "logging_level": logging.ERROR,
         }
     try:
-        context = ray.init(namespace="burnish", **options)
+        with _own_sigterm():
+            context = ray.init(namespace="burnish", **options)
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise _refused(address, error) from None
     if address is None and not _is_loopback(str(context.address_info["node_ip_address"])):
         ray.shutdown()
         raise UnreachableError("Ray would have listened beyond this machine, and was ended")
     return ray
+
+
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """SIGTERM stays what it was: Ray would have it end the process with a code of its own."""
+    previous = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    except SystemExit:
+        if callable(previous):
+            previous(signal.SIGTERM, None)
+        raise
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, previous)
 
 
 def _reachable(address: str) -> str:

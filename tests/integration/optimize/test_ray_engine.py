@@ -141,6 +141,50 @@ def test_variants_are_made_on_the_cluster(cluster: str, tmp_path: Path):
     assert len(list((tmp_path / "mount" / "records").glob("variant-*"))) == 2
 
 
+def test_sigterm_ends_the_campaign_and_what_runs_for_it(cluster: str, tmp_path: Path):
+    script = tmp_path / "driver.py"
+    script.write_text(DRIVER)
+    command = [sys.executable, str(script), cluster, str(tmp_path)]
+    driver = subprocess.Popen(command, cwd=Path(__file__).parents[3], env={**os.environ, "PYTHONPATH": "."})
+    try:
+        while not (marks := list(tmp_path.glob("long.*"))):
+            assert driver.poll() is None
+            time.sleep(0.02)
+        driver.send_signal(signal.SIGTERM)
+        assert driver.wait(timeout=20) == 143
+    finally:
+        driver.kill()
+        driver.wait()
+    worker = int(marks[0].name.split(".")[1])
+    deadline = time.monotonic() + 20
+    while psutil.pid_exists(worker) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not psutil.pid_exists(worker)
+    assert not list(tmp_path.glob("*.done"))
+
+
+DRIVER = """
+import sys
+from pathlib import Path
+from optimize.cli.endings import Terminated, terminable
+from optimize.engines.port import Task
+from optimize.engines.ray_engine import RayEngine
+from registry.shared_store import SharedStore
+from registry.store import FolderStore
+address, folder = sys.argv[1], Path(sys.argv[2])
+store = SharedStore(str(folder / "mount"), FolderStore(folder / "work"))
+task = Task(
+    name="long", step="tests.doubles.steps:begin_and_wait",
+    arguments={"folder": str(folder), "mark": "long", "wait_s": 300.0},
+)
+try:
+    with terminable(), RayEngine(store, address=address) as engine:
+        list(engine.run([task]))
+except Terminated:
+    sys.exit(143)
+"""
+
+
 def test_a_node_that_cannot_use_the_store_is_said_before_any_work(cluster: str, tmp_path: Path):
     (tmp_path / "file").write_text("")
     broken = SharedStore(str(tmp_path / "file" / "store"), FolderStore(tmp_path / "work"))

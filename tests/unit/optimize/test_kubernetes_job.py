@@ -66,7 +66,7 @@ def test_a_job_has_an_index_for_each_campaign(folder: Path) -> None:
     pod = spec["template"]["spec"]
     (container,) = pod["containers"]
     assert container["args"] == [
-        "run", "/etc/burnish/campaign-$(BURNISH_INDEX).yaml", "--work", "/work/nightly/$(BURNISH_INDEX)",
+        "run", "/etc/burnish/campaign-$(BURNISH_INDEX).yaml", "--work", "/var/lib/burnish/nightly/$(BURNISH_INDEX)",
     ]  # fmt: skip
     known = environment(container)
     assert "job-completion-index" in known["BURNISH_INDEX"]["fieldRef"]["fieldPath"]
@@ -109,7 +109,9 @@ def test_a_rayjob_is_made_for_each_campaign_with_a_cluster_of_its_own(folder: Pa
     rendered = render(folder, kind="rayjob", ray=ray, gpus=0, level="quick")
     assert [job["metadata"]["name"] for job in rendered.jobs] == ["nightly-0", "nightly-1"]
     spec = rendered.jobs[1]["spec"]
-    assert spec["entrypoint"] == "burnish run /etc/burnish/campaign-1.yaml --work /work/nightly/1 --level quick"
+    assert (
+        spec["entrypoint"] == "burnish run /etc/burnish/campaign-1.yaml --work /var/lib/burnish/nightly/1 --level quick"
+    )
     cluster = spec["rayClusterSpec"]
     assert cluster["rayVersion"] == "2.60.0"
     head = cluster["headGroupSpec"]["template"]["spec"]["containers"][0]
