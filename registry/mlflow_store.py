@@ -52,6 +52,7 @@ _STATUS = re.compile(r"too many (\d{3}) error responses|error code (\d{3}) !=|\b
 _REQUEST = re.compile(r"API request to (\S+) failed with exception .*\(Caused by (.+)\)$")
 _WORDS = (
     (re.compile(r"UNAUTHENTICATED|not authenticated|locate credentials|password authentication failed"), 401),
+    (re.compile(r"NoSuchBucket"), 404),
     (re.compile(r"PERMISSION_DENIED|AccessDenied|Forbidden|SignatureDoesNotMatch|InvalidAccessKeyId"), 403),
 )
 _CREDENTIALS = "MLflow takes them from MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"

@@ -111,6 +111,9 @@ class MlflowTracker:
                     files=files,
                     at_once=self._at_once,
                 )
+                # A request that was sent again, since its answer was lost, begins a run twice.
+                begun = self._runs(experiment_id, campaign.id, also="attributes.status = 'RUNNING'")
+                others += [run.info.run_id for run in begun if run.info.run_id not in others]
             # Only now: until all is written, the earlier is better than nothing.
             each(self._client.delete_run, others, at_once=self._at_once)
             return Published(
@@ -188,9 +191,9 @@ class MlflowTracker:
             self._client.restore_experiment(found.experiment_id)
         return str(found.experiment_id)
 
-    def _runs(self, experiment_id: str, campaign_id: str) -> list[Run]:
-        """All runs of a campaign, its own and those of its candidates."""
-        query = f"tags.`burnish.campaign_id` = '{campaign_id}'"
+    def _runs(self, experiment_id: str, campaign_id: str, *, also: str = "") -> list[Run]:
+        """All runs of a campaign, its own and those of its candidates; those alone that meet a further condition."""
+        query = f"tags.`burnish.campaign_id` = '{campaign_id}'{f' and {also}' if also else ''}"
         return list(pages(lambda token: self._client.search_runs([experiment_id], query, page_token=token)))
 
     def _location(self, experiment_id: str, run_id: str) -> str:

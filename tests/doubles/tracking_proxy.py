@@ -12,9 +12,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import urlsplit
 
-# What a rule says of a request: nothing, status and text of the answer, or an end of the connection without one.
+# What a rule says of a request: nothing, status and text of the answer, or an end of the connection without one: before
+# the server sees it, or after.
 Answer = tuple[int, str] | None
 GONE: Answer = (0, "")
+LOST: Answer = (0, "passed on")
 _NOT_PASSED_ON = {"connection", "transfer-encoding", "content-length", "keep-alive"}
 
 
@@ -47,7 +49,9 @@ class TrackingProxy:
             self.headers = dict(handler.headers)
         time.sleep(self.delay_s)
         said = self.rule(handler.command, handler.path, number) if self.rule is not None else None
-        if said == GONE:
+        if said in {GONE, LOST}:
+            if said == LOST:
+                self._passed_on(handler, body)
             handler.close_connection = True
             with contextlib.suppress(OSError):
                 handler.connection.shutdown(socket.SHUT_RDWR)

@@ -12,12 +12,13 @@ from mlflow import MlflowClient
 
 from optimize import reporting
 from registry.errors import UnreachableError
+from registry.mlflow_store import each
 from registry.mlflow_tracking import MlflowTracker
 from registry.ports import Published
 from registry.records import Campaign
 from registry.tracking import embedded_uri
 from tests.doubles import campaigns, searches
-from tests.doubles.tracking_proxy import GONE, Answer, proxied
+from tests.doubles.tracking_proxy import GONE, LOST, Answer, proxied
 
 pytestmark = [
     pytest.mark.slow,
@@ -92,6 +93,23 @@ def test_an_outage_leaves_what_was_recorded_before(mlflow_server: str, searched:
     assert_whole_and_once(mlflow_server, anew, published)
 
 
+def test_a_run_that_was_begun_twice_since_an_answer_was_lost_is_there_once(
+    mlflow_server: str, searched: Campaign, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "0")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_BACKOFF_JITTER", "0")
+    lost = iter([LOST])
+
+    def rule(method: str, path: str, number: int) -> Answer:
+        return next(lost, None) if "runs/create" in path else None
+
+    with proxied(mlflow_server, rule=rule) as proxy:
+        published = MlflowTracker(proxy.url, tmp_path).publish(searched, files={})
+    assert next(lost, None) is None
+    assert_whole_and_once(mlflow_server, searched, published)
+
+
 def answering(status: int, text: str, part: str) -> Callable[[str, str, int], Answer]:
     """A rule that answers requests whose path has a part in it."""
     return lambda method, path, number: (status, text) if part in path else None
@@ -120,7 +138,7 @@ def answering(status: int, text: str, part: str) -> Callable[[str, str, int], An
             "no space is left: BAD_REQUEST",
             "room",
         ),
-        (answering(413, "Request Entity Too Large", "mlflow-artifacts"), r"it refuses \(413\): 413 Client Error", "Whoever runs it"),
+        (answering(413, "Too Large", "mlflow-artifacts"), r"it refuses \(413\): 413 Client Error", "Whoever runs it"),
     ],
 )  # fmt: skip
 def test_what_a_server_answers_is_said_with_its_cause(
@@ -176,6 +194,26 @@ def test_several_requests_are_under_way_at_a_time(mlflow_server: str, searched: 
     with proxied(mlflow_server, rule=count) as proxy:
         MlflowTracker(proxy.url, tmp_path).publish(searched, files={})
     assert 1 < most <= 8
+
+
+def test_after_a_failure_nothing_more_is_begun() -> None:
+    """What is under way ends; what waits is not begun."""
+    begun: list[int] = []
+    failed = threading.Event()
+
+    def work(item: int) -> int:
+        begun.append(item)
+        if item == 1:
+            failed.set()
+            raise ValueError(item)
+        failed.wait(10)
+        return item
+
+    with pytest.raises(ValueError, match="1"):
+        each(work, range(100), at_once=2)
+    assert len(begun) < 10
+    assert each(lambda item: -item, range(5), at_once=3) == [0, -1, -2, -3, -4]
+    assert each(lambda item: -item, range(3), at_once=1) == [0, -1, -2]
 
 
 @pytest.fixture
