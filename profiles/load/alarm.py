@@ -33,6 +33,7 @@ class Alarm:
         self._loop = loop
         self._wake: asyncio.Future[None] | None = None
         self._fd = -1
+        self._spec = _Itimerspec()
         if sys.platform == "linux":
             self._libc = ctypes.CDLL(None, use_errno=True)
             self._fd = self._libc.timerfd_create(_CLOCK_MONOTONIC, _TFD_FLAGS)
@@ -47,10 +48,9 @@ class Alarm:
         if self._fd < 0:
             await asyncio.sleep(ahead_ns / NS_PER_S)
             return
-        seconds, nanoseconds = divmod(when_ns, NS_PER_S)
-        spec = _Itimerspec(value=_Timespec(seconds, nanoseconds))
+        self._spec.value.seconds, self._spec.value.nanoseconds = divmod(when_ns, NS_PER_S)
         self._wake = self._loop.create_future()
-        self._libc.timerfd_settime(self._fd, _TFD_TIMER_ABSTIME, ctypes.byref(spec), None)
+        self._libc.timerfd_settime(self._fd, _TFD_TIMER_ABSTIME, ctypes.byref(self._spec), None)
         await self._wake
 
     def close(self) -> None:

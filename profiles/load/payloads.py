@@ -7,7 +7,7 @@ the request had them, and otherwise with typed ones.
 A packed tensor is one BYTES element with all its values, as an MLServer runtime of one's own may take it to spare the
 lists that typed tensors become. V2 has no word for it: what it is stands in its parameters ``datatype`` and ``shape``
 (JSON). MLServer hands these to the runtime; Triton keeps them to itself, so that a model there has to know type and
-shape. burnish's own runtime takes raw tensors, which are as fast, and refuses packed ones. An answer may be packed, too.
+shape. burnish's own runtime takes raw tensors, which are as fast, and refuses packed ones. Answers may be packed, too.
 """
 
 import json

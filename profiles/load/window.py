@@ -29,7 +29,8 @@ HOPELESS_ERRORS = 50
 HOPELESS_S = 1.0
 # A client that is behind its schedule must still read its answers.
 SENDS_WITHOUT_READING = 8
-SAMPLES_A_WINDOW = 400
+# Each wakes the client, which costs as much as a request does.
+SAMPLES_A_WINDOW, FEWEST_S_BETWEEN = 100, 0.01
 # Of replies that are kept, at most so much: large ones are kept fewer.
 MOST_KEPT_BYTES = 64_000_000
 UNANSWERED = -1
@@ -329,7 +330,7 @@ class Window:
     async def _sample(self) -> None:
         """Counts what is in flight at instants of chance, which see averages as time does (PASTA)."""
         await asyncio.sleep(max(0.0, (self._start_ns - time.perf_counter_ns()) / NS_PER_S))
-        mean_s = max(0.005, self._profile.duration_s / SAMPLES_A_WINDOW)
+        mean_s = max(FEWEST_S_BETWEEN, self._profile.duration_s / SAMPLES_A_WINDOW)
         chance = np.random.default_rng((self._profile.seed, self._lane))
         while (now_ns := time.perf_counter_ns()) < self._end_ns:
             self._samples.append((now_ns, self._transport.in_flight))
