@@ -195,6 +195,7 @@ def _campaign(workspace: Workspace) -> Campaign:
     evaluation = prepared.evaluation
     contender = judge_champion(workspace, evaluation=evaluation, sources=prepared.sources, judged=prepared.judged)
     served, unserved = choose_served(workspace, prepared.judged)
+    unserved = [_but_as_champion(one, contender) for one in unserved]
     with _site(workspace) as site:
         found = find_profiles(workspace, served, site.cluster, evaluation, _candidates(site))
         workspace, served = found.workspace, found.served
@@ -293,6 +294,13 @@ def _with_champion(
         return list(servings), [Failure(subject=candidate.name, phase="deploy", kind="not_applicable", reason=reason)]
     serving = _serving(workspace, contender.judged, candidate, first)
     return [*servings, replace(serving, champion=True)], []
+
+
+def _but_as_champion(failure: Failure, contender: Contender | None) -> Failure:
+    """Why a variant is not served; the champion is all the same, in its own way."""
+    if contender is None or contender.judged is None or contender.judged.name != failure.subject:
+        return failure
+    return replace(failure, reason=f"{failure.reason}; it is served as the champion is, and in no other way")
 
 
 def _candidates(site: Site) -> CandidateOf:
