@@ -1,5 +1,6 @@
 """Promotion for the command line: the campaign, the registry, the place of production and the probe, put together."""
 
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -19,6 +20,7 @@ from registry.ports import ModelRegistry, Probe, RegisteredVersion
 from registry.promotion import CHALLENGER, CHAMPION, Journal, Promoter
 from registry.records import Campaign, Candidate, Promotion, Reign, Variant
 from registry.store import FolderStore
+from registry.tracking import store_uri
 
 if TYPE_CHECKING:
     from optimize.samples import Samples
@@ -251,25 +253,30 @@ class Promoting:
         if planned.short and planned.state == "new":
             raise InputError(planned.short, hint="Raise --watch or --rate. Unknown never wins.")
         work = self._subject.work
-        with Ledger.open(work / JOURNAL) as ledger, self._place(serve=True) as place:
+        with Ledger.open(work / JOURNAL) as ledger:
             journal = Journal(ledger, _now)
             self._complete_rollback(journal)
-            with self._probe(place) as probe:
-                registered = self._registered() or self._register()
-                wanted, state = self._wanted(journal, place, registered)
-                planned = self._told_of(wanted, state, probe)
-                promoter = Promoter(
-                    registry=self._registry, rollout=place.rollout, probe=probe, journal=journal, told=self._told
-                )
-                if state == "completed":
-                    promoter.check_in_force(wanted)
-                    self._told("it is the champion already; nothing is to be done")
-                else:
-                    promoter.carry_out(wanted)
-            hold(place)
-            return replace(planned, state=journal.state(wanted))
+            with self._place(serve=True) as place:
+                planned = self._carried_out(journal, place)
+                hold(place)
+        return planned
 
     # --- parts of it ---
+
+    def _carried_out(self, journal: Journal, place: Place) -> Planned:
+        with self._probe(place) as probe:
+            registered = self._registered() or self._register()
+            wanted, state = self._wanted(journal, place, registered)
+            planned = self._told_of(wanted, state, probe)
+            promoter = Promoter(
+                registry=self._registry, rollout=place.rollout, probe=probe, journal=journal, told=self._told
+            )
+            if state == "completed":
+                promoter.check_in_force(wanted)
+                self._told("it is the champion already; nothing is to be done")
+            else:
+                promoter.carry_out(planned.promotion)
+        return replace(planned, state=journal.state(wanted))
 
     @contextmanager
     def _place(self, *, serve: bool) -> Iterator[Place]:
@@ -349,9 +356,17 @@ class Promoting:
         challenger = registered or self._described()
         policy = campaign.verdict.policy
         at_once = promotions.at_once(policy, challenger, champion)
-        beside = rollout.serving() != "" and not at_once
+        serving = rollout.serving()
+        beside = serving != "" and not at_once
         version = challenger.version
-        if champion is not None and version == champion.version and rollout.serving():
+        if serving and champion is None:
+            raise InputError(
+                f"{self._production} serves something at {rollout.location}, and no version of {campaign.model_name} "
+                "is the champion, so that nobody knows whether the two take the same requests",
+                hint=f"Give the alias {CHAMPION} to the version that it serves, or name another Model with "
+                "--production.",
+            )
+        if champion is not None and version == champion.version and serving:
             raise InputError(
                 f"{subject.candidate.name} is the champion of {campaign.model_name} already: version {version}",
                 hint="There is nothing to promote.",
@@ -550,7 +565,7 @@ def roll_back(work: Path, *, cluster: Path | None, campaign_file: Path | None, r
         last = journal.undoable()
         if last is None:
             raise InputError(f"all that was promoted from {work} was rolled back already")
-        with open_place(config, base=base, work=work, production=last.production, served=None, serve=True) as place:
+        with open_place(config, base=base, work=work, production=last.production, served=None, serve=False) as place:
             _check_location(last, place)
             promoter = Promoter(registry=registry, rollout=place.rollout, probe=None, journal=journal, told=told)
             promoter.roll_back(last, reason=reason)
@@ -561,7 +576,7 @@ def _roll_back(
     last: Promotion, journal: Journal, registry: ModelRegistry, subject: Subject, *, reason: str, told: Told
 ) -> None:
     with open_place(
-        subject.cluster, base=subject.base, work=subject.work, production=last.production, served=None, serve=True
+        subject.cluster, base=subject.base, work=subject.work, production=last.production, served=None, serve=False
     ) as place:
         _check_location(last, place)
         promoter = Promoter(registry=registry, rollout=place.rollout, probe=None, journal=journal, told=told)
@@ -578,13 +593,10 @@ def _check_location(last: Promotion, place: Place) -> None:
 
 def open_registry(work: Path) -> "MlflowRegistry":
     """The registry of a working folder's campaign, not connected yet."""
-    import os
-
+    # MLflow takes seconds to import.
     from registry.mlflow_registry import MlflowRegistry
-    from registry.tracking import embedded_uri
 
-    uri = reporting.named_store(work) or os.environ.get("MLFLOW_TRACKING_URI") or embedded_uri(work)
-    return MlflowRegistry(uri, work)
+    return MlflowRegistry(store_uri(reporting.named_store(work), work), work)
 
 
 def history(model: str, work: Path) -> tuple[tuple[Reign, ...], str]:
@@ -594,8 +606,6 @@ def history(model: str, work: Path) -> tuple[tuple[Reign, ...], str]:
         InputError: there is no such registered model, or no store.
         UnreachableError: the registry does not answer.
     """
-    import os
-
     if not (reporting.named_store(work) or os.environ.get("MLFLOW_TRACKING_URI") or (work / "mlflow.db").is_file()):
         raise InputError(
             f"there is no tracking store in {work}", hint="Name the working folder with --work, or MLFLOW_TRACKING_URI."

@@ -53,7 +53,7 @@ def chosen(campaign: Campaign) -> Candidate:
 
     Raises:
         NoVariantError: it selected none.
-        InputError: its level of proof is too low.
+        InputError: its level of proof is too low, or it selected what is the champion already.
     """
     verdict = campaign.verdict
     if verdict.selected is None:
@@ -66,7 +66,13 @@ def chosen(campaign: Campaign) -> Candidate:
             f"the verdict of the campaign {campaign.name} is provisional: {campaign.level} proves too little",
             hint="Run it with `level: standard` or `level: proof`.",
         )
-    return next(one for one in campaign.candidates if one.id == verdict.selected)
+    candidate = next(one for one in campaign.candidates if one.id == verdict.selected)
+    if campaign.champion is not None and campaign.champion.candidate_id == candidate.id:
+        raise InputError(
+            f"the campaign {campaign.name} found nothing better than the champion, {candidate.name}: it stays",
+            hint="There is nothing to promote.",
+        )
+    return candidate
 
 
 def at_once(policy: Policy, challenger: RegisteredVersion, champion: RegisteredVersion | None) -> bool:

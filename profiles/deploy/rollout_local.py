@@ -31,7 +31,7 @@ TIMEOUT_S = 120.0
 class LocalProduction:
     """What this machine serves in production. A context manager that ends all of its servers.
 
-    Implements `profiles.deploy.rollout.Applier`.
+    Implements `profiles.deploy.rollout.Applier`. Outside of the block what is applied is kept, and nothing served.
 
     Attributes:
         front: the Envoy, once something is served.
@@ -66,6 +66,7 @@ class LocalProduction:
         self._retries = retries
         self._timeout_s = timeout_s
         self._deployed: dict[str, LocalDeployment] = {}
+        self._serving = False
 
     def __enter__(self) -> Self:
         """Serves what is applied.
@@ -81,10 +82,12 @@ class LocalProduction:
         except BaseException:
             self._stack.close()
             raise
+        self._serving = True
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.front = None
+        self.front, self._serving = None, False
+        self._deployed.clear()
         self._stack.close()
 
     @property
@@ -102,7 +105,7 @@ class LocalProduction:
         return self._applied().get(f"{kind}/{name}")
 
     def apply(self, manifest: Manifest) -> None:
-        """Serves or splits as the manifest says, and then keeps it as applied.
+        """Serves or splits as the manifest says, inside of the block, and then keeps it as applied.
 
         Raises:
             InputError: an experiment is of a Model that is not applied, or a Model of no candidate that is known.
@@ -141,11 +144,12 @@ class LocalProduction:
 
     def _change(self, applied: Mapping[str, Manifest]) -> None:
         before = self._applied()
-        try:
-            self._bring_about(applied)
-        except BaseException:
-            self._bring_about(before)
-            raise
+        if self._serving:
+            try:
+                self._bring_about(applied)
+            except BaseException:
+                self._bring_about(before)
+                raise
         self._write(
             "applied.json", json.dumps({"applied": dict(applied), "versions": self._versions(applied)}, indent=1)
         )

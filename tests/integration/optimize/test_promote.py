@@ -356,6 +356,10 @@ def test_a_core2_gets_the_next_champion_by_its_uri(
             return str(double.get("production")["spec"]["storageUri"])
 
         chosen_campaign(work, 1000)
+        if isinstance(double, SchedulerDouble):
+            double.load("taken", "s3://somebody/else")
+            with pytest.raises(InputError, match=r"taken serves something at Core 2 .*, and no version of sums is"):
+                promote_on(work, cluster, production="taken")
         first = promote_on(work, cluster, production="production")
         assert [step.name for step in first.promotion.steps] == ["register", "swap", "champion", "unload"]
         old = uri()
@@ -396,7 +400,9 @@ def test_another_promotion_under_way_is_in_the_way(work: Path, tmp_path: Path, m
             patch.setattr(ManifestRollout, "restore", _killed)
             with pytest.raises(KeyboardInterrupt):
                 promote_on(work, cluster)
-        (work / promoting.JOURNAL).write_text(_without_rollback(work))
+        journal = work / promoting.JOURNAL
+        rolling_back, journal_of_a_kill = journal.read_text(), _without_rollback(work)
+        journal.write_text(journal_of_a_kill)
         campaign = chosen_campaign(work, 3000)
         with pytest.raises(InputError, match=r"the promotion of adds-2000 .* is under way"):
             promote_on(work, cluster)
@@ -404,6 +410,12 @@ def test_another_promotion_under_way_is_in_the_way(work: Path, tmp_path: Path, m
         assert promote_on(work, cluster, mirror=0).state == "completed"
         assert double.loaded() == ["sums"]
         assert campaign.model_name == "sums"
+        # Killed while it went back: that is completed before anything else is begun.
+        promoting.roll_back(work, cluster=cluster, campaign_file=None, reason="", told=lambda _: None)
+        journal.write_text(rolling_back)
+        chosen_campaign(work, 3000)
+        assert promote_on(work, cluster).state == "completed"
+        assert [one.step for one in events_of(work)][-1] == "promotion"
 
 
 def _killed(*_: object) -> None:

@@ -23,7 +23,7 @@ from registry.promotion import (
     limits_watched,
     steps_of,
 )
-from registry.records import Observation, Promotion, PromotionStep
+from registry.records import Champion, Observation, Promotion, PromotionStep
 from tests.doubles.campaigns import campaign, no_winner
 from tests.doubles.promotions import MemoryApplier, MemoryRegistry, StatedProbe, production, rollout, version
 
@@ -170,6 +170,10 @@ def test_what_may_be_promoted():
     assert chosen(campaign(level="standard")).id == campaign().verdict.selected
     with pytest.raises(InputError, match="provisional"):
         chosen(campaign(level="quick"))
+    selected = campaign().verdict.selected
+    incumbent = replace(campaign(level="standard"), champion=Champion(named="digits@champion", candidate_id=selected))
+    with pytest.raises(InputError, match="found nothing better than the champion"):
+        chosen(incumbent)
     with pytest.raises(NoVariantError, match="selected nothing"):
         chosen(replace(campaign(level="standard"), verdict=no_winner()))
 
