@@ -44,8 +44,9 @@ from tests.doubles.pipelines import (  # noqa: E402
 )
 
 GRAPHS, MOST_STEPS = 500, 8
-SIMULATED, SIMULATED_REQUESTS, SAMPLED_REQUESTS = 16, 150_000, 400_000
+SIMULATED, SIMULATED_REQUESTS, SAMPLED_REQUESTS = 14, 100_000, 400_000
 ENUMERATED, LARGE, LARGE_STEPS = 60, 8, 50
+ROUNDS = 5
 EXAMPLE = HERE.parent / "examples" / "pipeline"
 
 
@@ -189,21 +190,24 @@ def choices() -> list[bool]:
 
 
 def example() -> list[bool]:
-    """The predicted saturation of the example against the measured one."""
+    """The predicted saturation of the example against the measured one, the median of some rounds."""
     from optimize.pipelines import measure_plan, quicker
 
     if not (EXAMPLE / "data" / "evaluation.npz").is_file():
         subprocess.run([sys.executable, str(EXAMPLE / "prepare.py")], check=True)
     plan = load_plan(EXAMPLE / "plan.yaml")
-    with TemporaryDirectory(prefix="burnish-pipelines-") as work:
-        measured = measure_plan(
-            plan, level=quicker(find_level("standard")), work=Path(work), metric=None, variants=False, told=say
-        )
-    first = pipeline_limits(plan.pipeline, measured)[0]
-    assert measured.whole is not None
-    seen = measured.whole.saturation_rps or np.nan
-    say(f"predicted {first.rate_rps:.4g} a second, by {first.what}; measured {seen:.4g}")
-    return [figure("pipeline_saturation_error", abs(first.rate_rps / seen - 1), "<= 0.15")]
+    ratios = []
+    for number in range(ROUNDS):
+        # Steps and the whole in turn: what a machine does beside changes slowly.
+        with TemporaryDirectory(prefix="burnish-pipelines-") as work:
+            level = quicker(find_level("quick"))
+            measured = measure_plan(plan, level=level, work=Path(work), metric=None, variants=False, seed=number)
+        first = pipeline_limits(plan.pipeline, measured)[0]
+        seen = np.nan if measured.whole is None else measured.whole.saturation_rps or np.nan
+        ratios.append(first.rate_rps / seen)
+        alone = ", ".join(f"{name} {measured.of(name).saturation_rps:.4g}" for name in plan.pipeline.names)
+        say(f"{alone} a second alone; predicted {first.rate_rps:.4g}, by {first.what}; measured {seen:.4g}")
+    return [figure("pipeline_saturation_error", abs(float(np.median(ratios)) - 1), "<= 0.15")]
 
 
 def main() -> None:

@@ -27,9 +27,9 @@ from profiles.pipelines.checks import Signature
 from profiles.pipelines.choice import Combination, Shortlist
 from profiles.pipelines.documents import ManifestPart, ModelPart, Plan, load_plan
 from profiles.pipelines.gateway import WITHOUT, core2_target, local_pipeline
-from profiles.pipelines.graph import Pipeline, in_order
+from profiles.pipelines.graph import Pipeline, in_order, visits
 from profiles.pipelines.measured import Measured, StepNumbers, WholeNumbers
-from profiles.pipelines.measuring import Found, as_step, as_whole, latency_at, measure_endpoint
+from profiles.pipelines.measuring import Found, as_step, as_whole, cpu_at, latency_at, measure_endpoint
 from profiles.pipelines.rollout import stages_of
 from profiles.pipelines.run import run_samples
 from profiles.serving.core2.manifests import as_yaml
@@ -262,21 +262,28 @@ def measure_plan(
         # They stand idle while another is measured, and serve the whole at the end.
         first = {step: _replicas(stack, plan, step) for step in pipeline.names}
         bench = _Bench(generator=generator, level=level, work=work, seed=seed)
-        for step in pipeline.names:
-            if step not in seen:
-                raise InputError(f"no sample reaches step {step!r}, so that it cannot be measured", hint="Add samples.")
-            model = plan.models[step]
+        if missing := [step for step in pipeline.names if step not in seen]:
+            raise InputError(
+                f"no sample reaches step {missing[0]!r}, so that it cannot be measured", hint="Add samples."
+            )
+        alone = {step: bench.model(first[step][0], seen[step]) for step in pipeline.names}
+        # What the whole would do where its servers took turns on the same CPUs.
+        counts = visits(pipeline)
+        rate = 1 / sum(counts[step] / alone[step].saturation_rps for step in pipeline.names)
+        for step, model in ((step, plan.models[step]) for step in pipeline.names):
+            workers = max(1, model.parallel_workers)
             for place, variant in enumerate(model.variants):
-                if place and not variants:
-                    break
                 if place == 0:
-                    loss: float | None = 0.0
-                    found = bench.model(first[step][0], seen[step])
-                else:
+                    cpu_ms = bench.cpu(first[step][0], seen[step], rate * counts[step])
+                    numbers = as_step(alone[step], workers=workers, cpu_ms=cpu_ms, accuracy_drop=0.0)
+                elif variants:
                     loss = _loss(plan, samples, {step: variant}, metric, base)
                     with _served(model, file_of(plan, step, variant)) as served:
                         found = bench.model(served, seen[step])
-                numbers = as_step(found, workers=max(1, model.parallel_workers), accuracy_drop=loss)
+                        cpu_ms = bench.cpu(served, seen[step], rate * counts[step])
+                    numbers = as_step(found, workers=workers, cpu_ms=cpu_ms, accuracy_drop=loss)
+                else:
+                    break
                 steps.setdefault(step, {})[variant] = numbers
                 told(f"{step} {variant}: saturates at {numbers.saturation_rps:.4g} a second")
         if mesh is None:
@@ -311,6 +318,21 @@ class _Bench:
     def model(self, served: Served, inputs: Mapping[str, NDArray[Any]]) -> Found:
         target = served.deployment.target
         return self._endpoint(target, inputs, served.deployment.usage)
+
+    def cpu(self, served: Served, inputs: Mapping[str, NDArray[Any]], rate_rps: float) -> float | None:
+        target, usage = served.deployment.target, served.deployment.usage
+        if rate_rps <= 0:
+            return None
+        return cpu_at(
+            self.generator,
+            target,
+            _payloads(target, inputs),
+            rate_rps,
+            level=self.level,
+            raw_root=self.work,
+            usage=usage,
+            seed=self.seed,
+        )
 
     def whole(self, target: Target, plan: Plan, samples: Samples, *, without: str) -> WholeNumbers:
         found = self._endpoint(target, samples.inputs, None)

@@ -505,7 +505,7 @@ def pipeline_limits(
     chosen, copies = variants or {}, replicas or {}
     numbers = {name: measured.of(name, chosen.get(name)) for name in pipeline.names}
     usable = measured.shared_cpus
-    used = [one.saturation_rps * one.cpu_ms / 1000 for one in numbers.values() if one.cpu_ms is not None]
+    used = [one.busy_cpus for one in numbers.values() if one.busy_cpus is not None]
     if usable == 1 and used:
         usable = min(1.0, max(used))
     return limits(

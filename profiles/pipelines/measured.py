@@ -30,7 +30,9 @@ class StepNumbers(_Part):
         latency_ms: of single requests with nothing else to do, as values at equal steps of probability.
         saturation_rps: the highest rate that was sustained.
         workers: that served side by side when it was measured.
-        cpu_ms: the server's CPU time for one request, or None where it was not measured.
+        cpu_ms: the server's CPU time for one request at the rate that the pipeline may have, or None where it was not
+            measured. A server that is mostly idle wakes for each request, which takes more than at its saturation.
+        busy_cpus: CPUs that the server kept busy at its saturation, or None.
         memory_mb: the server's resident memory, or None.
         price_per_hour: of one replica, or None.
         accuracy_drop: what the pipeline's metric loses when this variant takes the place of the first one, the other
@@ -43,6 +45,7 @@ class StepNumbers(_Part):
     saturation_rps: Positive
     workers: Annotated[int, Field(ge=1)] = 1
     cpu_ms: Positive | None = None
+    busy_cpus: Positive | None = None
     memory_mb: Positive | None = None
     price_per_hour: Positive | None = None
     accuracy_drop: float | None = None

@@ -98,13 +98,47 @@ def _latencies(raw: Path, record: RunRecord) -> NDArray[np.float64]:
     return latencies[np.isfinite(latencies) & (latencies > 0)]
 
 
-def as_step(found: Found, *, workers: int, accuracy_drop: float | None = None) -> StepNumbers:
-    """What is kept of a step."""
+def cpu_at(
+    generator: LoadGenerator,
+    target: Target,
+    payloads: tuple[Payload, ...],
+    rate_rps: float,
+    *,
+    level: Level,
+    raw_root: Path,
+    usage: Callable[[], Usage | None],
+    seed: int = 0,
+) -> float | None:
+    """CPU time of the servers for one request, in ms, where requests come at random at this rate; None if unknown."""
+    scratch = raw_root / "pipeline-cpu.npz"
+    profile = LoadProfile(
+        name=f"{rate_rps:.4g} rps", load=OpenLoop(rate_rps=rate_rps), warmup_s=level.warmup_s,
+        duration_s=level.window_s(level.open_s, rate_rps), timeout_s=level.timeout_s, seed=seed,
+    )  # fmt: skip
+    try:
+        record = generator.run(target, payloads, profile, raw_path=scratch, raw_root=raw_root, usage=usage)
+    finally:
+        scratch.unlink(missing_ok=True)
+    return record.metrics.get("cpu_s_per_1k")
+
+
+def as_step(
+    found: Found, *, workers: int, cpu_ms: float | None = None, accuracy_drop: float | None = None
+) -> StepNumbers:
+    """What is kept of a step.
+
+    Args:
+        found: at its saturation and without load.
+        workers: that served.
+        cpu_ms: at the pipeline's rate, see `cpu_at`; None for that at saturation.
+        accuracy_drop: of its variant.
+    """
     return StepNumbers(
         latency_ms=thin(found.latencies_ms),
         saturation_rps=found.saturation_rps,
         workers=workers,
-        cpu_ms=found.cpu_ms,
+        cpu_ms=cpu_ms or found.cpu_ms,
+        busy_cpus=None if found.cpu_ms is None else found.cpu_ms * found.saturation_rps / 1000,
         memory_mb=found.memory_mb,
         accuracy_drop=accuracy_drop,
     )
