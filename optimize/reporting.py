@@ -153,13 +153,17 @@ def show(campaign: Campaign, page: Path, published: Published | None) -> None:
 
 def summary(campaign: Campaign, page: Path, published: Published | None) -> dict[str, Any]:
     """What a script wants to know of a campaign: the verdict, and where everything is."""
+    from registry.report.champions import champion_sentence
+
     names = {candidate.id: candidate.name for candidate in campaign.candidates}
-    selected = campaign.verdict.selected
+    selected, champion = campaign.verdict.selected, campaign.champion
     return {
         "campaign_id": campaign.id,
         "selected": names.get(selected) if selected else None,
         "provisional": campaign.verdict.provisional,
         "sentence": campaign.verdict.sentence,
+        "champion": None if champion is None else names.get(champion.candidate_id or ""),
+        "against_champion": champion_sentence(campaign),
         "report": str(page),
         "mlflow": None if published is None else _plain(published),
     }
