@@ -22,7 +22,7 @@ from profiles.load.engine import LoadGenerator
 from profiles.load.payloads import Payload, encode_payloads
 from profiles.measure.host import fingerprint_host, split_cpus
 from profiles.measure.levels import Level
-from profiles.pipelines.analysis import Analysis, Overhead
+from profiles.pipelines.analysis import Analysis, Overhead, predict_latency, stations_of
 from profiles.pipelines.checks import Signature
 from profiles.pipelines.choice import Combination, Shortlist
 from profiles.pipelines.documents import ManifestPart, ModelPart, Plan, load_plan
@@ -36,7 +36,7 @@ from profiles.serving.core2.manifests import as_yaml
 from profiles.serving.session import open_session
 from registry.documents import load_document
 from registry.errors import InputError
-from registry.records import Target
+from registry.records import Estimate, Target
 from registry.report.pipeline import PipelineView, StepView
 
 Told = Callable[[str], None]
@@ -464,8 +464,50 @@ def quicker(level: Level) -> Level:
     return replace(level, stages=tuple(sorted({*level.stages, 0.75, 0.8, 0.9, 0.95})))
 
 
-def choice_lines(found: Shortlist, truths: Sequence[Truth], limit: float | None) -> list[str]:
-    """A shortlist and its truth, as lines."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Judged:
+    """A combination of the shortlist, and what is known of it beyond the surrogate.
+
+    Attributes:
+        p99: predicted at the rate, or None where it is beyond saturation.
+        truth: on samples, or None where it was not run.
+        kept: whether it meets the limits on both, as far as these are known.
+    """
+
+    combination: Combination
+    p99: Estimate | None
+    truth: Truth | None
+    kept: bool
+
+
+def judge(
+    pipeline: Pipeline,
+    measured: Measured,
+    found: Shortlist,
+    truths: Sequence[Truth],
+    *,
+    rate_rps: float,
+    replicas: Mapping[str, int],
+    accuracy_drop: float | None,
+    p99_ms: float | None,
+) -> tuple[Judged, ...]:
+    """The shortlist held against what its surrogate only estimates: predicted p99, and accuracy on samples."""
+    judged = []
+    for place, one in enumerate(found.combinations):
+        try:
+            stations = stations_of(pipeline, measured, variants=one.variants, replicas=replicas)
+            p99 = predict_latency(pipeline, stations, rate_rps).percentiles[99]
+        except InputError:
+            p99 = None
+        truth = truths[place] if place < len(truths) else None
+        kept = p99_ms is None or (p99 is not None and p99.value <= p99_ms)
+        kept = kept and (accuracy_drop is None or truth is None or truth.accuracy_drop <= accuracy_drop)
+        judged.append(Judged(combination=one, p99=p99, truth=truth, kept=kept))
+    return tuple(judged)
+
+
+def choice_lines(found: Shortlist, judged: Sequence[Judged]) -> list[str]:
+    """A shortlist and what came of it, as lines."""
     if not found.combinations:
         lines = ["No combination meets the budget."]
         if found.closest is not None:
@@ -474,22 +516,23 @@ def choice_lines(found: Shortlist, truths: Sequence[Truth], limit: float | None)
         return lines
     how = "proved best" if found.exact else f"not proved best: none has less than {found.bound:.4g}"
     lines = [f"By the surrogate, least {found.objective} first ({how}):"]
-    for place, one in enumerate(found.combinations, 1):
-        said = ", ".join(f"{name} {value:.4g}" for name, value in one.surrogate.items())
-        lines += [f"{place}. {_named(one)}", f"   surrogate: {said}"]
-        if place <= len(truths):
-            truth = truths[place - 1]
-            word = "" if limit is None else " (kept)" if truth.accuracy_drop <= limit else " (over the limit)"
+    for place, one in enumerate(judged, 1):
+        said = ", ".join(f"{name} {value:.4g}" for name, value in one.combination.surrogate.items())
+        lines += [f"{place}. {_named(one.combination)}{'' if one.kept else ' (over a limit)'}", f"   surrogate: {said}"]
+        lines.append(f"   predicted p99: {'beyond saturation' if one.p99 is None else f'{one.p99.value:.4g} ms'}")
+        if one.truth is not None:
             lines.append(
-                f"   on {truth.samples} samples: {truth.accuracy:.4f}, a drop of {truth.accuracy_drop:.4f}{word}"
+                f"   on {one.truth.samples} samples: {one.truth.accuracy:.4f}, a drop of {one.truth.accuracy_drop:.4f}"
             )
-    kept = [one for one in truths if limit is None or one.accuracy_drop <= limit]
-    if kept:
-        lines.append(f"Take: {_named(kept[0].combination)}")
-    elif truths:
-        lines.append("None of them keeps the limit on samples: ask for more with --best, or a lower limit.")
+    taken = next((one for one in judged if one.kept), None)
+    if taken is None:
+        lines.append("None of them keeps the limits: ask for more with --best, or loosen one.")
+    elif taken.truth is None:
+        lines.append(
+            f"Take, if samples agree: {_named(taken.combination)} (the plan has no models and labelled samples)"
+        )
     else:
-        lines.append("Not run on samples: the plan names no models or samples, so that accuracy is the surrogate's.")
+        lines.append(f"Take: {_named(taken.combination)}")
     return lines
 
 

@@ -102,10 +102,11 @@ def analyse(
     from profiles.pipelines import analysis
 
     read, known, chosen = _read(plan, measured, variant)
-    found = analysis.analyse(read.pipeline, known, rate_rps=rate, variants=chosen, seed=seed)
+    copies = {step: model.replicas for step, model in read.models.items()}
+    found = analysis.analyse(read.pipeline, known, rate_rps=rate, variants=chosen, replicas=copies, seed=seed)
     overhead = analysis.overhead_of(read.pipeline, known)
     gains = [
-        analysis.gain_of(read.pipeline, known, step, name, rate_rps=found.latency.rate_rps, seed=seed)
+        analysis.gain_of(read.pipeline, known, step, name, rate_rps=found.latency.rate_rps, replicas=copies, seed=seed)
         for step, ones in known.steps.items()
         for name in list(ones)[1:]
     ]
@@ -138,6 +139,7 @@ def choose(
     accuracy_drop: Annotated[float | None, typer.Option(help="Most loss, in points of the metric.")] = None,
     memory_mb: Annotated[float | None, typer.Option(help="Most memory of all servers.")] = None,
     cost: Annotated[float | None, typer.Option(help="Highest price an hour of all replicas.")] = None,
+    p99_ms: Annotated[float | None, typer.Option(help="Highest p99 that is predicted for what is taken.")] = None,
     best: Annotated[int, typer.Option(help="How many combinations are run on samples.")] = 3,
     metric: Annotated[str, typer.Option(help="The task metric.")] = "accuracy",
     json_output: Json = False,
@@ -154,20 +156,22 @@ def choose(
     from registry.errors import NoVariantError
 
     read, known, _ = _read(plan, measured, None)
-    at = rate or 0.5 * pipeline_limits(read.pipeline, known)[0].rate_rps
+    copies = {step: model.replicas for step, model in read.models.items()}
+    at = rate or 0.5 * pipeline_limits(read.pipeline, known, replicas=copies)[0].rate_rps
     budget = Budget(latency_ms=latency_ms, accuracy_drop=accuracy_drop, memory_mb=memory_mb, cost=cost)
     goal: Any = _quantity(objective)
-    found = shortlist(
-        read.pipeline, options_of(read.pipeline, known, rate_rps=at), objective=goal, budget=budget, best=best
-    )
+    options = options_of(read.pipeline, known, rate_rps=at, replicas=copies)
+    found = shortlist(read.pipeline, options, objective=goal, budget=budget, best=best)
     labelled = bool(read.models) and read.samples is not None
     truths = pipelines.run_truth(read, found.combinations, metric=metric, told=say) if labelled else ()
-    kept = [one for one in truths if accuracy_drop is None or one.accuracy_drop <= accuracy_drop]
+    judged = pipelines.judge(
+        read.pipeline, known, found, truths, rate_rps=at, replicas=copies, accuracy_drop=accuracy_drop, p99_ms=p99_ms
+    )
     if json_output:
-        emit_json({"rate_rps": at, "shortlist": pipelines.plain(found), "truth": pipelines.plain(truths)})
+        emit_json({"rate_rps": at, "shortlist": pipelines.plain(found), "judged": pipelines.plain(judged)})
     else:
-        typer.echo("\n".join(pipelines.choice_lines(found, truths, accuracy_drop)))
-    if not found.combinations or (truths and not kept):
+        typer.echo("\n".join(pipelines.choice_lines(found, judged)))
+    if not any(one.kept for one in judged):
         # The lines say it all; the exit code is for scripts.
         raise typer.Exit(NoVariantError.exit_code)
 

@@ -606,22 +606,27 @@ def gain_of(
     variant: str,
     *,
     rate_rps: float,
+    replicas: Mapping[str, int] | None = None,
     requests: int = REQUESTS,
     seed: int = 0,
 ) -> Gain:
-    """What putting this variant in its step's place buys, the other steps kept.
+    """What putting this variant in its step's place buys, the other steps and all replicas kept.
 
     Both are followed through the same arrivals, choices and luck, so that what differs is the variant's doing.
     """
     own = {step: variant}
-    first = pipeline_limits(pipeline, measured)[0]
-    after = pipeline_limits(pipeline, measured, variants=own)[0]
+    first = pipeline_limits(pipeline, measured, replicas=replicas)[0]
+    after = pipeline_limits(pipeline, measured, variants=own, replicas=replicas)[0]
     alone = measured.of(step, variant).saturation_rps / measured.of(step).saturation_rps
     pairs: dict[int, tuple[Estimate, Estimate]] = {}
     try:
         had, has = (
             predict_latency(
-                pipeline, stations_of(pipeline, measured, variants=chosen), rate_rps, requests=requests, seed=seed
+                pipeline,
+                stations_of(pipeline, measured, variants=chosen, replicas=replicas),
+                rate_rps,
+                requests=requests,
+                seed=seed,
             ).percentiles
             for chosen in ({}, own)
         )

@@ -45,7 +45,7 @@ def check_pipeline(pipeline: Pipeline, signatures: Signatures | None = None) -> 
         InputError: there are too many ways through its choices to look at all.
     """
     known = dict(signatures or {})
-    found = [*_dead(pipeline), *_idle(pipeline)]
+    found = [*_dead(pipeline), *_idle(pipeline), *_unknown(pipeline, known)]
     for step in pipeline.steps:
         found += _sources_have(pipeline, step.name, step.sources, known)
         if step.name in known:
@@ -97,6 +97,13 @@ def _idle(pipeline: Pipeline) -> Iterator[Finding]:
     for name in pipeline.names:
         if name not in waited:
             text = "nobody takes its answers: it costs, and no request waits for it"
+            yield Finding(severity="warning", step=name, text=text)
+
+
+def _unknown(pipeline: Pipeline, known: Signatures) -> Iterator[Finding]:
+    for name in pipeline.names:
+        if known and name not in known:
+            text = "its model is not known here, so that its tensors are not judged; name its file in the plan"
             yield Finding(severity="warning", step=name, text=text)
 
 

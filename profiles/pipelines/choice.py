@@ -124,13 +124,16 @@ class Shortlist:
 # --- what the surrogate is made of -----------------------------------------------------------------------------
 
 
-def options_of(pipeline: Pipeline, measured: Measured, *, rate_rps: float) -> tuple[Option, ...]:
+def options_of(
+    pipeline: Pipeline, measured: Measured, *, rate_rps: float, replicas: Mapping[str, int] | None = None
+) -> tuple[Option, ...]:
     """Every measured variant of every step; those that do not sustain the rate have no latency, and are never chosen.
 
     Args:
         pipeline: the graph.
         measured: of its steps; ``accuracy_drop`` of a step's first variant is 0.
         rate_rps: requests a second to the pipeline, at which steps wait.
+        replicas: step -> how many, where it is more than one; memory and cost are of all.
 
     Raises:
         InputError: a step was not measured.
@@ -139,8 +142,9 @@ def options_of(pipeline: Pipeline, measured: Measured, *, rate_rps: float) -> tu
     found = []
     for step in pipeline.names:
         measured.of(step)
+        copies = (replicas or {}).get(step, 1)
         for place, (variant, numbers) in enumerate(measured.steps[step].items()):
-            station = station_of(numbers)
+            station = station_of(numbers, copies)
             wait = mean_wait(
                 rate_rps * counts[step] / 1000,
                 servers=station.servers,
@@ -155,8 +159,8 @@ def options_of(pipeline: Pipeline, measured: Measured, *, rate_rps: float) -> tu
                     variant=variant,
                     latency_ms=latency if math.isfinite(latency) else None,
                     accuracy_drop=drop,
-                    memory_mb=numbers.memory_mb,
-                    cost=numbers.price_per_hour,
+                    memory_mb=None if numbers.memory_mb is None else copies * numbers.memory_mb,
+                    cost=None if numbers.price_per_hour is None else copies * numbers.price_per_hour,
                 )
             )
     return tuple(found)

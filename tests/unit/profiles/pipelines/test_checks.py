@@ -78,6 +78,12 @@ def test_tensors_have_to_fit_in_name_type_and_shape():
     assert "3" in said(check_pipeline(chain, {"a": first, "b": model("y", "z", shape=("n", 5, 6))}))[0][1]
 
 
+def test_a_step_without_a_model_is_told_where_others_have_one():
+    chain = pipeline([{"name": "a"}, {"name": "b", "inputs": ["a"]}], {"steps": ["b"]})
+    assert [step for step, _ in said(check_pipeline(chain, {"a": model("x", "y")}), "warning")] == ["b"]
+    assert check_pipeline(chain) == ()
+
+
 def test_a_source_has_to_have_its_tensor():
     chain = pipeline([{"name": "a"}, {"name": "b", "inputs": ["a.outputs.w"]}], {"steps": ["b.outputs.v"]})
     found = said(check_pipeline(chain, {"a": model("x", "y"), "b": model("w", "z")}))

@@ -59,6 +59,13 @@ def test_choose_lists_the_best_or_the_closest_miss(burnish):
     shortlist = json.loads(out)["shortlist"]
     assert code == 0
     assert shortlist["combinations"][0]["variants"] == {"a": "fp32", "b": "int8"}
+    code, out, _ = burnish("choose", "plan.yaml", "--measured", "m.yaml", "--rate", "40", "--p99-ms", "30")
+    assert code == 0
+    assert "1. a=int8, b=int8\n" in out
+    assert "3. a=int8, b=fp32 (over a limit)" in out
+    code, out, _ = burnish("choose", "plan.yaml", "--measured", "m.yaml", "--p99-ms", "1")
+    assert code == 3
+    assert "None of them keeps the limits" in out
     code, out, _ = burnish("choose", "plan.yaml", "--measured", "m.yaml", "--memory-mb", "100")
     assert code == 3
     assert "Closest: a=int8, b=int8\n  memory_mb 300, and the limit is 100" in out
