@@ -10,17 +10,18 @@ import math
 import os
 import ssl
 from collections import deque
-from collections.abc import Callable, Mapping
-from urllib.parse import unquote, urlsplit
+from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
+from urllib.parse import unquote
 
 from profiles.load import http2
+from profiles.load.connecting import ConnectingTransport, Then
 from profiles.load.http2 import Http2Error, Kind, Setting
 from profiles.load.payloads import Payload
-from profiles.load.transports import GRPC_METHOD, NO_HEADERS, ROUTE, Reply, Status, check_headers, wait_for_reply
+from profiles.load.transports import GRPC_METHOD, NO_HEADERS, ROUTE, Reply, Status
 from registry.errors import UnreachableError
 from registry.records import Target
 
-READ_BYTES = 1 << 18
 # A message so small is written in one piece with its headers.
 SMALL_BYTES = http2.FIRST_FRAME_SIZE
 _PREFIX_BYTES = 5
@@ -37,28 +38,20 @@ MOST_BLOCKS = 1024
 WRITE_BYTES = 1 << 16
 
 
-class GrpcTransport:
+class GrpcTransport(ConnectingTransport["_Connection"]):
     """V2 over gRPC; requests take the connections in turn."""
 
     def __init__(self, target: Target, connections: int) -> None:
-        self.in_flight = 0
-        self._target = target
-        self._address = urlsplit(f"//{target.url}")
+        """Connects to nothing yet."""
+        super().__init__(target)
+        self.headers = http2.HeaderBlocks()
         self._lanes = [_Lane() for _ in range(connections)]
         self._turn = 0
-        self._connecting: set[asyncio.Task[None]] = set()
         self._blocks: dict[int, bytes] = {}
-        self._buffer = memoryview(bytearray(READ_BYTES))
 
     async def open(self, timeout_s: float) -> None:
         """Connects; see `Transport`."""
-        check_headers(self._target)
-        self._loop = asyncio.get_running_loop()
-        self._headers = http2.HeaderBlocks()
-        self._tls = None
-        if self._target.tls:
-            self._tls = ssl.create_default_context(cafile=os.environ.get("GRPC_DEFAULT_SSL_ROOTS_FILE_PATH"))
-            self._tls.set_alpn_protocols(["h2"])
+        await super().open(timeout_s)
         try:
             async with asyncio.timeout(timeout_s):
                 connecting = (self._connect(lane) for lane in self._lanes)
@@ -74,80 +67,29 @@ class GrpcTransport:
                 hint="Check the address, that the server runs, and whether it wants TLS.",
             ) from error
 
-    def send(self, payload: Payload, timeout_s: float, then: Callable[[Reply], None]) -> None:
-        """Sends one request; see `Transport`."""
-        self.in_flight += 1
-        lane = self._lanes[self._turn]
-        self._turn = (self._turn + 1) % len(self._lanes)
-        if lane.connection is not None and lane.connection.usable:
-            lane.connection.ask(self._block(timeout_s), *self._message(payload), timeout_s, then)
-            return
-        connecting = self._loop.create_task(self._connect_and_ask(lane, payload, timeout_s, then))
-        # The loop itself holds tasks only weakly.
-        self._connecting.add(connecting)
-        connecting.add_done_callback(self._connecting.discard)
-
-    async def infer(self, payload: Payload, timeout_s: float) -> Reply:
-        """Sends one request and waits; see `Transport`."""
-        return await wait_for_reply(self, payload, timeout_s)
-
-    async def close(self) -> None:
-        """Closes every connection."""
-        for connecting in self._connecting:
-            connecting.cancel()
-        for lane in self._lanes:
-            if lane.connection is not None:
-                lane.connection.abort("closed")
-                lane.connection = None
-        # What a connection has to say of its end is said in the loop's next turns.
-        await asyncio.sleep(0)
-
-    async def _connect_and_ask(
-        self, lane: "_Lane", payload: Payload, timeout_s: float, then: Callable[[Reply], None]
-    ) -> None:
-        began = self._loop.time()
-        try:
-            async with asyncio.timeout(timeout_s):
-                connection = await self._connect(lane)
-        except OSError as error:
-            late = isinstance(error, TimeoutError)
-            why = f"no connection within {timeout_s:.3g} s" if late else f"{type(error).__name__}: {error}"
-            self.in_flight -= 1
-            then(Reply(Status.TIMEOUT if late else Status.CONNECTION, message=f"UNAVAILABLE: {why}"))
-        else:
-            left_s = max(0.001, timeout_s - (self._loop.time() - began))
-            connection.ask(self._block(left_s), *self._message(payload), left_s, then)
-
-    # --- for the connections ---
-
-    @property
-    def loop(self) -> asyncio.AbstractEventLoop:
-        """Where they live."""
-        return self._loop
-
-    @property
-    def buffer(self) -> memoryview:
-        """Where what has come is read to, by all of them: it is taken out at once."""
-        return self._buffer
-
-    @property
-    def headers(self) -> http2.HeaderBlocks:
-        """What decodes headers, for all of them."""
-        return self._headers
+    def settle(self, then: Then, reply: Reply) -> None:
+        """For the connections: a call is answered."""
+        self._settle(then, reply)
 
     # --- parts of it ---
+
+    def _tls_context(self) -> ssl.SSLContext:
+        context = ssl.create_default_context(cafile=os.environ.get("GRPC_DEFAULT_SSL_ROOTS_FILE_PATH"))
+        context.set_alpn_protocols(["h2"])
+        return context
+
+    def _find(self) -> "tuple[_Connection | None, Callable[[], Awaitable[_Connection]]]":
+        lane = self._lanes[self._turn]
+        self._turn = (self._turn + 1) % len(self._lanes)
+        usable = lane.connection is not None and lane.connection.usable
+        return lane.connection if usable else None, partial(self._connect, lane)
 
     async def _connect(self, lane: "_Lane") -> "_Connection":
         """The lane's connection, made anew by whoever comes first."""
         async with lane.lock:
             if lane.connection is not None and lane.connection.usable:
                 return lane.connection
-            _, connection = await self._loop.create_connection(
-                lambda: _Connection(self),
-                self._address.hostname or "",
-                self._address.port or (443 if self._tls else 80),
-                ssl=self._tls,
-            )
+            connection = await self._dial(lambda: _Connection(self))
             try:
                 await connection.ready
             except BaseException:
@@ -155,6 +97,12 @@ class GrpcTransport:
                 raise
             lane.connection = connection
             return connection
+
+    def _ask(self, connection: "_Connection", payload: Payload, timeout_s: float, then: Then) -> None:
+        connection.ask(self._block(timeout_s), *self._message(payload), timeout_s, then)
+
+    def _connections(self) -> "tuple[_Connection, ...]":
+        return tuple(lane.connection for lane in self._lanes if lane.connection is not None)
 
     def _block(self, timeout_s: float) -> bytes:
         """The headers of a call with this deadline, of which the server is told in ms, rounded up."""
@@ -201,8 +149,8 @@ class _Call:
 
     __slots__ = ("body", "data", "first", "headers", "id", "left", "prefix", "then", "timer", "window")
 
-    def __init__(self, then: Callable[[Reply], None]) -> None:
-        self.then: Callable[[Reply], None] | None = then  # None where it is answered
+    def __init__(self, then: Then) -> None:
+        self.then: Then | None = then  # None where it is answered
         self.timer: asyncio.TimerHandle | None = None
         self.id = 0
         self.window = 0
@@ -247,10 +195,14 @@ class _Connection(asyncio.BufferedProtocol):
         """Whether calls may be made on it."""
         return not (self._closed or self._leaving)
 
-    def ask(self, block: bytes, prefix: bytes, body: bytes, timeout_s: float, then: Callable[[Reply], None]) -> None:
+    def ask(self, block: bytes, prefix: bytes, body: bytes, timeout_s: float, then: Then) -> None:
         """Makes a call; ``then`` gets its answer."""
         call = _Call(then)
         call.timer = self._loop.call_later(timeout_s, self._give_up, call, timeout_s)
+        if self._closed:  # between connecting and asking
+            gone = Reply(Status.CONNECTION, message="UNAVAILABLE: the server closed the connection")
+            self._loop.call_soon(self._settle, call, gone)
+            return
         if len(self._calls) < self._most_calls:
             self._begin(call, block, prefix, body)
         else:
@@ -465,6 +417,8 @@ class _Connection(asyncio.BufferedProtocol):
 
     def _end(self, call: _Call, reply: Reply) -> None:
         del self._calls[call.id]
+        if call.left:  # it was answered before it was heard
+            self._transport.write(http2.reset(call.id, http2.CANCEL))
         self._settle(call, reply)
         self._go_on()
 
@@ -474,8 +428,7 @@ class _Connection(asyncio.BufferedProtocol):
             return
         assert call.timer is not None
         call.timer.cancel()
-        self._owner.in_flight -= 1
-        then(reply)
+        self._owner.settle(then, reply)
 
     def _go_on(self) -> None:
         """Begins a call that waits; ends where the server wants to and nothing is left."""

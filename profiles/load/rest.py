@@ -8,15 +8,14 @@ status, its few headers and its body are read. Source: RFC 9112, "HTTP/1.1", sec
 import asyncio
 import json
 import ssl
-from collections.abc import Callable, Mapping
-from urllib.parse import quote, urlsplit
+from collections.abc import Awaitable, Callable, Mapping
+from urllib.parse import quote
 
+from profiles.load.connecting import ConnectingTransport, Then
 from profiles.load.payloads import HEADER_LENGTH, Payload
-from profiles.load.transports import KEEP_ALIVE_S, NO_HEADERS, ROUTE, Reply, Status, check_headers, wait_for_reply
+from profiles.load.transports import KEEP_ALIVE_S, NO_HEADERS, ROUTE, Reply, Status
 from registry.records import Target
 
-# Read at once, of whatever has come.
-READ_BYTES = 1 << 18
 # A message so small is written in one piece with its head.
 SMALL_BYTES = 1 << 16
 MOST_HEADS = 1024
@@ -26,108 +25,62 @@ _KEPT = {HEADER_LENGTH.lower().encode(): HEADER_LENGTH, ROUTE.encode(): ROUTE}
 _WITHOUT_BODY = frozenset({204, 304})
 
 
-class RestTransport:
+class RestTransport(ConnectingTransport["_Connection"]):
     """V2 over REST, on as many connections as there are requests in flight."""
 
     def __init__(self, target: Target) -> None:
-        self.in_flight = 0
-        self._target = target
-        scheme = "https" if target.tls else "http"
-        self._address = urlsplit(f"{scheme}://{target.url}")
+        """Connects to nothing yet."""
+        super().__init__(target)
         self._heads: dict[tuple[tuple[str, str], ...], bytes] = {}
-        self._connections: set[_Connection] = set()
+        self._open: set[_Connection] = set()
         self._idle: list[_Connection] = []
-        self._connecting: set[asyncio.Task[None]] = set()
-        self._buffer = memoryview(bytearray(READ_BYTES))
 
     async def open(self, timeout_s: float) -> None:
-        """Prepares to connect, which the requests themselves do; see `Transport`."""
-        check_headers(self._target)
-        self._loop = asyncio.get_running_loop()
-        self._tls = ssl.create_default_context() if self._target.tls else None
+        """Gets ready to connect, which the requests themselves do; see `Transport`."""
+        await super().open(timeout_s)
         path = quote(f"{self._address.path.rstrip('/')}/v2/models/{self._target.model}/infer", safe="/%")
         # MLServer compresses unless it is told not to, and that would be measured.
         own = {"Host": self._address.netloc, "Accept": "*/*", "Accept-Encoding": "identity", **self._target.headers}
         self._head = f"POST {path} HTTP/1.1\r\n{_lines(own)}"
 
-    def send(self, payload: Payload, timeout_s: float, then: Callable[[Reply], None]) -> None:
-        """Sends one request; see `Transport`."""
-        self.in_flight += 1
-        connection = self._free()
-        if connection is not None:
-            connection.ask(self._message(payload), timeout_s, then)
-            return
-        connecting = self._loop.create_task(self._connect_and_ask(payload, timeout_s, then))
-        # The loop itself holds tasks only weakly.
-        self._connecting.add(connecting)
-        connecting.add_done_callback(self._connecting.discard)
-
-    async def infer(self, payload: Payload, timeout_s: float) -> Reply:
-        """Sends one request and waits; see `Transport`."""
-        return await wait_for_reply(self, payload, timeout_s)
-
-    async def close(self) -> None:
-        """Closes all connections."""
-        for connecting in self._connecting:
-            connecting.cancel()
-        for connection in tuple(self._connections):
-            connection.abort()
-        # What a connection has to say of its end is said in the loop's next turns.
-        await asyncio.sleep(0)
-
-    def _free(self) -> "_Connection | None":
-        """An idle connection, the last that was used; None where there is none."""
-        while self._idle:
-            connection = self._idle.pop()
-            if connection.usable(self._loop.time() - KEEP_ALIVE_S):
-                return connection
-            connection.abort()
-        return None
-
     # --- for the connections ---
-
-    @property
-    def loop(self) -> asyncio.AbstractEventLoop:
-        """Where they live."""
-        return self._loop
-
-    @property
-    def buffer(self) -> memoryview:
-        """Where what has come is read to, by all of them: it is taken out at once."""
-        return self._buffer
 
     def opened(self, connection: "_Connection") -> None:
         """There is one more."""
-        self._connections.add(connection)
+        self._open.add(connection)
 
-    def answered(self, connection: "_Connection", *, keep: bool) -> None:
+    def answered(self, connection: "_Connection", then: Then, reply: Reply, *, keep: bool) -> None:
         """A connection is done with its request, and may have another or is closed."""
-        self.in_flight -= 1
         if keep:
             self._idle.append(connection)
+        self._settle(then, reply)
 
     def lost(self, connection: "_Connection") -> None:
         """It is no more."""
-        self._connections.discard(connection)
+        self._open.discard(connection)
 
-    async def _connect_and_ask(self, payload: Payload, timeout_s: float, then: Callable[[Reply], None]) -> None:
-        began = self._loop.time()
-        try:
-            async with asyncio.timeout(timeout_s):
-                _, connection = await self._loop.create_connection(
-                    lambda: _Connection(self),
-                    self._address.hostname or "",
-                    self._address.port or (443 if self._tls else 80),
-                    ssl=self._tls,
-                )
-        except OSError as error:
-            # TimeoutError is an OSError, too.
-            late = isinstance(error, TimeoutError)
-            why = f"no connection within {timeout_s:.3g} s" if late else f"{type(error).__name__}: {error}"
-            self.in_flight -= 1
-            then(Reply(Status.TIMEOUT if late else Status.CONNECTION, message=why))
-        else:
-            connection.ask(self._message(payload), timeout_s - (self._loop.time() - began), then)
+    # --- parts of it ---
+
+    def _tls_context(self) -> ssl.SSLContext:
+        return ssl.create_default_context()
+
+    def _find(self) -> "tuple[_Connection | None, Callable[[], Awaitable[_Connection]]]":
+        """The last that was used and is idle."""
+        while self._idle:
+            connection = self._idle.pop()
+            if connection.usable(self.loop.time() - KEEP_ALIVE_S):
+                return connection, self._connect
+            connection.abort("idle")
+        return None, self._connect
+
+    async def _connect(self) -> "_Connection":
+        return await self._dial(lambda: _Connection(self))
+
+    def _ask(self, connection: "_Connection", payload: Payload, timeout_s: float, then: Then) -> None:
+        connection.ask(self._message(payload), timeout_s, then)
+
+    def _connections(self) -> "tuple[_Connection, ...]":
+        return tuple(self._open)
 
     def _message(self, payload: Payload) -> tuple[bytes, ...]:
         """What is written: one piece, or of a large message its head and its body, which is not copied."""
@@ -151,7 +104,7 @@ class _Connection(asyncio.BufferedProtocol):
         self._used = False
         self._closed = False
         self._since_s = 0.0
-        self._then: Callable[[Reply], None] | None = None
+        self._then: Then | None = None
         self._timer: asyncio.TimerHandle | None = None
 
     # --- for the transport ---
@@ -160,21 +113,25 @@ class _Connection(asyncio.BufferedProtocol):
         """Whether a request may be sent on it, which it may where it was used since then."""
         return not self._closed and self._since_s >= since_s
 
-    def ask(self, message: tuple[bytes, ...], timeout_s: float, then: Callable[[Reply], None]) -> None:
+    def ask(self, message: tuple[bytes, ...], timeout_s: float, then: Then) -> None:
         """Sends a request; ``then`` gets its answer."""
         self._then = then
         self._received, self._status, self._headers = b"", 0, NO_HEADERS
         self._body: list[bytes] = []
         self._left: int | None = None
         self._chunks: _Chunks | None = None
-        self._timer = self._loop.call_later(max(0.0, timeout_s), self._give_up, timeout_s)
+        self._timer = self._loop.call_later(timeout_s, self._give_up, timeout_s)
+        if self._closed:  # between connecting and asking
+            self._loop.call_soon(self._lose, "the server closed the connection")
+            return
         for part in message:
             self._transport.write(part)
 
-    def abort(self) -> None:
-        """Ends it at once."""
+    def abort(self, why: str) -> None:
+        """Ends it at once; see `Connection`."""
         self._closed = True
         self._transport.abort()
+        self._lose(why)
 
     # --- for the event loop ---
 
@@ -188,7 +145,7 @@ class _Connection(asyncio.BufferedProtocol):
 
     def buffer_updated(self, nbytes: int) -> None:
         if self._then is None:
-            self.abort()  # an answer that nobody asked for
+            self.abort("an answer that nobody asked for")
             return
         try:
             self._read(bytes(self._owner.buffer[:nbytes]))
@@ -203,8 +160,7 @@ class _Connection(asyncio.BufferedProtocol):
         if exc is None and self._status and self._left is None and self._chunks is None:
             self._finish(keep=False)  # its end is the answer's
             return
-        why = "the server closed the connection" if exc is None else f"{type(exc).__name__}: {exc}"
-        self._end(Reply(Status.CONNECTION, message=why), keep=False)
+        self._lose("the server closed the connection" if exc is None else f"{type(exc).__name__}: {exc}")
 
     # --- an answer ---
 
@@ -255,7 +211,7 @@ class _Connection(asyncio.BufferedProtocol):
             elif name == b"transfer-encoding":
                 chunked = value.lower().endswith(b"chunked")
             elif name == b"connection":
-                self._keep = value.lower() != b"close"
+                self._keep = b"close" not in value.lower()
             elif name in _KEPT:
                 kept[_KEPT[name]] = value.decode("latin-1")
         self._status, self._headers = status, kept or NO_HEADERS
@@ -275,6 +231,10 @@ class _Connection(asyncio.BufferedProtocol):
     def _give_up(self, timeout_s: float) -> None:
         self._end(Reply(Status.TIMEOUT, message=f"no answer within {timeout_s:.3g} s"), keep=False)
 
+    def _lose(self, why: str) -> None:
+        if self._then is not None:
+            self._end(Reply(Status.CONNECTION, message=why), keep=False)
+
     def _end(self, reply: Reply, *, keep: bool) -> None:
         then, self._then = self._then, None
         assert then is not None
@@ -283,9 +243,8 @@ class _Connection(asyncio.BufferedProtocol):
         if keep:
             self._since_s = self._loop.time()
         else:
-            self.abort()
-        self._owner.answered(self, keep=keep)
-        then(reply)
+            self.abort("done")
+        self._owner.answered(self, then, reply, keep=keep)
 
 
 class _Chunks:

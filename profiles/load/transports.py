@@ -5,7 +5,6 @@ target says TLS; an authority of your own is named by ``SSL_CERT_FILE`` (REST) o
 ``GRPC_DEFAULT_SSL_ROOTS_FILE_PATH`` (gRPC).
 """
 
-import asyncio
 import re
 from collections.abc import Callable, Mapping
 from enum import IntEnum
@@ -66,7 +65,7 @@ class Transport(Protocol):
 
         Raises:
             UnreachableError: the endpoint does not take one in time.
-            InputError: a header of the target's is none.
+            InputError: the target's address or one of its headers is none.
         """
 
     def send(self, payload: Payload, timeout_s: float, then: Callable[[Reply], None]) -> None:
@@ -84,18 +83,6 @@ class Transport(Protocol):
 
     async def close(self) -> None:
         """Closes all connections."""
-
-
-async def wait_for_reply(transport: Transport, payload: Payload, timeout_s: float) -> Reply:
-    """`Transport.infer`, for one that can `send`."""
-    answer: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
-
-    def settle(reply: Reply) -> None:
-        if not answer.done():  # whoever waited for it may have gone
-            answer.set_result(reply)
-
-    transport.send(payload, timeout_s, settle)
-    return await answer
 
 
 def make_transport(target: Target, connections: int) -> Transport:

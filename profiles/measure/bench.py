@@ -122,16 +122,16 @@ def takes_binary(target: Target) -> bool:
     Raises:
         UnreachableError: it does not answer as a V2 endpoint.
     """
-    host = target.url.partition("/")[0]
+    host, _, prefix = target.url.rstrip("/").partition("/")
     if target.tls:
         context = ssl.create_default_context()
         connection: http.client.HTTPConnection = http.client.HTTPSConnection(host, timeout=_PROBE_S, context=context)
     else:
         connection = http.client.HTTPConnection(host, timeout=_PROBE_S)
     try:
-        connection.request("GET", "/v2", headers=dict(target.headers))
+        connection.request("GET", f"/{prefix}/v2" if prefix else "/v2", headers=dict(target.headers))
         return "binary_tensor_data" in json.loads(connection.getresponse().read()).get("extensions", [])
-    except (OSError, http.client.HTTPException, ValueError, AttributeError) as error:
+    except (OSError, http.client.HTTPException, ValueError, AttributeError, TypeError) as error:
         raise UnreachableError(
             f"no V2 endpoint answers at {target.url}: {error}",
             hint="Give host:port of a REST endpoint, or take --protocol grpc.",

@@ -418,7 +418,8 @@ def test_a_wrong_tensor_speaks_in_the_servers_words(generator: LoadGenerator, tm
 
 def test_a_client_too_weak_for_the_rate_says_so(generator: LoadGenerator, tmp_path: Path) -> None:
     with FakeV2Server(Fixed(0.0)) as server:
-        window = profile(OpenLoop(rate_rps=50_000, arrivals="constant"), duration_s=0.3, timeout_s=1.0)
+        load = OpenLoop(rate_rps=100_000, arrivals="constant")
+        window = profile(load, duration_s=0.2, warmup_s=0.0, timeout_s=1.0, max_in_flight=100_000)
         record = run(generator, server, window, tmp_path)
     assert gates(record) & {"client_cpu", "lateness"}
     assert not record.valid

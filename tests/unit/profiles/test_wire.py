@@ -27,6 +27,7 @@ def asked(
     payload: Payload = BODY,
     times: int = 1,
     together: bool = False,
+    path: str = "",
     **target: Any,
 ) -> list[Reply]:
     """The replies to so many requests on one connection, one after the other or together."""
@@ -48,7 +49,7 @@ def asked(
         server = await asyncio.start_server(talk, "127.0.0.1", 0)
         port = server.sockets[0].getsockname()[1]
         transport = make_transport(
-            Target(url=f"127.0.0.1:{port}", protocol=protocol, model="m", **target), connections=1
+            Target(url=f"127.0.0.1:{port}{path}", protocol=protocol, model="m", **target), connections=1
         )
         try:
             await transport.open(2.0)
@@ -441,3 +442,69 @@ def test_a_target_without_a_port_has_that_of_its_scheme() -> None:
 
     assert "80" in asyncio.run(main(target))
     assert "443" in asyncio.run(main(replace(target, tls=True)))
+
+
+@pytest.mark.parametrize("protocol", ["rest", "grpc"])
+@pytest.mark.parametrize("url", ["", "host:port", ":8000", "http://host:1", f"{'a' * 70}.b:1", "host:99999", "a@b:1"])
+def test_what_is_no_address_is_refused(protocol: Protocol, url: str) -> None:
+    async def main() -> None:
+        await make_transport(Target(url=url, protocol=protocol, model="m"), connections=1).open(1.0)
+
+    with pytest.raises(InputError, match="is no address of a server"):
+        asyncio.run(main())
+
+
+def test_a_path_before_v2_is_kept() -> None:
+    seen = []
+
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        seen.append((await reader.readuntil(b"\r\n")).decode())
+        writer.write(PLAIN)
+        await writer.drain()
+
+    asked(script, protocol="rest", path="/seldon/")
+    assert seen == ["POST /seldon/v2/models/m/infer HTTP/1.1\r\n"]
+
+
+@pytest.mark.parametrize("protocol", ["rest", "grpc"])
+def test_whoever_waits_when_the_transport_closes_is_told(protocol: Protocol) -> None:
+    async def main() -> list[Reply]:
+        writers: list[asyncio.StreamWriter] = []
+        listening = await asyncio.start_server(lambda reader, writer: writers.append(writer), "127.0.0.1", 0)
+        port = listening.sockets[0].getsockname()[1]
+        transport = make_transport(Target(url=f"127.0.0.1:{port}", protocol=protocol, model="m"), connections=1)
+        if protocol == "rest":
+            await transport.open(1.0)
+        else:
+            with pytest.raises(UnreachableError):
+                await transport.open(0.1)  # it never says a word
+        waiting = [asyncio.create_task(transport.infer(BODY, 5.0)) for _ in range(2)]
+        await asyncio.sleep(0.05)
+        await transport.close()
+        replies = await asyncio.wait_for(asyncio.gather(*waiting), 1.0)
+        listening.close()
+        for writer in writers:
+            writer.transport.abort()
+        assert transport.in_flight == 0
+        return replies
+
+    assert [reply.status for reply in asyncio.run(main())] == [Status.CONNECTION] * 2
+
+
+def test_a_call_that_is_answered_before_it_was_heard_is_given_up() -> None:
+    seen = []
+
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        side = H2(reader, writer)
+        await side.begin(INITIAL_WINDOW_SIZE=100)
+        _, _, stream, _ = await side.next(Kind.DATA)
+        side.answer(stream, trailers=[("grpc-status", "8"), ("grpc-message", "too large")])
+        seen.append(await side.next(Kind.RST_STREAM))
+        _, _, stream, _ = await side.next(Kind.DATA)
+        side.answer(stream)
+        await side.next(Kind.RST_STREAM)
+
+    large = Payload(body=bytes(100_000))
+    replies = asked(script, protocol="grpc", payload=large, times=2)
+    assert [reply.message for reply in replies] == ["RESOURCE_EXHAUSTED: too large", ""]
+    assert [(frame[0], frame[2]) for frame in seen] == [(Kind.RST_STREAM, 1)]
