@@ -14,6 +14,7 @@ import fsspec
 import pytest
 
 from registry.errors import InputError, StorageError
+from registry.filesystems import RemoteFolder, destination_of
 from registry.records import TensorSpec
 from registry.shared_store import SharedStore, open_store
 from registry.store import FolderStore
@@ -59,7 +60,7 @@ def machine(prefix: Path, tmp_path: Path) -> Callable[[str], SharedStore]:
 def folder(tmp_path: Path) -> Path:
     made = tmp_path / "made"
     (made / "sub").mkdir(parents=True)
-    (made / "model.onnx").write_bytes(os.urandom(20_000_000))
+    (made / "model.onnx").write_bytes(os.urandom(4_000_000))
     (made / "sub" / "empty.bin").write_bytes(b"")
     return made
 
@@ -106,12 +107,19 @@ def test_a_file_that_is_gone_or_changed_is_never_taken_for_the_artifact(machine,
     model = prefix / "artifacts" / artifact.digest / "model.onnx"
     content = model.read_bytes()
     model.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))  # of the same size, so that the server sees no change
-    with pytest.raises(InputError, match="arrived with 20000000 bytes of another digest"):
+    with pytest.raises(InputError, match="arrived with 4000000 bytes of another digest"):
         machine("b").path(artifact)
     remove(prefix, f"artifacts/{artifact.digest}/model.onnx")
     with pytest.raises((InputError, StorageError), match="s3://"):
         machine("b").path(artifact)
     assert artifact.digest not in machine("b").local
+
+
+def test_a_missing_bucket_is_no_empty_store(prefix):
+    folder = RemoteFolder(destination_of(f"s3://nowhere/{prefix.name}"))
+    with pytest.raises(InputError, match="there is no such bucket"):
+        folder.read("records/k.json")
+    assert RemoteFolder(destination_of(f"s3://models/{prefix.name}")).read("records/k.json") is None
 
 
 def test_work_that_three_want_is_done_once(machine):

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from registry import codec
+from registry import codec, leases
 from registry.errors import InputError, StorageError
-from registry.filesystems import RemoteFolder
+from registry.filesystems import RemoteFolder, destination_of
 from registry.records import Artifact, ArtifactFile, TensorSpec
 from registry.shared_store import SharedStore, once, open_store
 from registry.store import FolderStore
@@ -177,6 +177,28 @@ def test_work_that_two_want_is_done_once(machine, exclusive):
     # Done is done: nobody makes it again, and no lease is left.
     assert machine("d").once("k", lambda: make("d")).name == made[0]
     assert machine("d")._folder.names("leases") == []
+
+
+def test_of_those_that_claim_at_the_same_moment_one_gets_the_lease(mount, exclusive):
+    folder = RemoteFolder(destination_of(str(mount)))
+    together = threading.Barrier(8)
+    won: list[str] = []
+
+    def claim(key: str) -> None:
+        together.wait()
+        claimed = leases._claim(folder, key, 1, exclusive=exclusive)
+        if claimed is not None:
+            won.append(key)
+
+    for number in range(10):
+        threads = [threading.Thread(target=claim, args=(f"leases/k{number}",)) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert len(won) == len(set(won))
+    # By writing and looking, all may give way, and come again after a while.
+    assert not exclusive or len(won) == 10
 
 
 def test_work_that_failed_is_free_again(machine, exclusive):
