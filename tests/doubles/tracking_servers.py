@@ -82,7 +82,7 @@ def postgres_server() -> Iterator[str]:
         data = folder / "data"
         subprocess.run(
             [programs / "initdb", "-D", data, "-U", POSTGRES_USER, "-A", "scram-sha-256", f"--pwfile={password}",
-             "--no-sync"],
+             "--no-sync", "--no-locale", "--encoding=UTF8"],
             check=True, capture_output=True, user=user, cwd=folder, timeout=60,
         )  # fmt: skip
         port = free_port()

@@ -17,7 +17,7 @@ from mlflow import MlflowClient
 
 from registry.errors import InputError, UnreachableError
 from registry.mlflow_tracking import MlflowTracker
-from registry.records import Campaign, StageCall
+from registry.records import Campaign, Failure, Spectrum, StageCall
 from registry.tracking import embedded_uri, open_tracker
 from tests.doubles import campaigns, searches
 
@@ -261,6 +261,30 @@ def test_the_winner_becomes_a_version_without_an_alias(uri: str, own_name: Campa
     assert version.run_id == published.runs[campaigns.STATIC_TRITON.id]
     assert version.source.startswith("models:/m-")
     assert list(version.aliases) == []
+
+
+def test_a_candidate_that_failed_is_a_failed_run_of_a_whole_campaign(own_name: Campaign, work: Path) -> None:
+    failure = Failure(
+        subject=campaigns.OPENVINO_TRITON.name, phase="deploy", kind="died", reason="the server ended with code 137"
+    )
+    failed = dataclasses.replace(own_name, failures=(failure,))
+    tracker = MlflowTracker(embedded_uri(work), work)
+    published = tracker.publish(failed, files={})
+    run = MlflowClient(tracking_uri=embedded_uri(work)).get_run(published.runs[campaigns.OPENVINO_TRITON.id])
+    assert (run.info.status, run.data.tags["burnish.verdict"]) == ("FAILED", "failed")
+    assert run.data.tags["burnish.reason"] == failure.reason
+    assert tracker.publish(failed, files={}) == published
+
+
+def test_more_points_than_one_call_takes_are_all_there(own_name: Campaign, work: Path) -> None:
+    points = tuple((percentile / 100, 1.0 + percentile) for percentile in range(2500))
+    spectrum = Spectrum(candidate_id=campaigns.BASELINE.id, load="100 rps", requests=10**6, points=points)
+    bare = dataclasses.replace(own_name, spectra=(spectrum,), candidates=(campaigns.BASELINE,), variants=())
+    published = MlflowTracker(embedded_uri(work), work).publish(bare, files={})
+    client = MlflowClient(tracking_uri=embedded_uri(work))
+    run_id = published.runs[campaigns.BASELINE.id]
+    assert len(client.get_metric_history(run_id, "spectrum/latency_ms.at_100_rps")) == 2500
+    assert client.get_run(run_id).data.metrics["max_throughput_rps"] == 455.3
 
 
 def test_without_a_winner_nothing_is_registered(uri: str, own_name: Campaign, work: Path) -> None:
