@@ -349,7 +349,8 @@ def _count(number: int, noun: str) -> str:
 def _selected_sentence(selected: Standing, objective: Objective, comparisons: Sequence[Comparison]) -> str:
     said = f"{label(objective.metric, objective.load)} {numbers.text(selected.estimate(objective))}"
     if selected.is_champion:
-        return f"Keep what serves now, {selected.candidate.name}: nothing that meets the policy is certainly better ({said})."
+        name = selected.candidate.name
+        return f"Keep what serves now, {name}: nothing that meets the policy is certainly better ({said})."
     if selected.is_baseline:
         return (
             f"Keep the baseline {selected.candidate.name}: nothing that meets the policy is certainly better ({said})."
