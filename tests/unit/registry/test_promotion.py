@@ -330,6 +330,10 @@ def test_killed_between_any_two_lines_the_next_try_gets_there(
     house.promote()
     assert house.is_promoted()
     assert house.states() == ["completed"]
+    # What was done is not done again.
+    journal = Journal(Ledger.read(house.work / "promotions.jsonl"), lambda: "")
+    done = [one.step for one in journal.events(journal.promotions[0]) if one.phase == "done"]
+    assert done == [*(step.name for step in STEPS), "promotion"]
     house.roll_back()
     assert house.is_as_before()
 
