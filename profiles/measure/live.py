@@ -29,6 +29,10 @@ RUNS = 5
 CONFIDENCE = 0.95
 FOR_ONE_PERCENT = 299
 """Requests of which none failed that show, at that confidence, that no more than 1 % do."""
+LOST_SHARE = 0.1
+"""Where certainly more of the challenger's requests fail, watching ends early."""
+_LEAST_FAILED = 5
+_LOOK_EVERY = 10
 _CONNECTIONS = 4
 _CONNECT_S = 10.0
 _LEAD_S = 0.02
@@ -131,6 +135,9 @@ class RequestProbe:
                 tasks.append(
                     asyncio.create_task(self._ask(transport, payload, float(at_s), start, direct=number % 2 == 1))
                 )
+                if number % _LOOK_EVERY == 0 and _is_lost([one.result() for one in tasks if one.done()], step):
+                    # Callers need not bear with it until the end.
+                    break
             return list(await asyncio.gather(*tasks))
         finally:
             for transport, _ in ways:
@@ -216,6 +223,13 @@ def _latencies(answers: Sequence[_Answer], step: PromotionStep) -> dict[str, Est
 def _failed(answers: Sequence[_Answer], step: PromotionStep) -> Estimate:
     own = _of_challenger(answers, step)
     return share(sum(bool(one.problem) for one in own), len(own))
+
+
+def _is_lost(answers: Sequence[_Answer], step: PromotionStep) -> bool:
+    """Whether the challenger fails far more of its requests than it may, beyond doubt."""
+    own = _of_challenger(answers, step)
+    failed = sum(bool(one.problem) for one in own)
+    return failed >= _LEAST_FAILED and (share(failed, len(own)).low or 0.0) > LOST_SHARE
 
 
 def _problems(answers: Sequence[_Answer]) -> str:
