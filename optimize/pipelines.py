@@ -229,6 +229,7 @@ def measure_plan(
     work: Path,
     metric: str | None = "accuracy",
     variants: bool = True,
+    workers: Sequence[int] = (),
     mesh: str | None = None,
     told: Told = lambda line: None,
     seed: int = 0,
@@ -241,6 +242,8 @@ def measure_plan(
         work: folder for logs and arrays.
         metric: for what each variant loses alone; None to leave it out.
         variants: whether others than the first are measured.
+        workers: numbers of worker processes (Triton: instances) to measure each first variant with besides, for
+            balancing.
         mesh: ``host:port`` of a Core 2 where the pipeline is deployed; the whole is then measured there.
         told: takes a line for each that is measured.
         seed: of arrivals and payloads.
@@ -270,22 +273,22 @@ def measure_plan(
         # What the whole would do where its servers took turns on the same CPUs.
         counts = visits(pipeline)
         rate = 1 / sum(counts[step] / alone[step].saturation_rps for step in pipeline.names)
-        for step, model in ((step, plan.models[step]) for step in pipeline.names):
-            workers = max(1, model.parallel_workers)
-            for place, variant in enumerate(model.variants):
-                if place == 0:
-                    cpu_ms = bench.cpu(first[step][0], seen[step], rate * counts[step])
-                    numbers = as_step(alone[step], workers=workers, cpu_ms=cpu_ms, accuracy_drop=0.0)
-                elif variants:
-                    loss = _loss(plan, samples, {step: variant}, metric, base)
-                    with _served(model, file_of(plan, step, variant)) as served:
-                        found = bench.model(served, seen[step])
-                        cpu_ms = bench.cpu(served, seen[step], rate * counts[step])
-                    numbers = as_step(found, workers=workers, cpu_ms=cpu_ms, accuracy_drop=loss)
-                else:
-                    break
-                steps.setdefault(step, {})[variant] = numbers
-                told(f"{step} {variant}: saturates at {numbers.saturation_rps:.4g} a second")
+        for step in pipeline.names:
+            own = max(1, plan.models[step].parallel_workers)
+            cpu_ms = bench.cpu(first[step][0], seen[step], rate * counts[step])
+            numbers = as_step(alone[step], workers=own, cpu_ms=cpu_ms, accuracy_drop=0.0)
+            others = sorted(set(workers) - {own})
+            by_workers = {count: bench.workers(plan, step, count, seen[step]) for count in others}
+            names = list(plan.models[step].variants)
+            steps[step] = {names[0]: numbers.model_copy(update={"by_workers": by_workers})}
+            for variant in names[1:] if variants else ():
+                with _served(plan.models[step], file_of(plan, step, variant)) as served:
+                    found = bench.model(served, seen[step])
+                    cpu_ms = bench.cpu(served, seen[step], rate * counts[step])
+                loss = _loss(plan, samples, {step: variant}, metric, base)
+                steps[step][variant] = as_step(found, workers=own, cpu_ms=cpu_ms, accuracy_drop=loss)
+            for variant, known in steps[step].items():
+                told(f"{step} {variant}: saturates at {known.saturation_rps:.4g} a second")
         if mesh is None:
             targets = {step: [one.deployment.target for one in ones] for step, ones in first.items()}
             target = stack.enter_context(local_pipeline(pipeline, targets, work, cpus=client_cpus))
@@ -334,6 +337,12 @@ class _Bench:
             seed=self.seed,
         )
 
+    def workers(self, plan: Plan, step: str, count: int, inputs: Mapping[str, NDArray[Any]]) -> float:
+        """Saturation of the step's first variant with so many workers."""
+        model = plan.models[step].model_copy(update={"parallel_workers": count})
+        with _served(model, file_of(plan, step)) as served:
+            return self.model(served, inputs).saturation_rps
+
     def whole(self, target: Target, plan: Plan, samples: Samples, *, without: str) -> WholeNumbers:
         found = self._endpoint(target, samples.inputs, None)
         rates = [share * found.saturation_rps for share in RATE_SHARES]
@@ -362,7 +371,10 @@ def _payloads(target: Target, inputs: Mapping[str, NDArray[Any]]) -> tuple[Paylo
 
 @contextmanager
 def _served(model: ModelPart, path: Path) -> Iterator[Served]:
-    profile = serving_profile(server=model.server, parallel_workers=model.parallel_workers, threads=model.threads)
+    lanes = {"instances": max(1, model.parallel_workers)} if model.server == "triton" else {
+        "parallel_workers": model.parallel_workers
+    }  # fmt: skip
+    profile = serving_profile(server=model.server, threads=model.threads, **lanes)
     with serve_model(path, profile, precision="default", http_port=None, grpc_port=None) as served:
         yield served
 

@@ -53,6 +53,7 @@ def measure(
     level: Annotated[str, typer.Option(help="quick, standard or proof: how long windows are.")] = "quick",
     metric: Annotated[str, typer.Option(help="For what each variant loses alone.")] = "accuracy",
     variants: Annotated[bool, typer.Option("--variants/--first-only", help="Every variant, or the first.")] = True,
+    workers: Annotated[list[int] | None, typer.Option(help="Measure first variants with so many, too.")] = None,
     mesh: Annotated[str | None, typer.Option(help="host:port of a Core 2 that has the pipeline.")] = None,
     seed: Seed = 0,
     json_output: Json = False,
@@ -74,7 +75,15 @@ def measure(
     read, windows = load_plan(plan), pipelines.quicker(find_level(level))
     with terminable(), TemporaryDirectory(prefix="burnish-pipeline-") as work:
         found = pipelines.measure_plan(
-            read, level=windows, work=Path(work), metric=metric, variants=variants, mesh=mesh, told=say, seed=seed
+            read,
+            level=windows,
+            work=Path(work),
+            metric=metric,
+            variants=variants,
+            workers=workers or (),
+            mesh=mesh,
+            told=say,
+            seed=seed,
         )
     write_measured(found, out)
     if json_output:

@@ -109,7 +109,7 @@ class ModelPart(_Part):
     Attributes:
         variants: name -> ONNX file, or OpenVINO's ``.xml``, relative to the plan; the first is the one in use.
         server: what serves it on this machine.
-        parallel_workers: MLServer's worker processes; 0 is none beside the server's own.
+        parallel_workers: MLServer's worker processes, 0 being none beside the server's own; Triton's instances.
         threads: of each engine session.
         replicas: servers with this model.
     """

@@ -77,7 +77,11 @@ def measure_endpoint(
         )  # fmt: skip
         record = run_until_valid(run, single, scratch, level)
         latencies = _latencies(scratch, record)
-        capacity = find_capacity(run, level, candidate_id=target.model, seed=seed)
+        # A machine that is busy for a moment spoils a search; one that is busy for long spoils them all.
+        for attempt in range(1 + level.reruns):
+            capacity = find_capacity(run, level, candidate_id=target.model, seed=seed + attempt)
+            if capacity.saturation_rps is not None:
+                break
     finally:
         scratch.unlink(missing_ok=True)
     if capacity.saturation_rps is None or not len(latencies):

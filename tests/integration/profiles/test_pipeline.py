@@ -37,7 +37,7 @@ samples: samples.npz
 answer: first
 """
 TINY = {"warmup_s": 0.1, "closed_s": 0.3, "open_s": 0.3, "longest_s": 0.5, "ladder": (2,), "ladder_s": 0.2,
-        "stages": (0.2,), "stage_s": 0.2, "reruns": 0}  # fmt: skip
+        "stages": (0.05,), "stage_s": 0.2, "reruns": 3}  # fmt: skip
 
 
 @pytest.fixture
@@ -71,16 +71,23 @@ def test_the_whole_answers_and_is_measured_like_its_steps(plan: Plan, tmp_path: 
     assert np.allclose(answer["second"], mlp_answer(features, seed=1), atol=1e-4)
 
 
-def test_every_step_and_the_whole_are_measured(plan: Plan, tmp_path: Path):
+def test_a_step_and_the_whole_are_measured(plan: Plan, tmp_path: Path):
+    alone = PLAN.replace("- name: right\n", "").replace("steps: [left, right]", "steps: [left]")
+    alone = alone.replace(", right.outputs.logits: second", "").replace(
+        "  right: {variants: {two: two/model.onnx}}\n", ""
+    )
+    plan.path.write_text(alone)
+    plan = load_plan(plan.path)
     level = replace(find_level("quick"), **TINY)
-    measured = measure_plan(plan, level=level, work=tmp_path / "work", variants=False)
+    measured = measure_plan(plan, level=level, work=tmp_path / "work", variants=False, workers=(1, 2))
+    assert list(measured.of("left").by_workers) == [2]
     write_measured(measured, tmp_path / "m.yaml")
     assert load_measured(tmp_path / "m.yaml", plan.pipeline) == measured
     assert list(measured.steps["left"]) == ["one"]
     assert measured.of("left").accuracy_drop == 0.0
     assert measured.whole is not None
     assert "Kafka" in measured.whole.without
-    assert {limit.what for limit in pipeline_limits(plan.pipeline, measured)} >= {"left", "right"}
+    assert {limit.what for limit in pipeline_limits(plan.pipeline, measured)} >= {"left"}
 
 
 def test_combinations_are_run_on_samples(plan: Plan):
