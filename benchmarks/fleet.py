@@ -85,7 +85,7 @@ def main() -> None:
             one = median(outcome.seconds for outcome in engine.run(tasks(ALONE, first=1000)))
         say(f"one node: {one:.2f} s a variant, of which {WAIT_S:g} s are waiting")
 
-        address = stack.enter_context(ray_cluster(NODES, folder))
+        address = stack.enter_context(ray_cluster(NODES, folder)).address
         made, whole, working = run(folder, store, address)
         assert made == VARIANTS
         share = VARIANTS * one / working / NODES

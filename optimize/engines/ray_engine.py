@@ -12,6 +12,7 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -34,6 +35,7 @@ RETRIES = 3
 """How often a task is run again whose worker or node died."""
 _CONNECT_S = 5.0
 _LOOK_S = 90.0
+_SETTLED_S, _SETTLING_S = 10.0, 0.2
 _LOOPBACK = "127.0.0.1"
 _OBJECT_STORE_BYTES = 80_000_000  # Ray's least is 75 MB, and nothing but short texts goes through it
 _LOOPBACK_SWITCH = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
@@ -109,27 +111,9 @@ class RayEngine:
     # --- parts of it ---
 
     def _look_at_nodes(self) -> None:
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as On
-
-        look = self._ray.remote(ray_worker.look)
-        ways = [
-            {"num_cpus": 0, "max_retries": 0, "scheduling_strategy": On(one["NodeID"], soft=False)}
-            for one in self._nodes
-        ]
-        references = [look.options(**way).remote(self._store.uri) for way in ways]
-        for node, reference in zip(self._nodes, references, strict=True):
-            name = node["NodeManagerHostname"]
-            try:
-                about = json.loads(reference.future().result(_LOOK_S))
-            except TimeoutError:
-                raise UnreachableError(
-                    f"the node {name} of the Ray cluster has not run a first task within {_LOOK_S:g} s"
-                ) from None
-            except self._ray.exceptions.RayError as error:
-                raise InputError(
-                    f"the node {name} of the Ray cluster cannot run burnish: {_last_line(error)}",
-                    hint="Install the same burnish in the environment that Ray runs in there.",
-                ) from None
+        asked = [self._ask(node) for node in self._nodes]
+        for node, future in zip(self._nodes, asked, strict=True):
+            name, about = node["NodeManagerHostname"], self._answer(node, future)
             if about["burnish"] != version("burnish"):
                 raise InputError(
                     f"the node {name} has burnish {about['burnish']}, and this is {version('burnish')}",
@@ -137,6 +121,38 @@ class RayEngine:
                 )
             if "error" in about:
                 raise UnreachableError(f"the node {name} cannot use the shared store: {about['error']}")
+
+    def _ask(self, node: Mapping[str, Any]) -> Future[str]:
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as On
+
+        look = self._ray.remote(ray_worker.look)
+        there = look.options(num_cpus=0, max_retries=0, scheduling_strategy=On(node["NodeID"], soft=False))
+        future: Future[str] = there.remote(self._store.uri).future()
+        return future
+
+    def _answer(self, node: Mapping[str, Any], future: Future[str]) -> dict[str, Any]:
+        """What a node says of itself."""
+        name, known, deadline = node["NodeManagerHostname"], self._ray.exceptions, time.monotonic() + _LOOK_S
+        while True:
+            try:
+                return dict(json.loads(future.result(deadline - time.monotonic())))
+            except known.TaskUnschedulableError as error:
+                # A node that has just come is known to one part of Ray sooner than to the next.
+                if deadline - time.monotonic() < _LOOK_S - _SETTLED_S:
+                    raise UnreachableError(
+                        f"the node {name} of the Ray cluster went away: {_last_line(error)}"
+                    ) from None
+                time.sleep(_SETTLING_S)
+                future = self._ask(node)
+            except TimeoutError:
+                raise UnreachableError(
+                    f"the node {name} of the Ray cluster has not run a first task within {_LOOK_S:g} s"
+                ) from None
+            except known.RayError as error:
+                raise InputError(
+                    f"the node {name} of the Ray cluster cannot run burnish: {_last_line(error)}",
+                    hint="Install the same burnish in the environment that Ray runs in there.",
+                ) from None
 
     def _placed(self, task: Task) -> Resources:
         """What a task asks Ray for, with a number of cores, where there is a node that has it."""
@@ -279,6 +295,8 @@ def _connect(address: str | None) -> Any:
             "logging_level": logging.ERROR,
         }
     try:
+        # What Ray says of workers that died it prints to stdout, which belongs to the answer of a command.
+        ray._private.worker.print_to_stdstream = _to_log
         with _own_sigterm():
             context = ray.init(namespace="burnish", **options)
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
@@ -287,6 +305,11 @@ def _connect(address: str | None) -> Any:
         ray.shutdown()
         raise UnreachableError("Ray would have listened beyond this machine, and was ended")
     return ray
+
+
+def _to_log(said: Mapping[str, Any], **_: Any) -> None:
+    for line in said.get("lines") or ():
+        _log.info("Ray: %s", line)
 
 
 @contextmanager

@@ -9,13 +9,21 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).parents[2]
 
 
+class Cluster(NamedTuple):
+    """A cluster that runs: its address, and the process that all of its processes descend from."""
+
+    address: str
+    pid: int
+
+
 @contextmanager
-def ray_cluster(nodes: int, folder: Path, *, environment: Mapping[str, str] | None = None) -> Iterator[str]:
-    """The address of a cluster of ``nodes`` nodes of one core each, the head among them.
+def ray_cluster(nodes: int, folder: Path, *, environment: Mapping[str, str] | None = None) -> Iterator[Cluster]:
+    """A cluster of ``nodes`` nodes of one core each, the head among them.
 
     Args:
         nodes: how many.
@@ -44,7 +52,7 @@ def ray_cluster(nodes: int, folder: Path, *, environment: Mapping[str, str] | No
                 address = line.split()[1]
                 break
         assert address, log.read_text()
-        yield address
+        yield Cluster(address, cluster.pid)
     finally:
         cluster.stdin.close()
         try:
@@ -56,12 +64,12 @@ def ray_cluster(nodes: int, folder: Path, *, environment: Mapping[str, str] | No
 
 
 def main(nodes: int, folder: Path) -> None:
-    from ray.cluster_utils import Cluster
+    from ray import cluster_utils
 
     common = {"node_ip_address": "127.0.0.1", "object_store_memory": 80_000_000, "include_dashboard": False}
     each = {**common, "num_cpus": 1, "memory": 1_000_000_000}
     head = {**each, "labels": {"shelf": "0"}, "temp_dir": str(folder / "r")}
-    cluster = Cluster(initialize_head=True, head_node_args=head)
+    cluster = cluster_utils.Cluster(initialize_head=True, head_node_args=head)
     for number in range(1, nodes):
         cluster.add_node(wait=False, **each, labels={"shelf": str(number)})
     cluster.wait_for_nodes()

@@ -23,7 +23,7 @@ from optimize.testing import tiny_conv_net  # noqa: E402
 from registry.errors import InputError, UnreachableError  # noqa: E402
 from registry.shared_store import SharedStore  # noqa: E402
 from registry.store import FolderStore  # noqa: E402
-from tests.doubles.ray_cluster import ray_cluster  # noqa: E402
+from tests.doubles.ray_cluster import Cluster, ray_cluster  # noqa: E402
 
 STEPS = "tests.doubles.steps"
 
@@ -39,13 +39,18 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[str]:
+def running() -> Iterator[Cluster]:
     # Ray's sockets are in the folder, and a path of a socket is short.
     with (
         tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder,
-        ray_cluster(2, Path(folder)) as address,
+        ray_cluster(2, Path(folder)) as started,
     ):
-        yield address
+        yield started
+
+
+@pytest.fixture
+def cluster(running: Cluster) -> str:
+    return running.address
 
 
 @pytest.fixture(autouse=True)
@@ -122,23 +127,45 @@ def test_a_killed_worker_is_replaced_and_nothing_is_lost_or_done_twice(
     assert sorted(mark.name.split(".")[0] for mark in tmp_path.glob("w*.done")) == names
 
 
-def test_variants_are_made_on_the_cluster(cluster: str, tmp_path: Path):
+def burnish_make(model: Path, work: Path, store: Path, cluster: str, *variants: str) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-P", "-m", "optimize", "make", str(model), "--json", "--work", str(work)]
+    command += ["--out", str(work / "out"), *(word for name in variants for word in ("--variant", name))]
+    environment = {**os.environ, "BURNISH_ENGINE": "ray", "RAY_ADDRESS": cluster, "BURNISH_STORE": str(store)}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_variants_are_made_on_the_cluster_though_a_worker_is_killed_at_it(running: Cluster, tmp_path: Path):
     model = tmp_path / "source" / "model.onnx"
     tiny_conv_net(model.parent)
-    command = [sys.executable, "-P", "-m", "optimize", "make", str(model), "--variant", "float32", "--json"]
-    command += ["--variant", "ort-optimized", "--work", str(tmp_path / "work"), "--out", str(tmp_path / "out")]
-    environment = {
-        **os.environ,
-        "BURNISH_ENGINE": "ray",
-        "RAY_ADDRESS": cluster,
-        "BURNISH_STORE": str(tmp_path / "mount"),
-    }
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    document = json.loads(done.stdout)
-    assert [one["name"] for one in document["variants"]] == ["float32", "ort-optimized"]
+    variants = ["float32", "ort-optimized"]
+    with burnish_make(model, tmp_path / "work", tmp_path / "mount", running.address, *variants) as making:
+        worker = None
+        while worker is None and making.poll() is None:
+            # The processes of this cluster that make a variant are children of Ray's workers.
+            worker = next((child.parent() for child in _descendants(running.pid) if _is_child(child)), None)
+        assert worker is not None
+        worker.kill()
+        told, log = making.communicate(timeout=120)
+    assert making.returncode == 0, told + log
+    document = json.loads(told)
+    assert [one["name"] for one in document["variants"]] == variants
     assert all(Path(one["path"]).is_file() for one in document["variants"])
     assert len(list((tmp_path / "mount" / "records").glob("variant-*"))) == 2
+    assert not [path for path in (tmp_path / "mount" / "leases").rglob("*") if path.is_file()]
+
+
+def _descendants(pid: int) -> list[psutil.Process]:
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.Error:
+        return []
+
+
+def _is_child(process: psutil.Process) -> bool:
+    try:
+        return "optimize.engines.child" in process.cmdline()
+    except psutil.Error:
+        return False
 
 
 def test_sigterm_ends_the_campaign_and_what_runs_for_it(cluster: str, tmp_path: Path):
