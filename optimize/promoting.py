@@ -393,8 +393,13 @@ class Promoting:
                 weights=options.weights, mirror=options.mirror, watch_s=options.watch_s, beside=beside
             ),
             reason=campaign.verdict.sentence,
-            notes=(*subject.notes, *_notes(beside=beside, at_once=at_once, options=options)),
+            notes=(*subject.notes, *self._place_notes(), *_notes(beside=beside, at_once=at_once, options=options)),
         )
+
+    def _place_notes(self) -> tuple[str, ...]:
+        if not isinstance(self._subject.cluster, LocalConfig):
+            return ()
+        return ("On this machine servers run while the command does: a rehearsal. --hold goes on serving.",)
 
     def _version(self, version: str | None) -> RegisteredVersion | None:
         model = self._subject.campaign.model_name

@@ -141,4 +141,5 @@ def history(
         who = "no version" if one.version is None else f"version {one.version}"
         named = f" {one.candidate}" if one.candidate else ""
         typer.echo(printable(f"{one.since[:19]}  {who}{named}, {one.how} at {one.location}: {one.reason}"))
-    typer.echo(printable(word) if word else "" if reigns else f"{model} never had a champion.")
+    if word or not reigns:
+        typer.echo(printable(word) or f"{model} never had a champion.")
