@@ -7,11 +7,13 @@ from then. Closed loop: a fixed number of requests is outstanding. Both warm up 
 import asyncio
 import contextlib
 import itertools
+import math
+import mmap
 import time
-from array import array
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import numpy as np
 
@@ -34,6 +36,8 @@ SAMPLES_A_WINDOW, FEWEST_S_BETWEEN = 100, 0.01
 # Of replies that are kept, at most so much: large ones are kept fewer.
 MOST_KEPT_BYTES = 64_000_000
 UNANSWERED = -1
+# No event loop of one process sends more in a closed loop; room is kept for so many.
+MOST_RPS = 50_000.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,43 +71,70 @@ class Offered:
     first_error: str
 
 
-@dataclass(slots=True)
-class _Log:
-    """Times by request, in flat arrays: 26 or 27 bytes a request, appended as they are due.
+_Kind = Literal["q", "b", "B", "H"]
 
-    Attributes:
+
+class _Log:
+    """Times by request in memory of their own: 26 or 27 bytes a request, taken as they are due, and given back at once.
+
+    The allocator would keep what arrays leave behind as they grow: twice as much, from the second window on.
+
+    Args:
         payloads: how many different ones there are.
+        requests: how many are expected; with more, all is moved to where there is room for twice as many.
     """
 
-    payloads: int
+    intended: "memoryview[int]"
+    sent: "memoryview[int]"
+    done: "memoryview[int]"
+    status: "memoryview[int]"
+    payload: "memoryview[int]"
 
-    intended: "array[int]" = field(default_factory=lambda: array("q"))
-    sent: "array[int]" = field(default_factory=lambda: array("q"))
-    done: "array[int]" = field(default_factory=lambda: array("q"))
-    status: "array[int]" = field(default_factory=lambda: array("b"))
-    payload: "array[int]" = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.payload = array("B" if self.payloads <= 1 << 8 else "H")
+    def __init__(self, payloads: int, requests: int) -> None:
+        self.count = 0
+        self._kinds: tuple[_Kind, ...] = ("q", "q", "q", "b", "B" if payloads <= 1 << 8 else "H")
+        self._reserve(max(1, requests))
 
     def append(self, due_ns: int, payload: int, status: int) -> int:
         """Books a request; returns its index."""
-        self.intended.append(due_ns)
-        self.sent.append(due_ns)
-        self.done.append(due_ns)
-        self.status.append(status)
-        self.payload.append(payload)
-        return len(self.status) - 1
+        index = self.count
+        if index == self._rows:
+            self._reserve(2 * self._rows)
+        self.intended[index] = self.sent[index] = self.done[index] = due_ns
+        self.status[index] = status
+        self.payload[index] = payload
+        self.count = index + 1
+        return index
 
     def trace(self) -> Trace:
-        """All of it as numpy arrays, which are views: nothing can be appended any more."""
-        return Trace(
-            intended_ns=np.frombuffer(self.intended, dtype=np.int64),
-            sent_ns=np.frombuffer(self.sent, dtype=np.int64),
-            done_ns=np.frombuffer(self.done, dtype=np.int64),
-            status=np.frombuffer(self.status, dtype=np.int8),
-            payload=np.frombuffer(self.payload, dtype=self.payload.typecode),
+        """All of it as numpy arrays, which are views."""
+        columns = (self.intended, self.sent, self.done, self.status, self.payload)
+        intended, sent, done, status, payload = (
+            np.frombuffer(column, dtype=kind)[: self.count] for column, kind in zip(columns, self._kinds, strict=True)
         )
+        return Trace(intended_ns=intended, sent_ns=sent, done_ns=done, status=status, payload=payload)
+
+    def _reserve(self, rows: int) -> None:
+        """Takes address space; memory follows page by page, where it is written to."""
+        sizes = [-(-rows * np.dtype(kind).itemsize // mmap.PAGESIZE) * mmap.PAGESIZE for kind in self._kinds]
+        room = memoryview(mmap.mmap(-1, sum(sizes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+        starts = itertools.accumulate(sizes, initial=0)
+        columns = [
+            room[start : start + size].cast(kind) for start, size, kind in zip(starts, sizes, self._kinds, strict=False)
+        ]
+        if self.count:
+            for old, new in zip((self.intended, self.sent, self.done, self.status, self.payload), columns, strict=True):
+                new[: self.count] = old[: self.count]
+        self.intended, self.sent, self.done, self.status, self.payload = columns
+        self._rows = rows
+
+
+def _expected_requests(profile: LoadProfile) -> int:
+    """How many requests a load is about to have, in its warm-up and window."""
+    length_s = profile.warmup_s + profile.duration_s
+    rate_rps = MOST_RPS if isinstance(profile.load, ClosedLoop) else profile.load.rate_rps
+    mean = rate_rps * length_s
+    return int(mean + 10 * math.sqrt(mean))
 
 
 class Window:
@@ -140,7 +171,7 @@ class Window:
         self._on_begin = on_begin
         self._on_end = on_end
         self._timeout_ns = int(profile.timeout_s * NS_PER_S)
-        self._log = _Log(len(payloads))
+        self._log = _Log(len(payloads), _expected_requests(profile))
         self._rotation = itertools.cycle(
             np.random.default_rng((profile.seed, lane)).permutation(len(payloads)).tolist()
         )
@@ -317,8 +348,8 @@ class Window:
                 await asyncio.wait_for(self._all_answered.wait(), max(0.0, left_s) + 0.5)
         self._over = True
         now_ns = time.perf_counter_ns()
-        for index, status in enumerate(self._log.status):
-            if status == UNANSWERED:
+        for index in range(self._log.count):
+            if self._log.status[index] == UNANSWERED:
                 self._log.status[index] = Status.TIMEOUT
                 self._log.done[index] = now_ns
 

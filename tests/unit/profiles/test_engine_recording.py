@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -9,6 +10,7 @@ from numpy.typing import NDArray
 from profiles.load.recording import COLUMNS, Trace, load_arrays, merge_parts, save_arrays, save_columns
 from profiles.load.summary import summarize
 from profiles.load.transports import Status
+from profiles.load.window import UNANSWERED, _Log
 from profiles.testing import Batches, Bimodal, Exponential, Fixed, Queue, Stall, simulate
 from registry.codec import file_sha256
 from registry.errors import InputError
@@ -190,3 +192,33 @@ def test_records_of_several_processes_are_those_of_one(
 def trace_of(sent: NDArray[np.int64], took: NDArray[np.int64], payload: NDArray[np.int64]) -> Trace:
     status = np.where(took % 7 == 3, Status.STATUS, Status.OK).astype(np.int8)
     return Trace(intended_ns=sent, sent_ns=sent, done_ns=sent + took, status=status, payload=payload)
+
+
+@pytest.mark.parametrize("requests", [1, 1000, 5000])
+def test_a_log_holds_more_than_was_expected(requests: int) -> None:
+    log = _Log(300, requests)
+    for index in range(3000):
+        assert log.append(10 * index, index % 300, UNANSWERED) == index
+    log.sent[7], log.done[7], log.status[7] = 71, 72, Status.OK
+    trace = log.trace()
+    assert trace.intended_ns.tolist() == list(range(0, 30_000, 10))
+    assert (trace.sent_ns[7], trace.done_ns[7], trace.status[7]) == (71, 72, Status.OK)
+    assert trace.payload.tolist() == [index % 300 for index in range(3000)]
+    assert (np.delete(trace.status, 7) == UNANSWERED).all()
+
+
+def test_a_log_takes_what_it_holds_and_gives_it_back() -> None:
+    """Also the second time, when an allocator would have learned to keep large pieces."""
+    count = 300_000
+    before = resident_bytes()
+    for _ in range(3):
+        log = _Log(32, 10 * count)
+        for index in range(count):
+            log.append(index, 0, 0)
+        assert resident_bytes() - before < 30 * count
+        del log
+        assert resident_bytes() - before < 4 * count
+
+
+def resident_bytes() -> int:
+    return psutil.Process().memory_info().rss
