@@ -36,8 +36,8 @@ SAMPLES_A_WINDOW, FEWEST_S_BETWEEN = 100, 0.01
 # Of replies that are kept, at most so much: large ones are kept fewer.
 MOST_KEPT_BYTES = 64_000_000
 UNANSWERED = -1
-# No event loop of one process sends more in a closed loop; room is kept for so many.
-MOST_RPS = 50_000.0
+# No event loop of one process sends more in a closed loop; room is kept for so many a second, up to so many.
+MOST_RPS, MOST_ROOM = 50_000.0, 10_000_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,11 +130,11 @@ class _Log:
 
 
 def _expected_requests(profile: LoadProfile) -> int:
-    """How many requests a load is about to have, in its warm-up and window."""
+    """How many requests a load may be about to have, in its warm-up and window."""
     length_s = profile.warmup_s + profile.duration_s
     rate_rps = MOST_RPS if isinstance(profile.load, ClosedLoop) else profile.load.rate_rps
     mean = rate_rps * length_s
-    return int(mean + 10 * math.sqrt(mean))
+    return int(min(MOST_ROOM, mean + 10 * math.sqrt(mean)))
 
 
 class Window:

@@ -5,7 +5,6 @@ estimate, not a reading of a meter in the socket, and n/a where nobody counts it
 """
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -285,6 +284,5 @@ async def _ask_once(target: Target, payload: Payload, timeout_s: float) -> float
     except UnreachableError:
         return None
     finally:
-        with contextlib.suppress(UnreachableError):
-            await transport.close()
+        await transport.close()
     return took_ms if reply.status == Status.OK else None
