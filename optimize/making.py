@@ -32,7 +32,7 @@ from optimize.stages.base import TorchOrigin, input_of
 from registry import codec
 from registry.errors import BurnishError, NotApplicableError, StorageError
 from registry.records import Failure, Recipe, Source, TensorSpec, Variant
-from registry.shared_store import once
+from registry.shared_store import once, share
 
 
 def make_sources(workspace: Workspace) -> tuple[list[Source], list[Failure]]:
@@ -117,6 +117,8 @@ def make_variants(
         for recipe in workspace.plan.recipes
     ]
     workspace.observer.phase("Making variants", len(works))
+    for source in sources:
+        share(workspace.store, source.artifact)  # one that was known before the store was shared is not there yet
     made: dict[str, Variant | Failure] = {}
     with contextlib.closing(_made(workspace, works)) as outcomes:
         for work, outcome in outcomes:

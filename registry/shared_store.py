@@ -69,6 +69,17 @@ def once(store: Store, key: str, make: Callable[[], R]) -> R:
     return store.once(key, make) if isinstance(store, SharedStore) else make()
 
 
+def share(store: Store, artifact: Artifact) -> None:
+    """Puts an artifact that is in the local store where others find it, if the store is shared.
+
+    Raises:
+        InputError: the same bytes are shared already as something else.
+        StorageError: the shared place does not answer, or refuses.
+    """
+    if isinstance(store, SharedStore):
+        store.share(artifact)
+
+
 class SharedStore:
     """Implements `registry.ports.Store` in a place that others write to as well, with a local store before it."""
 
@@ -195,6 +206,9 @@ class SharedStore:
         found: R | None = self.find(key)
         if found is None:
             raise StorageError(f"{self.uri}/{_record_path(key)} was there and is gone", hint="Run it again.")
+        artifact = getattr(found, "artifact", None)
+        if isinstance(artifact, Artifact) and artifact.digest not in self:
+            raise self._damaged(_record_path(key), f"its artifact {artifact.digest} is no longer there")
         return found
 
     def find(self, key: str) -> R | None:

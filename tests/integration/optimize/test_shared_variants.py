@@ -50,6 +50,16 @@ def test_a_second_campaign_takes_what_the_first_made(tmp_path: Path) -> None:
     assert took[0] == took[1]
 
 
+def test_a_source_that_was_known_before_the_store_was_shared_is_put_there(tmp_path: Path) -> None:
+    model = tmp_path / "source" / "model.onnx"
+    tiny_conv_net(model.parent)
+    assert make(model, tmp_path / "a", "", "float32").returncode == 0
+    done = make(model, tmp_path / "a", tmp_path / "mount", "float32", "ort-optimized")
+    assert done.returncode == 0, done.stderr
+    known = {path.stem for path in (tmp_path / "a" / "artifacts").glob("*.json")}
+    assert {path.stem for path in (tmp_path / "mount" / "artifacts").glob("*.json")} == known
+
+
 def test_a_store_that_cannot_be_written_is_said_before_anything_is_made(tmp_path: Path) -> None:
     model = tmp_path / "source" / "model.onnx"
     tiny_conv_net(model.parent)

@@ -17,9 +17,10 @@ import pytest
 from registry import codec, leases
 from registry.errors import InputError, StorageError
 from registry.filesystems import RemoteFolder, destination_of
-from registry.records import Artifact, ArtifactFile, TensorSpec
+from registry.records import Artifact, ArtifactFile, TensorSpec, Variant
 from registry.shared_store import SharedStore, once, open_store
 from registry.store import FolderStore
+from tests.doubles.campaigns import FLOAT32
 
 SPEC = TensorSpec(name="x", dtype="float32", shape=("batch", 3))
 ROOT = Path(__file__).parents[3]
@@ -199,6 +200,18 @@ def test_of_those_that_claim_at_the_same_moment_one_gets_the_lease(mount, exclus
     assert len(won) == len(set(won))
     # By writing and looking, all may give way, and come again after a while.
     assert not exclusive or len(won) == 10
+
+
+def test_a_result_whose_artifact_was_taken_away_is_said(machine, folder, mount):
+    def make() -> Variant:
+        return replace(FLOAT32, artifact=add(machine("a"), folder))
+
+    machine("a").once("k", make)
+    assert machine("b").once("k", make).artifact.digest
+    for path in (mount / "artifacts").glob("*.json"):
+        path.unlink()
+    with pytest.raises(InputError, match=r"records/k\.json is damaged: its artifact [0-9a-f]+ is no longer there"):
+        machine("b").once("k", make)
 
 
 def test_work_that_failed_is_free_again(machine, exclusive):
