@@ -18,7 +18,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from profiles.pipelines.graph import Gathering, Pipeline, Routing, Source, comes, in_order, routings, visits
+from profiles.pipelines.graph import Gathering, Pipeline, Routing, Source, comes, find_cycle, in_order, routings, visits
 from profiles.pipelines.measured import Measured, Station, station_of
 from profiles.pipelines.queueing import Times, departures
 from registry.errors import InputError
@@ -544,6 +544,12 @@ def analyse(
     """
     stations = stations_of(pipeline, measured, variants=variants, replicas=replicas)
     found = pipeline_limits(pipeline, measured, variants=variants, replicas=replicas)
+    if (cycle := find_cycle(pipeline)) is not None:
+        raise InputError(
+            f"the pipeline {pipeline.name!r} goes round ({' -> '.join(cycle)}): its latency is not predicted",
+            hint=f"Measure it on a Core 2. With the most visits it saturates at {found[0].rate_rps:.4g} requests a "
+            f"second, at {found[0].what}.",
+        )
     rate = 0.5 * found[0].rate_rps if rate_rps is None else rate_rps
     latency = predict_latency(pipeline, stations, rate, requests=requests, seed=seed, overhead_ms=overhead_ms)
     sojourns = {name: step.sojourn_ms for name, step in latency.steps.items()}

@@ -77,7 +77,7 @@ def _dead(pipeline: Pipeline) -> Iterator[Finding]:
             step="output",
             text="its join never fires, so that every request waits until it times out; join with any, or other steps",
         )
-    elif unanswered > 1e-9:
+    elif unanswered > 1e-9 and pipeline.max_revisits is None:  # who comes round again chooses again
         text = f"{unanswered:.1%} of requests get no answer and time out: what is chosen leads to no output"
         yield Finding(severity="warning", step="output", text=text)
 

@@ -95,8 +95,9 @@ def test_a_cycle_or_a_step_without_numbers_is_refused():
     spec = SpecPart.model_validate(
         {"steps": steps, "output": {"steps": ["b"]}, "allowCycles": True, "maxStepRevisits": 2}
     )
-    with pytest.raises(InputError, match="goes round"):
-        analyse(read_spec("p", spec), measured(a=1.0, b=1.0))
+    with pytest.raises(InputError, match="goes round") as refused:
+        analyse(read_spec("p", spec), measured(a=1.0, b=2.0))
+    assert "saturates at 166.7 requests a second, at b" in str(refused.value.hint)  # 500 a second, three times each
     with pytest.raises(InputError, match="'b' is unknown: it was not measured") as refused:
         analyse(chain("a", "b"), measured(a=1.0))
     assert "burnish pipeline measure" in str(refused.value.hint)

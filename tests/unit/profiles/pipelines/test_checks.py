@@ -62,6 +62,13 @@ def test_requests_that_nobody_answers_are_told():
     ]
 
 
+def test_who_comes_round_again_chooses_again():
+    steps = [{"name": "a", "inputs": ["p.inputs", "a.outputs.more"], "inputsJoinType": "any"}]
+    bounded = {"allowCycles": True, "maxStepRevisits": 2}
+    again = pipeline(steps, {"steps": ["a.outputs.done"]}, routes={"a": {"more": 0.7, "done": 0.3}}, **bounded)
+    assert check_pipeline(again) == ()
+
+
 def test_a_step_whose_answers_nobody_takes_is_told():
     steps = [{"name": "a"}, {"name": "drift", "inputs": ["a"]}]
     assert said(check_pipeline(pipeline(steps, {"steps": ["a"]})), "warning")[0][0] == "drift"
