@@ -62,7 +62,7 @@ policy:
 LEVELS = """
 levels:
   - {name: brief, provisional: true, screen_s: 0.05, served: 1, rounds: 1, reruns: 0, a_a: false, warmup_s: 0.1,
-     closed_s: 0.2, open_s: 0.3, longest_s: 0.5, requests: 50, percentiles: [50, 90], ladder: [1, 4], ladder_s: 0.2,
+     closed_s: 0.5, open_s: 0.3, longest_s: 0.5, requests: 50, percentiles: [50, 90], ladder: [1, 4], ladder_s: 0.2,
      stages: [0.4, 0.7], stage_s: 0.3, timeout_s: 5.0}
 """
 Cluster = dict[str, Any]
