@@ -255,7 +255,7 @@ class SharedStore:
             StorageError: the shared place does not answer, or refuses; or the local one cannot be written.
         """
         place = self.local.root / "files" / sha256
-        if not place.is_file():
+        if not place.is_file() or codec.file_sha256(place) != sha256:
             self.local.write_file(place, sha256, self._folder.chunks(f"files/{sha256}/content"))
         return place
 

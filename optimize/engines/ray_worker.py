@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from optimize.engines.cores import usable_cores
 from optimize.engines.performing import describe_failure, perform
 from optimize.packages import version
 from profiles.measure.host import fingerprint_host, split_cpus
@@ -27,9 +28,18 @@ def work(request: str) -> str:
     try:
         store = _store(task["store"])
         task["arguments"] |= {name: str(store.fetch_file(sha256)) for name, sha256 in task["files"].items()}
+        told = perform(_fitted(task), store=store, scratch=None)
     except BurnishError as error:
-        return json.dumps({**begin, "error": describe_failure(error)})
-    return json.dumps({**begin, **perform(task, store=store, scratch=None)})
+        told = {"error": describe_failure(error)}
+    return json.dumps({**begin, **told})
+
+
+def _fitted(task: dict[str, Any]) -> dict[str, Any]:
+    """The task with no more cores than there are: Ray believes what a node was started with."""
+    resources = task["resources"]
+    if resources["alone"]:
+        return task
+    return {**task, "resources": {**resources, "cores": min(resources["cores"], len(usable_cores()))}}
 
 
 def look(uri: str) -> str:
