@@ -32,8 +32,10 @@ def test_a_task_gets_its_files_from_the_store(tmp_path: Path):
     assert worked(task, mount, file=sha256).result == "what was given"
     (mount / "files" / sha256 / "content").write_text("what was givem")
     assert worked(task, mount, file=sha256).result == "what was given"  # it is at the node already
-    (tmp_path / "cache").rename(tmp_path / "gone")
-    error = worked(task, tmp_path / "mount", file=sha256).error
+    (kept,) = (tmp_path / "cache").rglob(f"files/{sha256}")
+    kept.chmod(0o600)
+    kept.write_text("what was givem")
+    error = worked(task, mount, file=sha256).error
     assert isinstance(error, InputError)
     assert "arrived with other bytes" in error.message
 
