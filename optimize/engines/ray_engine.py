@@ -15,9 +15,10 @@ import threading
 import time
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from queue import SimpleQueue
+from tempfile import TemporaryDirectory
 from typing import Any, Self
 
 from optimize.engines import ray_worker
@@ -55,6 +56,7 @@ class RayEngine:
         self._store = store
         self._address = address
         self._ray: Any = None
+        self._opened = ExitStack()
         self._nodes: list[Mapping[str, Any]] = []
 
     def __enter__(self) -> Self:
@@ -65,17 +67,19 @@ class RayEngine:
             InputError: the cluster has another version of Ray, Python or burnish.
             UnreachableError: there is no cluster at the address, or a node cannot use the shared store.
         """
-        self._ray = _connect(self._address)
-        try:
+        with ExitStack() as opened:
+            session = None
+            if self._address is None:
+                session = opened.enter_context(TemporaryDirectory(prefix="burnish-ray-", ignore_cleanup_errors=True))
+            self._ray = _connect(self._address, session)
+            opened.callback(self._ray.shutdown)
             self._nodes = [node for node in self._ray.nodes() if node["Alive"]]
             self._look_at_nodes()
-        except BaseException:
-            self._ray.shutdown()
-            raise
+            self._opened = opened.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._ray.shutdown()
+        self._opened.close()
 
     @property
     def nodes(self) -> int:
@@ -269,8 +273,8 @@ def _told(node: Mapping[str, Any]) -> str:
 # --- connecting ------------------------------------------------------------------------------------------------------
 
 
-def _connect(address: str | None) -> Any:
-    """Ray's module, connected."""
+def _connect(address: str | None, session: str | None) -> Any:
+    """Ray's module, connected; one that is started here has its files in the folder ``session``."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     host = None if address in {None, "auto"} else _reachable(str(address))
     if address is None or (host is not None and _is_loopback(host)):
@@ -291,6 +295,7 @@ def _connect(address: str | None) -> Any:
             "num_cpus": len(usable_cores()),
             "include_dashboard": False,
             "object_store_memory": _OBJECT_STORE_BYTES,
+            "_temp_dir": session,
             "log_to_driver": False,
             "logging_level": logging.ERROR,
         }
@@ -300,6 +305,7 @@ def _connect(address: str | None) -> Any:
         with _own_sigterm():
             context = ray.init(namespace="burnish", **options)
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        ray.shutdown()  # else the next connection is told of this cluster's nodes
         raise _refused(address, error) from None
     if address is None and not _is_loopback(str(context.address_info["node_ip_address"])):
         ray.shutdown()

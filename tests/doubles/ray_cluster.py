@@ -35,9 +35,11 @@ def ray_cluster(nodes: int, folder: Path, *, environment: Mapping[str, str] | No
         **os.environ,
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_TMPDIR": str(folder),
         "BURNISH_CACHE": str(folder / "cache"),
         **(environment or {}),
     }
+    (folder / "ray").mkdir()  # Ray notes there which cluster runs, and makes no folder for it
     log = folder / "cluster.log"
     with log.open("wb") as stderr:
         cluster = subprocess.Popen(
@@ -68,7 +70,7 @@ def main(nodes: int, folder: Path) -> None:
 
     common = {"node_ip_address": "127.0.0.1", "object_store_memory": 80_000_000, "include_dashboard": False}
     each = {**common, "num_cpus": 1, "memory": 1_000_000_000}
-    head = {**each, "labels": {"shelf": "0"}, "temp_dir": str(folder / "r")}
+    head = {**each, "labels": {"shelf": "0"}}
     cluster = cluster_utils.Cluster(initialize_head=True, head_node_args=head)
     for number in range(1, nodes):
         cluster.add_node(wait=False, **each, labels={"shelf": str(number)})

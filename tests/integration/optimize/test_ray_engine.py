@@ -245,7 +245,8 @@ def test_no_cluster_at_the_address_is_said(store: SharedStore, address: str, err
         pass
 
 
-def test_a_ray_of_ones_own_listens_on_loopback_only(store: SharedStore):
+def test_a_ray_of_ones_own_listens_on_loopback_only_and_leaves_nothing(store: SharedStore):
+    before = set(Path(tempfile.gettempdir()).glob("burnish-ray-*"))
     with RayEngine(store) as engine:
         (outcome,) = engine.run([task("one", "where")])
         assert outcome.error is None
@@ -257,6 +258,7 @@ def test_a_ray_of_ones_own_listens_on_loopback_only(store: SharedStore):
         }
     assert listening
     assert listening <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
+    assert set(Path(tempfile.gettempdir()).glob("burnish-ray-*")) <= before
 
 
 def _connections(process: psutil.Process) -> list[Any]:
