@@ -27,6 +27,19 @@ COMMANDS = (
     "rebuild",
     "lint",
     "doctor",
+    "cache why",
+    "job render",
+    "job submit",
+    "job status",
+    "job logs",
+    "job cancel",
+    "pipeline check",
+    "pipeline measure",
+    "pipeline analyse",
+    "pipeline choose",
+    "pipeline balance",
+    "pipeline size",
+    "pipeline promote",
 )
 
 
@@ -42,13 +55,14 @@ def burnish(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 def test_help_lists_every_command(monkeypatch, capsys):
     assert burnish(monkeypatch, "--help") == 0
     listed = capsys.readouterr().out
-    assert all(command in listed for command in COMMANDS)
+    assert all(command.split()[0] in listed for command in COMMANDS)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help_with_an_example(monkeypatch, capsys, command: str):
-    assert burnish(monkeypatch, command, "--help") == 0
-    shown = capsys.readouterr().out
+    assert burnish(monkeypatch, *command.split(), "--help") == 0
+    # Lines are broken at the terminal's width.
+    shown = " ".join(capsys.readouterr().out.split())
     assert f"Example: burnish {command}" in shown
     assert "--json" in shown
 
