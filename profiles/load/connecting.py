@@ -46,6 +46,7 @@ class ConnectingTransport(ABC, Generic[C]):
         self._target = target
         self._tls: ssl.SSLContext | None = None
         self._connecting: set[asyncio.Task[None]] = set()
+        self._open: set[C] = set()
 
     async def open(self, timeout_s: float) -> None:
         """Gets ready to connect; see `Transport`."""
@@ -89,10 +90,22 @@ class ConnectingTransport(ABC, Generic[C]):
         """Closes all connections."""
         for connecting in self._connecting:
             connecting.cancel()
-        for connection in self._connections():
+        for connection in tuple(self._open):
             connection.abort("closed")
         # What a connection has to say of its end is said in the loop's next turns.
         await asyncio.sleep(0)
+
+    # --- for the connections ---
+
+    def opened(self, connection: C) -> None:
+        """There is one more."""
+        self._open.add(connection)
+
+    def lost(self, connection: C) -> None:
+        """It is no more."""
+        self._open.discard(connection)
+
+    # --- what each protocol does its own way ---
 
     @abstractmethod
     def _tls_context(self) -> ssl.SSLContext:
@@ -106,9 +119,7 @@ class ConnectingTransport(ABC, Generic[C]):
     def _ask(self, connection: C, payload: Payload, timeout_s: float, then: Then) -> None:
         """Makes a request on a connection."""
 
-    @abstractmethod
-    def _connections(self) -> tuple[C, ...]:
-        """All that there are."""
+    # --- parts of it ---
 
     async def _dial(self, factory: Callable[[], P]) -> P:
         """A new connection to the target."""

@@ -19,9 +19,11 @@ from profiles.load.connecting import ConnectingTransport, Then
 from profiles.load.http2 import Http2Error, Kind, Setting
 from profiles.load.payloads import Payload
 from profiles.load.transports import GRPC_METHOD, NO_HEADERS, ROUTE, Reply, Status
-from registry.errors import UnreachableError
+from registry.errors import InputError, UnreachableError
 from registry.records import Target
 
+# Names a PEM file of the authorities to trust, as it does for gRPC's own libraries.
+ROOTS = "GRPC_DEFAULT_SSL_ROOTS_FILE_PATH"
 # A message so small is written in one piece with its headers.
 SMALL_BYTES = http2.FIRST_FRAME_SIZE
 _PREFIX_BYTES = 5
@@ -74,7 +76,14 @@ class GrpcTransport(ConnectingTransport["_Connection"]):
     # --- parts of it ---
 
     def _tls_context(self) -> ssl.SSLContext:
-        context = ssl.create_default_context(cafile=os.environ.get("GRPC_DEFAULT_SSL_ROOTS_FILE_PATH"))
+        file = os.environ.get(ROOTS)
+        try:
+            context = ssl.create_default_context(cafile=file)
+        except OSError as error:
+            raise InputError(
+                f"{file} holds no certificates of authorities: {error.strerror or error}",
+                hint=f"The environment variable {ROOTS} names a PEM file.",
+            ) from error
         context.set_alpn_protocols(["h2"])
         return context
 
@@ -100,9 +109,6 @@ class GrpcTransport(ConnectingTransport["_Connection"]):
 
     def _ask(self, connection: "_Connection", payload: Payload, timeout_s: float, then: Then) -> None:
         connection.ask(self._block(timeout_s), *self._message(payload), timeout_s, then)
-
-    def _connections(self) -> "tuple[_Connection, ...]":
-        return tuple(lane.connection for lane in self._lanes if lane.connection is not None)
 
     def _block(self, timeout_s: float) -> bytes:
         """The headers of a call with this deadline, of which the server is told in ms, rounded up."""
@@ -227,6 +233,7 @@ class _Connection(asyncio.BufferedProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
+        self._owner.opened(self)
         mine = http2.settings(
             {
                 Setting.HEADER_TABLE_SIZE: 0,
@@ -248,6 +255,7 @@ class _Connection(asyncio.BufferedProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._closed = True
+        self._owner.lost(self)
         self.abort("the server closed the connection" if exc is None else f"{type(exc).__name__}: {exc}")
 
     def pause_writing(self) -> None:
@@ -290,9 +298,7 @@ class _Connection(asyncio.BufferedProtocol):
 
     def _send_of(self, call: _Call) -> None:
         """Sends frames with as much of a call's message as may be sent now."""
-        allowed = min(self._window, call.window, call.left)
-        if allowed < len(call.prefix):
-            return
+        allowed = max(0, min(self._window, call.window, call.left))
         parts: list[bytes | memoryview] = []
         size_of_parts = 0
         while allowed and not self._full:
@@ -301,10 +307,10 @@ class _Connection(asyncio.BufferedProtocol):
             self._window -= size
             call.window -= size
             call.left -= size
-            parts += [http2.head(size, Kind.DATA, 0 if call.left else http2.END_STREAM, call.id), call.prefix]
-            of_body = size - len(call.prefix)
+            parts += [http2.head(size, Kind.DATA, 0 if call.left else http2.END_STREAM, call.id), call.prefix[:size]]
+            of_body = max(0, size - len(call.prefix))
             parts.append(call.body[:of_body])
-            call.prefix, call.body = b"", call.body[of_body:]
+            call.prefix, call.body = call.prefix[size:], call.body[of_body:]
             size_of_parts += size
             if size_of_parts >= WRITE_BYTES or not allowed:
                 self._transport.write(b"".join(parts))
@@ -336,10 +342,12 @@ class _Connection(asyncio.BufferedProtocol):
             return
         call.data.append(http2.unpadded(content, flags & http2.PADDED))
         if flags & http2.END_STREAM:
-            self._end(call, Reply(Status.STATUS, message="INTERNAL: an answer without a status"))
+            self._end(call, _reply(call, call.headers))
 
     def _take_headers(self, flags: int, stream: int, block: bytes) -> None:
         if not flags & http2.END_HEADERS:
+            if len(block) > http2.MOST_HEADER_BYTES:
+                raise Http2Error(f"headers of more than {http2.MOST_HEADER_BYTES} bytes")
             self._open_block = (flags, stream, block)
             return
         headers = self._blocks.decode(block)
@@ -387,6 +395,7 @@ class _Connection(asyncio.BufferedProtocol):
         if not self.ready.done():
             self.ready.set_result(None)
         self._send_more()
+        self._go_on()
 
     def _widen(self, stream: int, more: int) -> None:
         if stream == 0:
@@ -400,10 +409,10 @@ class _Connection(asyncio.BufferedProtocol):
         """The server takes no more calls, and has not begun those after the last."""
         self._leaving = True
         why = "UNAVAILABLE: the server is going away"
+        while self._waiting:  # first, as each call that ends makes room for one that waits
+            self._settle(self._waiting.popleft()[0], Reply(Status.CONNECTION, message=why))
         for call in [call for number, call in self._calls.items() if number > last]:
             self._end(call, Reply(Status.CONNECTION, message=why))
-        while self._waiting:
-            self._settle(self._waiting.popleft()[0], Reply(Status.CONNECTION, message=why))
         if not self._calls:
             self.abort("the server is going away")
 

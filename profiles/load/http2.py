@@ -15,6 +15,8 @@ FIRST_WINDOW = (1 << 16) - 1
 FIRST_FRAME_SIZE = 1 << 14
 # A foreign header block longer than this is not kept for the next time, nor are more of them than this.
 MOST_BLOCK_BYTES, MOST_BLOCKS = 4096, 1024
+# A header block in several frames is no longer than this.
+MOST_HEADER_BYTES = 1 << 18
 
 END_STREAM, ACK, END_HEADERS, PADDED, PRIORITY = 0x1, 0x1, 0x4, 0x8, 0x20
 CANCEL, REFUSED_STREAM = 0x8, 0x7
@@ -48,6 +50,13 @@ class Setting(IntEnum):
     MAX_FRAME_SIZE = 5
 
 
+# RFC 9113, section 6.5.2.
+_ALLOWED = {
+    Setting.INITIAL_WINDOW_SIZE: range(MOST_WINDOW + 1),
+    Setting.MAX_FRAME_SIZE: range(FIRST_FRAME_SIZE, 1 << 24),
+}
+
+
 class Http2Error(ValueError):
     """The other side does not speak HTTP/2 as it should."""
 
@@ -68,10 +77,17 @@ def settings(values: dict[Setting, int]) -> bytes:
 
 
 def read_settings(content: bytes) -> Iterator[tuple[int, int]]:
-    """(name, value) of each of a frame's settings."""
+    """(name, value) of each of a frame's settings.
+
+    Raises:
+        Http2Error: one is cut off, or has a value that it may not have.
+    """
     if len(content) % _SETTING.size:
         raise Http2Error("settings that are cut off")
-    return _SETTING.iter_unpack(content)
+    for name, value in _SETTING.iter_unpack(content):
+        if name in _ALLOWED and value not in _ALLOWED[name]:
+            raise Http2Error(f"{Setting(name).name} of {value}")
+        yield name, value
 
 
 def window_update(stream: int, more: int) -> bytes:

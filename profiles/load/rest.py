@@ -32,7 +32,6 @@ class RestTransport(ConnectingTransport["_Connection"]):
         """Connects to nothing yet."""
         super().__init__(target)
         self._heads: dict[tuple[tuple[str, str], ...], bytes] = {}
-        self._open: set[_Connection] = set()
         self._idle: list[_Connection] = []
 
     async def open(self, timeout_s: float) -> None:
@@ -40,24 +39,18 @@ class RestTransport(ConnectingTransport["_Connection"]):
         await super().open(timeout_s)
         path = quote(f"{self._address.path.rstrip('/')}/v2/models/{self._target.model}/infer", safe="/%")
         # MLServer compresses unless it is told not to, and that would be measured.
-        own = {"Host": self._address.netloc, "Accept": "*/*", "Accept-Encoding": "identity", **self._target.headers}
-        self._head = f"POST {path} HTTP/1.1\r\n{_lines(own)}"
+        own = {"Host": self._address.netloc, "Accept": "*/*", "Accept-Encoding": "identity"}
+        named = {name.lower() for name in self._target.headers}
+        sent = {name: value for name, value in own.items() if name.lower() not in named} | dict(self._target.headers)
+        self._head = f"POST {path} HTTP/1.1\r\n{_lines(sent)}"
 
     # --- for the connections ---
-
-    def opened(self, connection: "_Connection") -> None:
-        """There is one more."""
-        self._open.add(connection)
 
     def answered(self, connection: "_Connection", then: Then, reply: Reply, *, keep: bool) -> None:
         """A connection is done with its request, and may have another or is closed."""
         if keep:
             self._idle.append(connection)
         self._settle(then, reply)
-
-    def lost(self, connection: "_Connection") -> None:
-        """It is no more."""
-        self._open.discard(connection)
 
     # --- parts of it ---
 
@@ -78,9 +71,6 @@ class RestTransport(ConnectingTransport["_Connection"]):
 
     def _ask(self, connection: "_Connection", payload: Payload, timeout_s: float, then: Then) -> None:
         connection.ask(self._message(payload), timeout_s, then)
-
-    def _connections(self) -> "tuple[_Connection, ...]":
-        return tuple(self._open)
 
     def _message(self, payload: Payload) -> tuple[bytes, ...]:
         """What is written: one piece, or of a large message its head and its body, which is not copied."""

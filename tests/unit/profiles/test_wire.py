@@ -1,6 +1,7 @@
 """The transports against servers that say just what a test has them say, byte by byte."""
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import Any, Literal
@@ -508,3 +509,131 @@ def test_a_call_that_is_answered_before_it_was_heard_is_given_up() -> None:
     replies = asked(script, protocol="grpc", payload=large, times=2)
     assert [reply.message for reply in replies] == ["RESOURCE_EXHAUSTED: too large", ""]
     assert [(frame[0], frame[2]) for frame in seen] == [(Kind.RST_STREAM, 1)]
+
+
+@pytest.mark.parametrize("window", [1, 3, 10])
+def test_small_messages_wait_for_their_windows_too(window: int) -> None:
+    """Whoever held a message back until it fits as a whole would wait for ever: the window grows by what has come."""
+
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        side, held = H2(reader, writer), b""
+        await side.begin(INITIAL_WINDOW_SIZE=window)
+        while True:
+            _, flags, stream, content = await side.next(Kind.DATA)
+            assert len(content) <= window
+            held += content
+            if flags & http2.END_STREAM:
+                side.answer(stream, held[5:])
+            else:
+                side.send(http2.window_update(stream, len(content)))
+
+    (reply,) = asked(script, protocol="grpc")
+    assert (reply.status, reply.body) == (Status.OK, BODY.body)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("MAX_FRAME_SIZE", 0), ("MAX_FRAME_SIZE", 16_383), ("MAX_FRAME_SIZE", 1 << 24), ("INITIAL_WINDOW_SIZE", 1 << 31)],
+)
+def test_settings_that_may_not_be_are_refused(name: str, value: int) -> None:
+    with pytest.raises(UnreachableError, match=f"{name} of {value}"):
+        asked(serves(lambda side, stream, sent: None, **{name: value}), protocol="grpc", payload=Payload(body=bytes(9)))
+
+
+def test_calls_that_wait_begin_as_soon_as_the_server_takes_more() -> None:
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        side = H2(reader, writer)
+        await side.begin(MAX_CONCURRENT_STREAMS=0)
+        await side.next(Kind.SETTINGS)  # its own
+        await side.next(Kind.SETTINGS)  # that it has read ours
+        await asyncio.sleep(0.05)
+        side.send(http2.settings({Setting.MAX_CONCURRENT_STREAMS: 2}))
+        while True:
+            _, _, stream, _ = await side.next(Kind.DATA)
+            side.answer(stream, b"good")
+
+    replies = asked(script, protocol="grpc", times=3, together=True)
+    assert [(reply.status, reply.body) for reply in replies] == [(Status.OK, b"good")] * 3
+
+
+def test_calls_that_wait_when_the_server_goes_are_not_begun_there() -> None:
+    def each(side: H2, stream: int, sent: bytes) -> None:
+        if stream == 1:
+            side.send(http2.frame(Kind.GOAWAY, 0, 0, bytes(8)))
+
+    replies = asked(serves(each, MAX_CONCURRENT_STREAMS=1), protocol="grpc", times=3, together=True)
+    assert [(reply.status, reply.message) for reply in replies] == [
+        (Status.CONNECTION, "UNAVAILABLE: the server is going away")
+    ] * 3
+
+
+def test_headers_that_never_end_end_the_connection() -> None:
+    def each(side: H2, stream: int, sent: bytes) -> None:
+        more = [http2.frame(Kind.CONTINUATION, 0, stream, bytes(http2.FIRST_FRAME_SIZE))] * 20
+        side.send(http2.frame(Kind.HEADERS, 0, stream, b""), *more)
+
+    (reply,) = asked(serves(each), protocol="grpc")
+    assert reply.status == Status.CONNECTION
+    assert "headers of more than" in reply.message
+
+
+@pytest.mark.parametrize(("http", "status"), [("404", Status.STATUS), ("502", Status.CONNECTION)])
+def test_a_proxy_that_answers_itself_with_a_page_is_told(http: str, status: Status) -> None:
+    def each(side: H2, stream: int, sent: bytes) -> None:
+        block = side.block([(":status", http), ("content-type", "text/html")])
+        side.send(
+            http2.frame(Kind.HEADERS, http2.END_HEADERS, stream, block),
+            http2.frame(Kind.DATA, http2.END_STREAM, stream, b"<html>"),
+        )
+
+    (reply,) = asked(serves(each), protocol="grpc")
+    assert (reply.status, reply.message) == (status, f"no answer of gRPC, but HTTP status {http}")
+
+
+def test_whoever_waits_for_a_server_that_goes_is_told_when_the_transport_closes() -> None:
+    """The lane has another connection by then."""
+
+    async def main() -> list[Reply]:
+        async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            side = H2(reader, writer)
+            with contextlib.suppress(ConnectionError):
+                await side.begin()
+                _, _, stream, _ = await side.next(Kind.DATA)
+                side.send(http2.frame(Kind.GOAWAY, 0, 0, stream.to_bytes(4, "big") + bytes(4)))
+                await side.next(Kind.DATA)
+            writer.transport.abort()
+
+        listening = await asyncio.start_server(script, "127.0.0.1", 0)
+        port = listening.sockets[0].getsockname()[1]
+        transport = make_transport(Target(url=f"127.0.0.1:{port}", protocol="grpc", model="m"), connections=1)
+        await transport.open(1.0)
+        waiting = []
+        for _ in range(2):
+            waiting.append(asyncio.create_task(transport.infer(BODY, 5.0)))
+            await asyncio.sleep(0.05)
+        await transport.close()
+        replies = await asyncio.wait_for(asyncio.gather(*waiting), 1.0)
+        listening.close()
+        await asyncio.sleep(0.01)
+        return replies
+
+    assert [reply.status for reply in asyncio.run(main())] == [Status.CONNECTION] * 2
+
+
+def test_a_file_of_authorities_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRPC_DEFAULT_SSL_ROOTS_FILE_PATH", "no/such.pem")
+    with pytest.raises(InputError, match=r"no/such\.pem"):
+        asked(serves(lambda side, stream, sent: None), protocol="grpc", tls=True)
+
+
+@pytest.mark.parametrize("name", ["Host", "host"])
+def test_a_host_of_the_targets_own_takes_the_place_of_its_address(name: str) -> None:
+    seen = []
+
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        seen.append((await reader.readuntil(b"\r\n\r\n")).decode())
+        writer.write(PLAIN)
+        await writer.drain()
+
+    asked(script, protocol="rest", headers={name: "models.example"})
+    assert [line for line in seen[0].split("\r\n") if line.lower().startswith("host:")] == [f"{name}: models.example"]
