@@ -11,7 +11,14 @@ from dataclasses import dataclass, replace
 from typing import Final, Literal
 
 from registry.codec import digest
-from registry.errors import BurnishError, CheckFailedError, InputError, NoVariantError, UnreachableError
+from registry.errors import (
+    BurnishError,
+    CheckFailedError,
+    InputError,
+    NoVariantError,
+    StorageError,
+    UnreachableError,
+)
 from registry.ledger import Ledger
 from registry.ports import ModelRegistry, Probe, RegisteredVersion, Rollout
 from registry.records import (
@@ -42,6 +49,7 @@ MOST_FAILED = Constraint(text="failed_share <= 1%", metric=FAILED_SHARE, op="<="
 # As unlikely a split is not the one that was asked for.
 _UNLIKELY = 1e-9
 
+Phase = Literal["intent", "done", "failed"]
 State = Literal["new", "under way", "rolling back", "completed", "rolled back"]
 
 
@@ -256,7 +264,7 @@ class Journal:
         self,
         promotion: Promotion,
         step: str,
-        phase: Literal["intent", "done", "failed"],
+        phase: Phase,
         detail: str = "",
         observation: Observation | None = None,
     ) -> None:
@@ -306,10 +314,12 @@ class Promoter:
         Raises:
             CheckFailedError: a limit was missed, or could not be decided on, while it was watched; all is as it was.
             InputError: somebody moved an alias, or changed the version or the production Model; what the promotion had
-                done is undone, and what they did is left.
+                done is undone, and what they did is left. Or a step is to be watched and there is no probe; then
+                nothing is done.
             UnreachableError: something did not answer, or refused. All is as it was, or the message says what is left.
         """
         journal = self.journal
+        self._check_probe(promotion)
         snapshot = journal.snapshot(promotion)
         if snapshot is None:
             # What stands in the way is found before anything is begun.
@@ -351,7 +361,7 @@ class Promoter:
             if found != promotion.version:
                 raise _moved(promotion, CHAMPION, found, promotion.version)
             self._check_serving(promotion, snapshot)
-        self._undo(promotion, reason)
+        self._undo(promotion, reason, add=self.journal.add)
 
     def check_in_force(self, promotion: Promotion) -> None:
         """Returns where what a completed promotion has done is as it was left.
@@ -365,6 +375,15 @@ class Promoter:
             self._check_serving(promotion, snapshot)
 
     # --- steps ---
+
+    def _check_probe(self, promotion: Promotion) -> None:
+        done = self.journal.done(promotion)
+        left = [step for step in promotion.steps if step.watch_s and step.name not in done]
+        if self.probe is None and left:
+            raise InputError(
+                f"the step {left[0].name} is to be watched for {left[0].watch_s:g} s, and nothing watches",
+                hint="Go on with --watch as it was begun, or end it with `burnish rollback`.",
+            )
 
     def _do(self, promotion: Promotion, step: PromotionStep, snapshot: RolloutSnapshot) -> None:
         self._check_unmoved(promotion)
@@ -471,30 +490,37 @@ class Promoter:
         journal = self.journal
         told = str(error) or type(error).__name__
         if CHAMPION in journal.done(promotion):
-            journal.add(promotion, step.name, "failed", told)
+            self._add_if_possible(promotion, step.name, "failed", told)
             self.told(f"{promotion.candidate_name} is the champion; to clean up, give the same command again")
             return
         events = journal.events(promotion)
         if not events or (events[-1].step, events[-1].phase) != (step.name, "failed"):
-            journal.add(promotion, step.name, "failed", told)
+            self._add_if_possible(promotion, step.name, "failed", told)
         try:
-            self._undo(promotion, told)
+            self._undo(promotion, told, add=self._add_if_possible)
         except BurnishError as undoing:
             raise UnreachableError(
                 f"{told}\nAnd what was done could not be undone: {undoing.message}",
                 hint="Once it answers, `burnish rollback` makes all as it was.",
             ) from error
 
-    def _undo(self, promotion: Promotion, reason: str) -> None:
+    def _add_if_possible(self, promotion: Promotion, step: str, phase: Phase, detail: str) -> None:
+        """Adds a line; going back matters more than that it can be written down."""
+        try:
+            self.journal.add(promotion, step, phase, detail)
+        except StorageError as error:
+            self.told(error.message)
+
+    def _undo(self, promotion: Promotion, reason: str, *, add: Callable[[Promotion, str, Phase, str], None]) -> None:
         snapshot = self.journal.snapshot(promotion)
         if snapshot is None:
             return
         self.told(f"all is made as it was before {promotion.candidate_name}")
-        self.journal.add(promotion, ROLLBACK, "intent", reason)
+        add(promotion, ROLLBACK, "intent", reason)
         if not self._taken_over(promotion, snapshot):
             self.rollout.restore(snapshot)
         self._restore_aliases(promotion, reason)
-        self.journal.add(promotion, ROLLBACK, "done", reason)
+        add(promotion, ROLLBACK, "done", reason)
 
     def _taken_over(self, promotion: Promotion, snapshot: RolloutSnapshot) -> bool:
         """Whether the production Model is somebody else's by now; then only what is beside it goes."""

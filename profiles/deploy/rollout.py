@@ -20,7 +20,7 @@ from profiles.serving.core2.sizing import quantity_bytes
 from profiles.serving.naming import check_core2_name
 from registry.codec import canonical
 from registry.documents import parse_document
-from registry.errors import InputError, UnreachableError
+from registry.errors import InputError, StorageError, UnreachableError
 from registry.ledger import fsync_folder
 from registry.records import RolloutSnapshot
 
@@ -184,11 +184,11 @@ class ManifestRollout:
         The production Model comes first: as long as it is another one, the split goes on.
 
         Raises:
+            StorageError: a manifest cannot be written; what is in force is as it was.
             UnreachableError: it does not come about, or what is in force then is not what was.
         """
         for key, text in snapshot.manifests.items():
             kind, _, name = key.partition("/")
-            self._write(key, text)
             manifest, wanted = _parsed(text, key), json.loads(snapshot.live[key])
             # Fields that the text does not have were somebody else's; where applying it lost them, they are told, too.
             for spec in (manifest["spec"], wanted):
@@ -197,6 +197,10 @@ class ManifestRollout:
         for key in sorted(snapshot.absent):
             kind, _, name = key.partition("/")
             self._drop(kind, name)
+        # Last: that there is no room for a file stops nothing from being as it was.
+        for key, text in snapshot.manifests.items():
+            if not self._path(key).is_file() or self._path(key).read_text(encoding="utf-8") != text:
+                self._write(key, text)
         self._check_restored(snapshot)
 
     # --- parts of it ---
@@ -280,14 +284,21 @@ class ManifestRollout:
 
     def _write(self, key: str, text: str) -> None:
         path = self._path(key)
-        path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_name(f".{path.name}.new")
-        with draft.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(path)
-        fsync_folder(path.parent)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with draft.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            draft.replace(path)
+            fsync_folder(path.parent)
+        except OSError as error:
+            draft.unlink(missing_ok=True)
+            raise StorageError(
+                f"the manifest {path} could not be written: {error.strerror or error}",
+                hint="Check free space and permissions of its folder.",
+            ) from error
 
     def _path(self, key: str) -> Path:
         return self._folder / f"{key.replace('/', '-')}.yaml"

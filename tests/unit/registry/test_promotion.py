@@ -1,5 +1,6 @@
 """Promotions over ports in memory: the plan, the journal, and every way in which one may end."""
 
+import errno
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -8,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from registry.errors import CheckFailedError, InputError, NoVariantError, UnreachableError
+from registry.errors import CheckFailedError, InputError, NoVariantError, StorageError, UnreachableError
 from registry.ledger import Ledger
 from registry.policy import parse_policy
 from registry.promotion import (
@@ -459,6 +460,74 @@ def test_after_the_champion_has_changed_only_cleaning_up_is_left(house: House, m
             house.promote()
     assert house.registry.named == {"champion": "2"}
     assert house.states() == ["under way"]
+    house.promote()
+    assert house.is_promoted()
+
+
+def fill_the_disk_after(lines: int) -> Callable[[Promoter], None]:
+    """Once so many lines are in the journal, there is no room for more."""
+
+    def arm(promoter: Promoter) -> None:
+        left = itertools.count(lines, -1)
+        add = promoter.journal.add
+
+        def full(*args: Any, **more: Any) -> None:
+            if next(left) <= 0:
+                raise StorageError("no space left")
+            add(*args, **more)
+
+        object.__setattr__(promoter.journal, "add", full)
+
+    return arm
+
+
+@pytest.mark.parametrize("lines", range(2 * len(STEPS) - 2))
+def test_a_full_disk_leaves_the_old_champion_serving(house: House, lines: int):
+    """Until it is written that the alias champion has moved, which is the last line but three."""
+    with pytest.raises(StorageError, match="no space left"):
+        house.promote(fill_the_disk_after(lines))
+    assert house.is_as_before()
+    # What was undone is not in the journal, so that it is undone once more.
+    house.roll_back()
+    assert house.is_as_before()
+    assert house.states() == ["rolled back"]
+    house.promote()
+    assert house.is_promoted()
+
+
+def test_a_full_disk_after_the_champion_has_changed_undoes_nothing(house: House):
+    with pytest.raises(StorageError, match="no space left"):
+        house.promote(fill_the_disk_after(2 * len(STEPS) - 2))
+    assert house.registry.named == {"champion": "2"}
+    house.promote()
+    assert house.is_promoted()
+
+
+def test_a_disk_too_full_for_a_manifest_stops_nothing_from_going_back(house: House, monkeypatch: pytest.MonkeyPatch):
+    def full(path: Path, *_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def fill(step: PromotionStep) -> None:
+        if step.name == "weights-50":
+            monkeypatch.setattr(Path, "replace", full)
+
+    house.probe.meanwhile = fill
+    with pytest.raises(StorageError, match=r"Experiment-digits-promotion\.yaml.*No space left"):
+        house.promote()
+    monkeypatch.undo()
+    assert house.is_as_before()
+    assert house.states() == ["rolled back"]
+
+
+def test_what_was_to_be_watched_is_not_finished_unwatched(house: House):
+    with pytest.raises(KilledError):
+        house.promote(die_after(5))
+    probe, house.probe = house.probe, None  # type: ignore[assignment]
+    with pytest.raises(InputError, match="mirror is to be watched for 60 s"):
+        house.promote()
+    assert house.states() == ["under way"]
+    assert house.registry.named["champion"] == "1"
+    house.probe = probe
     house.promote()
     assert house.is_promoted()
 
