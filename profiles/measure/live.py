@@ -27,6 +27,8 @@ RATE_RPS: Final = 25.0
 RUNS = 5
 """Into as many parts in a row a watch is divided, for an interval over them."""
 CONFIDENCE = 0.95
+BESIDE: Final = frozenset({"mirror", "weights"})
+"""The steps in which the challenger is asked beside the champion."""
 FOR_ONE_PERCENT = 299
 """Requests of which none failed that show, at that confidence, that no more than 1 % do."""
 LOST_SHARE = 0.1
@@ -93,7 +95,7 @@ class RequestProbe:
     def watch(self, step: PromotionStep) -> Observation:
         """Sends requests for as long as the step is watched; see `registry.ports.Probe`."""
         self._steps += 1
-        beside = step.action in {"mirror", "weights"}
+        beside = step.action in BESIDE
         asked = self.target_of(self.production)
         own = self.target_of(self.challenger) if beside else asked
         answers = asyncio.run(self._offer(asked, own, step))
@@ -205,7 +207,12 @@ def _in_its_place(answer: _Answer) -> _Answer:
 
 
 def _of_challenger(answers: Sequence[_Answer], step: PromotionStep) -> list[_Answer]:
-    """Its own; what failed where callers ask counts as its, where it has a share of that."""
+    """Its own; what failed where callers ask counts as its, where it has a share of that.
+
+    Once it is in production's place, all are.
+    """
+    if step.action not in BESIDE:
+        return list(answers)
     shared = step.action != "mirror"
     return [one for one in answers if one.direct or one.who == "challenger" or (shared and one.problem)]
 

@@ -97,6 +97,16 @@ def test_in_the_champions_place(servers: dict[str, FakeV2Server]):
     assert seen.challenger["failed_share"].runs == 400
 
 
+def test_in_the_champions_place_without_a_route():
+    """Whoever answers there is the challenger; that it does is not known, and is said."""
+    with FakeV2Server(Fixed(0.001), model="digits") as silent:
+        seen = probe({"digits": silent}).watch(SWAP)
+    assert seen.answered == {}
+    assert (seen.challenger["failed_share"].value, seen.challenger["failed_share"].runs) == (0, 400)
+    assert seen.challenger["latency_p90_ms"].value >= 1
+    assert "no x-seldon-route" in seen.notes[0]
+
+
 def test_nobody_there():
     with FakeV2Server(model="digits") as gone:
         target = gone.target("grpc")
