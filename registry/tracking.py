@@ -3,7 +3,7 @@
 import os
 import re
 from pathlib import Path
-from urllib.parse import unquote, urlsplit, urlunsplit
+from urllib.parse import unquote, urlsplit
 
 from registry.errors import InputError
 from registry.ports import Tracker
@@ -72,11 +72,9 @@ def redact(uri: str) -> str:
         parts = urlsplit(uri)
     except ValueError:
         return HIDDEN
-    netloc = parts.netloc
-    if "@" in netloc:
-        netloc = f"{HIDDEN}@{netloc.rpartition('@')[2]}"
-    # urlunsplit would turn sqlite:///x into sqlite:/x, so a URI without a host stays as it was.
-    shown = urlunsplit(parts._replace(netloc=netloc)) if netloc else uri
+    scheme, _, rest = uri.partition("://")
+    # A path alone may have an '@', too.
+    shown = f"{scheme}://{HIDDEN}@{rest.rpartition('@')[2]}" if parts.netloc and "@" in rest else uri
     return _SECRET_IN_QUERY.sub(rf"\g<1>{HIDDEN}", shown)
 
 
@@ -88,11 +86,8 @@ def without_secrets(text: str, uri: str) -> str:
     """
     shown = text.replace(uri, redact(uri))
     secrets = {os.environ.get(name) for name in SECRET_VARIABLES}
-    try:
-        of_uri = (urlsplit(uri).password, urlsplit(uri).username)
-    except ValueError:
-        of_uri = (None, None)
-    secrets |= {*of_uri, *(unquote(secret) for secret in of_uri if secret)}
+    of_uri = _credentials(uri)
+    secrets |= {*of_uri, *map(unquote, of_uri)}
     for secret in sorted((secret for secret in secrets if secret), key=len, reverse=True):
         shown = shown.replace(secret, HIDDEN)
     return shown
@@ -100,9 +95,17 @@ def without_secrets(text: str, uri: str) -> str:
 
 def holds_secret(uri: str) -> bool:
     """Whether a URI holds a password, or what a server of HTTP takes for a token."""
+    user, password = _credentials(uri)
+    user_is_token = uri.lower().startswith(("http:", "https:")) and bool(user)
+    return bool(password) or user_is_token or bool(_SECRET_IN_QUERY.search(uri))
+
+
+def _credentials(uri: str) -> tuple[str, str]:
+    """(user, password) of a URI as they are written there; SQLAlchemy ends a password at the '@', whatever is in it."""
     try:
         parts = urlsplit(uri)
     except ValueError:
-        return False
-    user_is_token = parts.scheme in {"http", "https"} and bool(parts.username)
-    return bool(parts.password) or user_is_token or bool(_SECRET_IN_QUERY.search(uri))
+        return "", ""
+    of_http = parts.scheme in {"http", "https"}
+    user, _, password = (parts.netloc if of_http else uri.partition("://")[2]).rpartition("@")[0].partition(":")
+    return (user, password) if parts.netloc else ("", "")

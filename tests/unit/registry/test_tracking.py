@@ -18,6 +18,9 @@ from tests.doubles import campaigns
         ("https://token@host", "https://***@host"),
         ("postgresql://ann:p%40ss@db:5432/mlflow", "postgresql://***@db:5432/mlflow"),
         ("postgresql://db/mlflow?user=ann&password=s3cret&x=1", "postgresql://db/mlflow?user=ann&password=***&x=1"),
+        ("postgresql://ann:1/s3cret@db:5432/mlflow", "postgresql://***@db:5432/mlflow"),
+        ("postgresql://ann:s3?cr#et@db:5432/mlflow", "postgresql://***@db:5432/mlflow"),
+        ("sqlite:////tmp/a@b/mlflow.db", "sqlite:////tmp/a@b/mlflow.db"),
         ("sqlite:////tmp/a b/mlflow.db", "sqlite:////tmp/a b/mlflow.db"),
         ("http://host:5000", "http://host:5000"),
         ("http://[::1", "***"),
@@ -33,6 +36,13 @@ def test_a_message_is_shown_without_the_secrets_of_the_uri() -> None:
     assert "s3cret" not in message
     assert "ann" not in message
     assert "db:5432" in message
+
+
+def test_a_password_that_urls_would_not_have_but_databases_take_is_hidden() -> None:
+    """SQLAlchemy ends it at the '@' alone."""
+    uri = "postgresql://ann:1/s3cret@db:5432/mlflow"
+    assert "s3cret" not in without_secrets("no password 1/s3cret for ann", uri)
+    assert holds_secret(uri)
 
 
 def test_the_embedded_store_is_in_the_working_folder(tmp_path: Path) -> None:
