@@ -15,6 +15,7 @@ from optimize.live_fidelity import JUDGED, LiveFidelity, variant_of
 from optimize.production import Place, Served, open_place, production_name
 from registry import promotion as promotions
 from registry.errors import CheckFailedError, InputError
+from registry.keyless import SignerIdentity
 from registry.ledger import Ledger
 from registry.ports import ModelRegistry, Probe, RegisteredVersion
 from registry.promotion import CHALLENGER, CHAMPION, Journal, Promoter
@@ -46,7 +47,7 @@ class Options:
         matchers: more matchers of PromQL, to tell this Envoy from others.
         scrape_s: how often Prometheus asks Envoy.
         passport: file of the challenger's passport.
-        public_key: PEM file of the key that it must be signed with.
+        signer: PEM file of the public key, or the identity, that it must be signed by.
         port: of this machine's Envoy.
     """
 
@@ -60,7 +61,7 @@ class Options:
     matchers: str = ""
     scrape_s: float = 15.0
     passport: Path | None = None
-    public_key: Path | None = None
+    signer: Path | SignerIdentity | None = None
     port: int | None = None
 
 
@@ -138,17 +139,14 @@ def find_subject(where: Path, *, work: Path | None, cluster: Path | None, option
 
 
 def _check_passport(campaign: Campaign, variant: Variant, files: Path, work: Path, options: Options) -> tuple[str, ...]:
-    from registry import dsse, passport
+    from registry import passport
 
-    usual = work / passports.FOLDER / f"{variant.name.replace('/', '-')}.passport.json"
-    if options.public_key is None:
-        if options.passport is not None:
-            raise InputError(
-                "a passport proves nothing without a key to check it by", hint="Name it with --public-key."
-            )
-        return ("No passport was checked: none was asked for with --public-key.",)
+    if options.signer is None and options.passport is None:
+        return ("No passport was checked: none was asked for with --public-key or --identity.",)
+    signer = passports.resolved_signer(options.signer)
+    usual = passports.passport_path(work, variant, keyless=isinstance(signer, SignerIdentity))
     path = options.passport or usual
-    checked = passport.check(path, dsse.public_key(options.public_key), artifact=files, campaign=campaign)
+    checked = passport.check(path, signer, artifact=files, campaign=campaign)
     told = checked.statement["predicate"].get("variant")
     findings = list(checked.findings)
     if not isinstance(told, dict) or told.get("id") != variant.id:

@@ -14,12 +14,14 @@ from optimize.fidelity import load_outputs, measure_fidelity
 from optimize.judging import limits_of
 from optimize.making import make_source, make_variant
 from optimize.metrics import Outputs
+from optimize.passports import resolved_signer
 from optimize.plan import Observer, Workspace, plan
 from optimize.recipes import needs_calibration
 from optimize.samples import SampleFile, load_samples, open_samples
 from profiles.measure.host import widest_instruction_set
-from registry import codec, dsse, passport
+from registry import codec, passport
 from registry.errors import CheckFailedError, InputError
+from registry.keyless import SignerIdentity
 from registry.ledger import Ledger
 from registry.records import Failure, Source, Variant
 from registry.store import FolderStore
@@ -44,7 +46,7 @@ class Rebuilt:
 def rebuild(
     path: Path,
     *,
-    key: Path,
+    signer: Path | SignerIdentity | None,
     campaign_file: Path,
     original: Path | None,
     out: Path | None,
@@ -54,7 +56,7 @@ def rebuild(
 
     Args:
         path: the passport.
-        key: PEM file of the public key that it must be signed with.
+        signer: PEM file of the public key, or the identity, that it must be signed by.
         campaign_file: names the source, the calibration samples, and the evaluation samples that answers are compared
             on; the recipe and the seed are the passport's.
         original: the folder of the variant's files, for answers to be compared where bytes differ; or None.
@@ -68,7 +70,7 @@ def rebuild(
     """
     if out is not None and out.exists():
         raise InputError(f"{out} exists", hint="Name a new folder.")
-    checked = passport.check(path, dsse.public_key(key), artifact=original)
+    checked = passport.check(path, resolved_signer(signer), artifact=original)
     if checked.findings:
         raise CheckFailedError(f"{path}: {'; '.join(checked.findings)}")
     wanted = codec.from_jsonable(Variant, checked.statement["predicate"]["variant"])

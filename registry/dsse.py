@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 KEY_VARIABLE: Final = "BURNISH_SIGNING_KEY"
 _MOST_BYTES = 50_000_000
+_IN_BUNDLE = "dsseEnvelope"
 _HOW_TO_MAKE = "Make one with: openssl genpkey -algorithm ed25519 -out key.pem"
 _HOW_TO_SHOW = "Take it from the key with: openssl pkey -in key.pem -pubout -out key.pub.pem"
 
@@ -59,19 +60,25 @@ def read_envelope(path: Path) -> Envelope:
     Raises:
         InputError: there is no such file, or it holds none.
     """
-    try:
-        if path.stat().st_size > _MOST_BYTES:
-            raise InputError(f"{path} is larger than {_MOST_BYTES} bytes; is it the right file?")
-        content = parse_json(path.read_bytes())
-        payload, signatures = _decoded(content["payload"]), content["signatures"]
-        found = tuple((str(one.get("keyid", "")), _decoded(one["sig"])) for one in signatures)
-        return Envelope(payload_type=str(content["payloadType"]), payload=payload, signatures=found)
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}", hint="Check the path.") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    content = _parsed(path, _read(path))
+    if isinstance(content, dict) and _IN_BUNDLE in content:
+        raise InputError(f"{path} was signed without a key", hint="Check it by --identity and --issuer.")
+    return _envelope(path, content)
+
+
+def read_bundle(path: Path) -> tuple[bytes, Envelope]:
+    """The bytes of a Sigstore bundle, and the envelope in it.
+
+    Raises:
+        InputError: there is no such file, or it holds none.
+    """
+    text = _read(path)
+    content = _parsed(path, text)
+    if not isinstance(content, dict) or _IN_BUNDLE not in content:
         raise InputError(
-            f"{path} holds no signed envelope ({error})", hint="It was damaged, or is another file."
-        ) from error
+            f"{path} holds no Sigstore bundle with an envelope", hint="Was it signed with a key? Name --public-key."
+        )
+    return text, _envelope(path, content[_IN_BUNDLE])
 
 
 def fits(envelope: Envelope, key: "Ed25519PublicKey") -> bool:
@@ -156,6 +163,35 @@ def parse_json(text: bytes) -> Any:
         return json.loads(text, object_pairs_hook=_distinct, parse_constant=_refused, parse_float=_finite)
     except RecursionError as error:
         raise ValueError("nested too deep") from error
+
+
+def _read(path: Path) -> bytes:
+    try:
+        if path.stat().st_size > _MOST_BYTES:
+            raise InputError(f"{path} is larger than {_MOST_BYTES} bytes; is it the right file?")
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}", hint="Check the path.") from error
+
+
+def _parsed(path: Path, text: bytes) -> Any:
+    try:
+        return parse_json(text)
+    except ValueError as error:
+        raise _no_envelope(path, error) from error
+
+
+def _envelope(path: Path, content: Any) -> Envelope:
+    try:
+        payload, signatures = _decoded(content["payload"]), content["signatures"]
+        found = tuple((str(one.get("keyid", "")), _decoded(one["sig"])) for one in signatures)
+        return Envelope(payload_type=str(content["payloadType"]), payload=payload, signatures=found)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _no_envelope(path, error) from error
+
+
+def _no_envelope(path: Path, error: Exception) -> InputError:
+    return InputError(f"{path} holds no signed envelope ({error})", hint="It was damaged, or is another file.")
 
 
 def _authenticated(payload_type: str, payload: bytes) -> bytes:

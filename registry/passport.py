@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from registry import codec, dsse
+from registry import codec, dsse, keyless
 from registry.errors import InputError
 from registry.records import Campaign, Candidate, Rejection, Source, Variant
 
@@ -64,6 +64,11 @@ def statement(campaign: Campaign, variant: Variant, *, licence: str = "") -> dic
 def issue(campaign: Campaign, variant: Variant, key: "Ed25519PrivateKey", *, licence: str = "") -> str:
     """The passport of a variant, signed, as text for a file; the arguments are those of `statement`."""
     return dsse.sign(_bytes(statement(campaign, variant, licence=licence)), PAYLOAD_TYPE, key)
+
+
+def issue_keyless(campaign: Campaign, variant: Variant, *, trust_config: Path | None = None, licence: str = "") -> str:
+    """The passport of a variant, signed by an identity; see `registry.keyless.sign`, and `statement`."""
+    return keyless.sign(_bytes(statement(campaign, variant, licence=licence)), trust_config)
 
 
 def _about(variant: Variant, predicate: Mapping[str, Any]) -> dict[str, Any]:
@@ -136,24 +141,33 @@ def _source(campaign: Campaign, variant: Variant) -> Source:
 
 
 def check(
-    path: Path, key: "Ed25519PublicKey", *, artifact: Path | None = None, campaign: Campaign | None = None
+    path: Path,
+    signer: "Ed25519PublicKey | keyless.SignerIdentity",
+    *,
+    artifact: Path | None = None,
+    campaign: Campaign | None = None,
 ) -> Checked:
     """Whether a passport is genuine, and whether files and records are what it says.
 
     Args:
         path: the passport.
-        key: of whom it must be signed by.
+        signer: the key or the identity that it must be signed by.
         artifact: a folder that must hold the variant's files, and nothing else.
         campaign: a record that must say the same.
 
     Raises:
-        InputError: there is no passport at the path.
+        InputError: there is no passport at the path, or none that is signed in this way.
+        MissingExtraError: an identity cannot be checked without the extra ``sigstore``.
+        UnreachableError: what it is checked by cannot be fetched.
     """
-    envelope = dsse.read_envelope(path)
+    if isinstance(signer, keyless.SignerIdentity):
+        envelope, refusal = keyless.verify(path, signer)
+    else:
+        envelope = dsse.read_envelope(path)
+        refusal = "" if dsse.fits(envelope, signer) else _forged(envelope, signer)
     found, findings = _read(path, envelope)
-    genuine = dsse.fits(envelope, key)
-    if not genuine:
-        findings = [_forged(envelope, key), *findings, *_changed_parts(found)]
+    if refusal:
+        findings = [refusal, *findings, *_changed_parts(found)]
     if artifact is not None:
         findings += _check_files(found, artifact)
     if campaign is not None:

@@ -1,11 +1,21 @@
 """``burnish lint``: whether a model is ready for TensorRT, or for a release of Triton, or a folder for Core 2."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from optimize.cli.output import Json, emit_json
+from optimize.cli.output import (
+    IdentityOption,
+    IssuerOption,
+    Json,
+    PublicKeyOption,
+    TrustConfigOption,
+    emit_json,
+)
+
+if TYPE_CHECKING:
+    from registry.keyless import SignerIdentity
 
 
 def lint(
@@ -20,7 +30,10 @@ def lint(
     uri: Annotated[str | None, typer.Option(help="The storageUri itself.")] = None,
     remote: Annotated[list[str] | None, typer.Option(help="An rclone remote of the cluster; once each.")] = None,
     passport: Annotated[Path | None, typer.Option(help="A variant's passport; not with a model.")] = None,
-    public_key: Annotated[Path | None, typer.Option(help="PEM file: of whom it must be signed by.")] = None,
+    public_key: PublicKeyOption = None,
+    identity: IdentityOption = None,
+    issuer: IssuerOption = None,
+    trust_config: TrustConfigOption = None,
     artifact: Annotated[Path | None, typer.Option(help="A folder that must hold just the variant's files.")] = None,
     work: Annotated[Path | None, typer.Option(help="A campaign's folder: its record must say the same.")] = None,
     json_output: Json = False,
@@ -40,10 +53,16 @@ def lint(
     if passport is not None:
         if model is not None or core2 is not None:
             raise InputError("--passport is a check of its own", hint="Run lint twice.")
-        _lint_passport(passport, public_key, artifact, work, json_output=json_output)
+        from optimize.passports import named_signer
+
+        signer = named_signer(public_key, identity, issuer, trust_config)
+        _lint_passport(passport, signer, artifact, work, json_output=json_output)
         return
-    if public_key or artifact or work:
-        raise InputError("--public-key, --artifact and --work are for a passport", hint="Name it with --passport.")
+    if public_key or identity or issuer or trust_config or artifact or work:
+        raise InputError(
+            "--public-key, --identity, --issuer, --trust-config, --artifact and --work are for a passport",
+            hint="Name it with --passport.",
+        )
     if core2 is not None:
         given = {"a model": model, "--tensorrt": tensorrt, "--triton": triton, "--shapes": shapes}
         if other := next((name for name, value in given.items() if value), None):
@@ -98,12 +117,17 @@ def _lint_folder(
 
 
 def _lint_passport(
-    passport: Path, key: Path | None, artifact: Path | None, work: Path | None, *, json_output: bool
+    passport: Path,
+    signer: "Path | SignerIdentity | None",
+    artifact: Path | None,
+    work: Path | None,
+    *,
+    json_output: bool,
 ) -> None:
     from optimize.passports import check_passport
     from registry.errors import CheckFailedError
 
-    told = check_passport(passport, key=key, artifact=artifact, work=work)
+    told = check_passport(passport, signer=signer, artifact=artifact, work=work)
     if json_output:
         emit_json(told)
     elif told["passed"]:

@@ -19,6 +19,14 @@ ClusterOption = Annotated[
     Path | None, typer.Option("--cluster", help="A YAML file with a section `cluster:` that names a Core 2.")
 ]
 
+# Of whom a passport must be signed by.
+PublicKeyOption = Annotated[Path | None, typer.Option(help="PEM file: of whom it must be signed by.")]
+IdentityOption = Annotated[str | None, typer.Option(help="Whom it must be signed by without a key: me@example.org.")]
+IssuerOption = Annotated[str | None, typer.Option(help="URL of who must have vouched for the identity.")]
+TrustConfigOption = Annotated[
+    Path | None, typer.Option(help="File of the Sigstore to trust; the public one if not given.")
+]
+
 
 def emit_json(document: Any) -> None:
     """Writes the one JSON document of a command to stdout."""

@@ -6,7 +6,16 @@ from typing import Annotated
 import typer
 
 from optimize.cli.endings import terminable
-from optimize.cli.output import ClusterOption, Json, emit_json, say
+from optimize.cli.output import (
+    ClusterOption,
+    IdentityOption,
+    IssuerOption,
+    Json,
+    PublicKeyOption,
+    TrustConfigOption,
+    emit_json,
+    say,
+)
 
 Work = Annotated[Path | None, typer.Option(help="The working folder, where a campaign file is named.")]
 
@@ -28,7 +37,10 @@ def promote(
     matchers: Annotated[str, typer.Option(help='More matchers for it: namespace="seldon".')] = "",
     scrape: Annotated[float, typer.Option(help="How often it asks Envoy, in seconds.")] = 15.0,
     passport: Annotated[Path | None, typer.Option(help="The variant's passport; that in the working folder.")] = None,
-    public_key: Annotated[Path | None, typer.Option(help="PEM file: of whom it must be signed by.")] = None,
+    public_key: PublicKeyOption = None,
+    identity: IdentityOption = None,
+    issuer: IssuerOption = None,
+    trust_config: TrustConfigOption = None,
     cluster: ClusterOption = None,
     work: Work = None,
     port: Annotated[int | None, typer.Option(help="Of this machine's Envoy; a free one if not given.")] = None,
@@ -42,6 +54,7 @@ def promote(
 
     Example: burnish promote campaign.yaml --watch 120 --apply
     """
+    from optimize.passports import named_signer
     from optimize.promoting import Options, Promoting, find_subject, open_registry
     from registry.errors import InputError
 
@@ -58,7 +71,7 @@ def promote(
         matchers=matchers,
         scrape_s=scrape,
         passport=passport,
-        public_key=public_key,
+        signer=named_signer(public_key, identity, issuer, trust_config),
         port=port,
     )
     subject = find_subject(campaign, work=work, cluster=cluster, options=options)

@@ -6,12 +6,23 @@ from typing import Annotated
 import typer
 
 from optimize.cli.endings import terminable
-from optimize.cli.output import Json, emit_json, progress
+from optimize.cli.output import (
+    IdentityOption,
+    IssuerOption,
+    Json,
+    PublicKeyOption,
+    TrustConfigOption,
+    emit_json,
+    progress,
+)
 
 
 def rebuild(
     passport: Annotated[Path, typer.Argument(help="The variant's passport.")],
-    public_key: Annotated[Path, typer.Option(help="PEM file: of whom it must be signed by.")],
+    public_key: PublicKeyOption = None,
+    identity: IdentityOption = None,
+    issuer: IssuerOption = None,
+    trust_config: TrustConfigOption = None,
     campaign: Annotated[Path, typer.Option(help="Names the source and the samples.")] = Path("campaign.yaml"),
     artifact: Annotated[Path | None, typer.Option(help="The variant's files, to compare answers with.")] = None,
     out: Annotated[Path | None, typer.Option(help="A new folder for what is made.")] = None,
@@ -23,12 +34,14 @@ def rebuild(
 
     Example: burnish rebuild int8-static.passport.json --public-key key.pub.pem --campaign campaign.yaml
     """
+    from optimize.passports import named_signer
     from optimize.rebuild import rebuild as make_again
     from registry.errors import CheckFailedError
 
+    signer = named_signer(public_key, identity, issuer, trust_config)
     with progress() as observer, terminable():
         rebuilt = make_again(
-            passport, key=public_key, campaign_file=campaign, original=artifact, out=out, observer=observer
+            passport, signer=signer, campaign_file=campaign, original=artifact, out=out, observer=observer
         )
     if json_output:
         emit_json(

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from optimize.cli.output import Json, emit_json
+from optimize.cli.output import Json, TrustConfigOption, emit_json
 
 
 def report(
@@ -14,6 +14,10 @@ def report(
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown instead of the table.")] = False,
     passport: Annotated[str | None, typer.Option(help="Issue the signed passport of this variant instead.")] = None,
     key: Annotated[Path | None, typer.Option(help="PEM file to sign it with; else BURNISH_SIGNING_KEY.")] = None,
+    keyless: Annotated[
+        bool, typer.Option("--keyless", help="Sign it by an identity, with Sigstore, instead of a key.")
+    ] = False,
+    trust_config: TrustConfigOption = None,
     licence: Annotated[str, typer.Option(help="The model's licence, as you state it in the passport.")] = "",
     json_output: Json = False,
 ) -> None:
@@ -27,13 +31,18 @@ def report(
     from registry.codec import to_jsonable
     from registry.errors import InputError
 
-    if passport is None and (key or licence):
-        raise InputError("--key and --licence are for a passport", hint="Name its variant with --passport.")
+    if passport is None and (key or keyless or trust_config or licence):
+        raise InputError(
+            "--key, --keyless, --trust-config and --licence are for a passport",
+            hint="Name its variant with --passport.",
+        )
     campaign = reporting.read_campaign(work)
     if passport is not None:
         from optimize.passports import issue_passport
 
-        issued = issue_passport(campaign, passport, work, key=key, licence=licence)
+        issued = issue_passport(
+            campaign, passport, work, key=key, keyless=keyless, trust_config=trust_config, licence=licence
+        )
         emit_json({"passport": str(issued)}) if json_output else typer.echo(f"Passport: {issued}")
         return
     path = reporting.write_report(campaign, work)

@@ -293,18 +293,35 @@ def test_a_passport_is_asked_for_its_signature(work: Path, tmp_path: Path):
         keys.append(tmp_path / f"{name}.pem")
     campaign = chosen_campaign(work, 1000)
     issue_passport(campaign, "adds-1000", work, key=keys[0])
-    subject = find_subject(work, work=None, cluster=None, options=replace(QUICK, public_key=tmp_path / "ours.pub.pem"))
+    subject = find_subject(work, work=None, cluster=None, options=replace(QUICK, signer=tmp_path / "ours.pub.pem"))
     assert "is genuine" in subject.notes[0]
     with pytest.raises(CheckFailedError, match="it is signed by") as caught:
-        find_subject(work, work=None, cluster=None, options=replace(QUICK, public_key=tmp_path / "theirs.pub.pem"))
+        find_subject(work, work=None, cluster=None, options=replace(QUICK, signer=tmp_path / "theirs.pub.pem"))
     assert caught.value.exit_code == 5
     with pytest.raises(InputError, match="proves nothing without a key"):
         find_subject(work, work=None, cluster=None, options=replace(QUICK, passport=tmp_path / "x"))
     # That of another variant proves nothing of this one.
     chosen_campaign(work, 2000)
-    other = replace(QUICK, public_key=tmp_path / "ours.pub.pem", passport=work / "passports/adds-1000.passport.json")
+    other = replace(QUICK, signer=tmp_path / "ours.pub.pem", passport=work / "passports/adds-1000.passport.json")
     with pytest.raises(CheckFailedError, match="it is not the passport of adds-2000"):
         find_subject(work, work=None, cluster=None, options=other)
+
+
+def test_a_passport_is_asked_for_its_identity(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from optimize.passports import issue_passport
+    from registry.keyless import TOKEN_VARIABLE, SignerIdentity
+    from tests.doubles.sigstore_services import IDENTITY, ISSUER, serve_sigstore, token
+
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv(TOKEN_VARIABLE, token())
+    with serve_sigstore(tmp_path) as (_, trust):
+        issue_passport(chosen_campaign(work, 1000), "adds-1000", work, keyless=True, trust_config=trust)
+    ours = SignerIdentity(identity=IDENTITY, issuer=ISSUER, trust_config=trust)
+    subject = find_subject(work, work=None, cluster=None, options=replace(QUICK, signer=ours))
+    assert "adds-1000.passport.sigstore.json is genuine" in subject.notes[0]
+    for theirs in (replace(ours, identity="me@example.org"), replace(ours, issuer="https://accounts.google.com")):
+        with pytest.raises(CheckFailedError, match="is not shown to have signed it"):
+            find_subject(work, work=None, cluster=None, options=replace(QUICK, signer=theirs))
 
 
 def test_nothing_to_take_back(work: Path):

@@ -73,7 +73,7 @@ class Made:
         path = self.folder / "passport.json"
         path.write_text(passport.issue(self.campaign, variant, KEY))
         return rebuild(
-            path, key=self.folder / "public.pem", campaign_file=self.folder / "campaign.yaml", original=original,
+            path, signer=self.folder / "public.pem", campaign_file=self.folder / "campaign.yaml", original=original,
             out=out, observer=Quiet(),
         )  # fmt: skip
 

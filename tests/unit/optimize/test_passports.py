@@ -1,3 +1,4 @@
+import base64
 import json
 import sys
 from dataclasses import replace
@@ -10,8 +11,10 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from optimize.cli import main
 from optimize.reporting import write_campaign
 from registry.dsse import KEY_VARIABLE
+from registry.keyless import TOKEN_VARIABLE
 from registry.store import FolderStore
 from tests.doubles import campaigns
+from tests.doubles.sigstore_services import IDENTITY, ISSUER, serve_sigstore, token
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
 PEM = KEY.private_bytes(
@@ -66,6 +69,37 @@ def test_a_passport_is_issued_and_checked(monkeypatch, capsys, work: Path):
     assert "it was changed" in told["findings"][0]
 
 
+def test_a_passport_is_signed_without_a_key_and_checked(monkeypatch, capsys, work: Path):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv(TOKEN_VARIABLE, token())
+    with serve_sigstore(work.parent) as (_, trust):
+        issue = ("report", work, "--passport", "int8-static", "--keyless", "--trust-config", trust, "--json")
+        assert burnish(monkeypatch, *issue) == 0
+    path = Path(json.loads(capsys.readouterr().out)["passport"])
+    assert path == work / "passports/int8-static.passport.sigstore.json"
+    check = ("lint", "--passport", path, "--work", work, "--artifact", work.parent / "made")
+    of_whom = ("--identity", IDENTITY, "--issuer", ISSUER, "--trust-config", trust)
+    assert burnish(monkeypatch, *check, *of_whom) == 0
+    assert "genuine; int8-static: " in capsys.readouterr().out
+    assert burnish(monkeypatch, *check, *of_whom, "--identity", "me@example.org") == 5
+    assert f"me@example.org of {ISSUER} is not shown to have signed it" in capsys.readouterr().out
+    rebuild = ("rebuild", path, *of_whom, "--identity", "me@example.org")
+    assert burnish(monkeypatch, *rebuild) == 5
+    assert "is not shown to have signed it" in capsys.readouterr().err
+    assert burnish(monkeypatch, *check, "--public-key", work.parent / "public.pem") == 2
+    assert "was signed without a key" in capsys.readouterr().err
+    bundle = json.loads(path.read_text())
+    payload = base64.b64decode(bundle["dsseEnvelope"]["payload"]).replace(b"int8-static", b"int8-statis")
+    bundle["dsseEnvelope"]["payload"] = base64.b64encode(payload).decode()
+    path.write_text(json.dumps(bundle))
+    assert burnish(monkeypatch, *check, *of_whom, "--json") == 5
+    refusal, *parts = json.loads(capsys.readouterr().out)["findings"]
+    assert "is not shown to have signed it" in refusal
+    assert "predicate.variant is not what was written there first" in parts
+    assert burnish(monkeypatch, "lint", "--passport", work / "campaign.json", *of_whom) == 2
+    assert "holds no Sigstore bundle" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [
@@ -73,17 +107,29 @@ def test_a_passport_is_issued_and_checked(monkeypatch, capsys, work: Path):
         (("--passport", "int8-static"), "no key to sign with"),
         (("--passport", "int8-static", "--key", "nowhere.pem"), "cannot be read"),
         (("--passport", "float32", "--key", "key.pem"), "is not in the store"),
+        (("--passport", "int8-static", "--key", "key.pem", "--keyless"), "goes with no --key"),
+        (("--passport", "int8-static", "--key", "key.pem", "--trust-config", "x"), "for a signature without a key"),
+        (("--passport", "int8-static", "--keyless", "--trust-config", "nowhere.json"), "cannot be read"),
     ],
 )
 def test_what_cannot_be_issued_is_exit_2(monkeypatch, capsys, work: Path, arguments, part):
     monkeypatch.delenv(KEY_VARIABLE, raising=False)
+    monkeypatch.setenv(TOKEN_VARIABLE, token())
     monkeypatch.chdir(work.parent)
     assert burnish(monkeypatch, "report", work, *arguments) == 2
     assert part in capsys.readouterr().err
     assert not (work / "passports").exists()
 
 
-@pytest.mark.parametrize("arguments", [("report", "work", "--key", "key.pem"), ("lint", "--artifact", "made")])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("report", "work", "--key", "key.pem"),
+        ("report", "work", "--keyless"),
+        ("lint", "--artifact", "made"),
+        ("lint", "--identity", "me@example.org", "--issuer", ISSUER),
+    ],
+)
 def test_options_of_a_passport_without_one_are_exit_2(monkeypatch, capsys, work: Path, arguments):
     monkeypatch.chdir(work.parent)
     assert burnish(monkeypatch, *arguments) == 2
@@ -93,7 +139,12 @@ def test_options_of_a_passport_without_one_are_exit_2(monkeypatch, capsys, work:
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [
-        ((), "proves nothing without a key"),
+        ((), "proves nothing without a key or an identity"),
+        (("--identity", "me@example.org"), "go together"),
+        (("--issuer", ISSUER), "go together"),
+        (("--identity", "", "--issuer", ISSUER), "go together"),
+        (("--trust-config", "trust.json"), "is for an identity"),
+        (("--public-key", "public.pem", "--identity", "me@example.org", "--issuer", ISSUER), "with no --public-key"),
         (("--public-key", "key.pem"), "holds a private key"),
         (("--public-key", "public.pem"), "holds no signed envelope"),
         (("model.onnx",), "a check of its own"),
