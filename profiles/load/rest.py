@@ -156,19 +156,17 @@ class _Connection(asyncio.BufferedProtocol):
 
     def _read(self, data: bytes) -> None:
         if not self._status:
-            data = self._received + data
-            head, found, data = data.partition(_END_OF_HEAD)
-            if not found:
-                if len(head) > MOST_HEAD_BYTES:
-                    raise ValueError(f"no end of headers within {MOST_HEAD_BYTES} bytes")
-                self._received = head
-                return
-            self._read_head(head)
-            if not self._status:  # of an interim answer: the answer follows
-                self._received = b""
-                if data:
-                    self._read(data)
-                return
+            data, at = self._received + data, 0
+            while not self._status:  # each but the last is of an interim answer
+                end = data.find(_END_OF_HEAD, at)
+                if end < 0:
+                    self._received = data[at:]
+                    if len(self._received) > MOST_HEAD_BYTES:
+                        raise ValueError(f"no end of headers within {MOST_HEAD_BYTES} bytes")
+                    return
+                self._read_head(data[at:end])
+                at = end + len(_END_OF_HEAD)
+            data = data[at:]
         if self._chunks is not None:
             if self._chunks.read(data, self._body):
                 self._finish(keep=self._keep)
@@ -247,25 +245,27 @@ class _Chunks:
 
     def read(self, data: bytes, body: list[bytes]) -> bool:
         """Puts what belongs to the body into it; whether it is complete."""
-        while data:
+        at, end = 0, len(data)
+        while at < end:
             if self._left:
-                taken, data = data[: self._left], data[self._left :]
-                held = taken[: max(0, self._left - 2)]
-                self._left -= len(taken)
-                if held:
-                    body.append(held)
+                taken = min(self._left, end - at)
+                held = min(taken, self._left - 2)
+                if held > 0:
+                    body.append(data[at : at + held])
+                self._left -= taken
+                at += taken
                 continue
-            line, ended, data = (self._line + data).partition(b"\n")
-            if not ended:
-                if len(line) > MOST_HEAD_BYTES:
+            found = data.find(b"\n", at)
+            if found < 0:
+                self._line += data[at:]
+                if len(self._line) > MOST_HEAD_BYTES:
                     raise ValueError("a chunk without a size")
-                self._line = line
                 return False
-            self._line = b""
-            line = line.strip()
+            line = (self._line + data[at:found]).strip()
+            self._line, at = b"", found + 1
             if self._trailer:
                 if not line:
-                    if data:
+                    if at < end:
                         raise ValueError("more bytes than it says")
                     return True
                 continue

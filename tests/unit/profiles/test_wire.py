@@ -103,6 +103,11 @@ def test_answers_of_http_come_whole_however_they_are_cut(answer: bytes, pieces: 
     assert (reply.status, reply.body, reply.first) == (Status.OK, b"good", True)
 
 
+def test_any_number_of_interim_answers_may_come_before() -> None:
+    (reply,) = asked(says(b"HTTP/1.1 100 Continue\r\n\r\n" * 5000 + PLAIN), protocol="rest")
+    assert (reply.status, reply.body) == (Status.OK, b"good")
+
+
 def test_a_connection_is_kept_and_its_first_answer_is_told_from_the_next() -> None:
     replies = asked(says(PLAIN, CHUNKED, PLAIN), protocol="rest", times=3)
     assert [reply.body for reply in replies] == [b"good"] * 3
