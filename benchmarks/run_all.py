@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-NOT_BENCHMARKS = {"figures.py", "run_all.py", "tasks.py", "resnet18.py", "load_peers.py", "null_triton.py"}
+NOT_BENCHMARKS = {"figures.py", "others.py", "run_all.py", "tasks.py", "resnet18.py", "load_peers.py", "null_triton.py"}
 
 
 def main() -> None:

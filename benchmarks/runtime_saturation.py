@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 from figures import figure, finish, say
 from numpy.typing import NDArray
+from others import undisturbed
 from runtime_overhead import START_S, artifact_of, candidate_of, on_cpus
 from stage_overhead import INPUTS, source
 
@@ -88,9 +90,10 @@ def measured(model: Path, calibration: Path, server_cpus: tuple[int, ...], clien
                 for side in sides:
                     if side == "session":
                         with on_cpus(server_cpus):
-                            rates[side] = rows_per_s(session, samples, best, seconds=ALONE_S)
+                            rates[side] = undisturbed(partial(rows_per_s, session, samples, best, seconds=ALONE_S))
                         continue
-                    record = generator.run(deployed[side].target, payloads[side], load, raw_path=work / "window.npz")
+                    target, window = deployed[side].target, work / "window.npz"
+                    record = undisturbed(partial(generator.run, target, payloads[side], load, raw_path=window))
                     rates[side] = record.metrics["throughput_rps"]
                     if record.errors:
                         say(f"{side}: errors {dict(record.errors)}")

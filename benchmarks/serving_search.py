@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from itertools import pairwise
@@ -30,10 +30,10 @@ from typing import Any, Literal
 
 import numpy as np
 import onnx
-import psutil
 from figures import figure, finish, say
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
+from others import undisturbed
 from runtime_overhead import artifact_of, candidate_of, on_cpus
 
 from optimize.packages import version
@@ -58,9 +58,6 @@ START_S = 60.0
 # is one of all profiles.
 SPOILING = frozenset({"errors", "answered_by", "restarted", "steal"})
 TRIES = 4
-# Cores that others used of the machine in a window; more, and it is measured again when they have had their time.
-MOST_OF_OTHERS = 0.1
-PATIENCE = 100
 TIMED_S = 1.0
 BATCH_SIZES = (1, 2, 4, 8, 16, 32)
 SEEDS = 20
@@ -158,15 +155,6 @@ SUBJECTS = (Subject("mlserver", "residual"), Subject("mlserver", "dense"), Subje
 # --- measuring -------------------------------------------------------------------------------------------------
 
 
-def cpu_of_others() -> float:
-    """CPU seconds since the start of all that is not this process or a child of it."""
-    times, own = psutil.cpu_times(), 0.0
-    for process in (psutil.Process(), *psutil.Process().children(recursive=True)):
-        with suppress(psutil.NoSuchProcess):
-            own += sum(process.cpu_times()[:2])
-    return float(times.user + times.nice + times.system) - own
-
-
 class Stand:
     """Servers and a load generator on the same two cores; what differs in the model alone shares a server.
 
@@ -191,18 +179,13 @@ class Stand:
         payloads = encode_payloads(self._inputs, target=target)
         clients = ClosedLoop(concurrency=CLIENTS)
         load = LoadProfile(name="closed", load=clients, warmup_s=WARMUP_S, duration_s=WINDOW_S)
-        tries = waits = 0
-        while tries < TRIES and waits < PATIENCE:
-            begin, before = time.monotonic(), cpu_of_others()
-            record = self._generator.run(target, payloads, load, raw_path=self._work / "window.npz")
+        for _ in range(TRIES):
+            record = undisturbed(
+                lambda: self._generator.run(target, payloads, load, raw_path=self._work / "window.npz")
+            )
             spoiled = [finding for finding in record.findings if finding.gate in SPOILING]
-            if (cpu_of_others() - before) / (time.monotonic() - begin) > MOST_OF_OTHERS:
-                waits += 1
-                time.sleep(1)
-                continue
             if not spoiled:
                 return record.metrics["throughput_rps"]
-            tries += 1
             say(f"{profile.key} again: {', '.join(f'{one.gate}, {one.observed}' for one in spoiled)}")
         raise UnreachableError(f"{profile.key} gave no valid window")
 
