@@ -314,8 +314,8 @@ class Promoter:
         Raises:
             CheckFailedError: a limit was missed, or could not be decided on, while it was watched; all is as it was.
             InputError: somebody moved an alias, or changed the version or the production Model; what the promotion had
-                done is undone, and what they did is left. Or a step is to be watched and there is no probe; then
-                nothing is done.
+                done is undone, and what they did is left. Or a step that is to be watched cannot be, or not as those
+                before it were; then nothing is done.
             UnreachableError: something did not answer, or refused. All is as it was, or the message says what is left.
         """
         journal = self.journal
@@ -384,6 +384,18 @@ class Promoter:
                 f"the step {left[0].name} is to be watched for {left[0].watch_s:g} s, and nothing watches",
                 hint="Go on with --watch as it was begun, or end it with `burnish rollback`.",
             )
+        if self.probe is None or not left:
+            return
+        seen = {
+            name for one in self.journal.events(promotion) if one.observation for name in one.observation.challenger
+        }
+        for limit in promotion.policy.constraints:
+            if limit.metric in seen and not self.probe.sees(limit.metric):
+                raise InputError(
+                    f"`{limit.text}` was watched before, and cannot be now",
+                    hint="Go on with the campaign file or --samples, as it was begun, or end it with "
+                    "`burnish rollback`.",
+                )
 
     def _do(self, promotion: Promotion, step: PromotionStep, snapshot: RolloutSnapshot) -> None:
         self._check_unmoved(promotion)

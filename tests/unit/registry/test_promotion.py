@@ -532,6 +532,19 @@ def test_what_was_to_be_watched_is_not_finished_unwatched(house: House):
     assert house.is_promoted()
 
 
+def test_what_was_watched_before_a_kill_is_watched_after_it(house: House, monkeypatch: pytest.MonkeyPatch):
+    """Named by its folder, a promotion that was begun by its campaign file has no samples to judge answers by, say."""
+    with pytest.raises(KilledError):
+        house.promote(die_after(6))
+    with monkeypatch.context() as patch:
+        patch.setattr(house.probe, "sees", lambda metric: metric == "failed_share")
+        with pytest.raises(InputError, match="`latency_p90_ms <= 50` was watched before, and cannot be now"):
+            house.promote()
+    assert house.states() == ["under way"]
+    house.promote()
+    assert house.is_promoted()
+
+
 # --- others --------------------------------------------------------------------------------------------------------
 
 
