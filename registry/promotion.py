@@ -550,17 +550,18 @@ class Promoter:
         if aliases.get(CHALLENGER) == promotion.version or (
             promotion.challenger_before is not None and CHALLENGER not in aliases
         ):
-            registry.set_alias(model, CHALLENGER, promotion.challenger_before)
+            registry.set_alias(model, CHALLENGER, self._if_there(model, promotion.challenger_before))
         intended = self.journal.intent(promotion, CHAMPION)
         if intended is None or aliases.get(CHAMPION) not in {promotion.version, promotion.champion}:
             return
-        registry.set_alias(model, CHAMPION, promotion.champion)
-        old = None if promotion.champion is None else registry.version(model, promotion.champion)
+        champion = self._if_there(model, promotion.champion)
+        registry.set_alias(model, CHAMPION, champion)
+        old = None if champion is None else registry.version(model, champion)
         begun = self.journal.intent(promotion, ROLLBACK)
         registry.crown(
             Reign(
                 model=model,
-                version=promotion.champion,
+                version=champion,
                 since=self.journal.now() if begun is None else begun.at,
                 how="rolled back",
                 reason=reason,
@@ -569,6 +570,13 @@ class Promoter:
                 location=promotion.location,
             )
         )
+
+    def _if_there(self, model: str, version: str | None) -> str | None:
+        """The version, or None where somebody has deleted it: the way back does not end there."""
+        if version is None or self.registry.version(model, version) is not None:
+            return version
+        self.told(f"somebody has deleted version {version} of {model}, which had an alias")
+        return None
 
 
 def _moved(promotion: Promotion, alias: str, found: str | None, wanted: str | None) -> InputError:

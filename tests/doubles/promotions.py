@@ -77,6 +77,8 @@ class MemoryRegistry:
         self._answer()
         if version is None:
             self.named.pop(alias, None)
+        elif version not in self.versions:
+            raise InputError(f"{model} has no version {version}")
         else:
             self.named[alias] = version
 

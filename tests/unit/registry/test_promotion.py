@@ -612,6 +612,19 @@ def test_no_way_back_over_what_others_did(house: House):
     assert house.states() == ["completed"]
 
 
+def test_the_way_back_to_versions_that_somebody_deleted(house: House):
+    """The Model is as it was; an alias of no version goes."""
+    house.registry.versions["3"] = version("3")
+    house.registry.named["challenger"] = "3"
+    house.promote()
+    del house.registry.versions["1"], house.registry.versions["3"]
+    house.roll_back()
+    assert house.applier.resources["Model/digits"]["spec"]["storageUri"] == "gs://models/old"
+    assert house.registry.named == {}
+    assert house.states() == ["rolled back"]
+    assert house.registry.reigns("digits")[-1].version is None
+
+
 def test_what_others_put_in_the_way(house: House):
     house.applier.resources["Model/digits-challenger"] = {"kind": "Model", "metadata": {"name": "x"}, "spec": {}}
     with pytest.raises(InputError, match="there is a Model digits-challenger"):
