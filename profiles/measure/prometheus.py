@@ -48,11 +48,14 @@ class Prometheus:
         Raises:
             InputError: it is no such URL.
         """
-        parts = urllib.parse.urlsplit(url)
-        if parts.scheme not in {"http", "https"} or not parts.hostname:
-            raise InputError(
-                f"{parts.scheme or 'what is given'} is no URL of a Prometheus", hint="http://HOST:9090, say."
-            )
+        try:
+            parts = urllib.parse.urlsplit(url)
+            known = parts.scheme in {"http", "https"} and parts.hostname and parts.port != 0
+        except ValueError:
+            known = False
+        if not known:
+            # Not shown: it may have a password.
+            raise InputError("what is given is no URL of a Prometheus", hint="http://HOST:9090, say.")
         if parts.username or parts.password:
             raise InputError("the URL of a Prometheus has no user or password", hint="Reach it through a proxy.")
         self.url = url.rstrip("/")

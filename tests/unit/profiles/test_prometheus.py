@@ -151,7 +151,7 @@ def test_a_prometheus_that_refuses(prometheus: Prometheus, server: ThreadingHTTP
 def test_no_prometheus_there():
     with pytest.raises(UnreachableError, match="does not answer"):
         Prometheus("http://127.0.0.1:9").query("up")
-    for wrong in ("ftp://here", "prometheus:9090", ""):
+    for wrong in ("ftp://here", "prometheus:9090", "", "http://[::1", "http://host:port"):
         with pytest.raises(InputError, match="no URL of a Prometheus"):
             Prometheus(wrong)
     with pytest.raises(InputError, match="no user or password") as caught:
