@@ -83,11 +83,11 @@ def lease(
             _release(folder, key, held)
             held = None
             break
-        with _beating(folder, f"{key}/{held.name}", ttl_s / 3):
-            try:
+        try:
+            with _beating(folder, f"{key}/{held.name}", ttl_s / 3):
                 yield True
-            finally:
-                _release(folder, key, held)
+        finally:  # once nothing writes it anew
+            _release(folder, key, held)
         return
     yield False
 

@@ -180,6 +180,28 @@ def test_work_that_two_want_is_done_once(machine, exclusive):
     assert machine("d")._folder.names("leases") == []
 
 
+def test_a_lease_that_is_given_back_is_not_written_anew(mount, monkeypatch):
+    """However long the store takes to remove it: what stood there then would be believed until it expires."""
+    folder = RemoteFolder(destination_of(str(mount)))
+    beaten = threading.Event()
+    write, remove = folder.write, folder.remove
+
+    def written(path: str, content: bytes) -> None:
+        write(path, content)
+        beaten.set()
+
+    def removed(path: str) -> None:
+        remove(path)
+        beaten.clear()
+        beaten.wait(0.2)
+
+    monkeypatch.setattr(folder, "write", written)
+    monkeypatch.setattr(folder, "remove", removed)
+    with leases.lease(folder, "leases/k", exclusive=True, is_done=lambda: False, ttl_s=0.03) as ours:
+        assert ours
+    assert folder.names("leases/k") == []
+
+
 def test_of_those_that_claim_at_the_same_moment_one_gets_the_lease(mount, exclusive):
     folder = RemoteFolder(destination_of(str(mount)))
     together = threading.Barrier(8)
