@@ -9,7 +9,7 @@ import fcntl
 import os
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -28,7 +28,12 @@ def usable_cores() -> tuple[int, ...]:
 
 @contextmanager
 def reserve_cores(
-    count: int | None, *, alone: bool, among: Sequence[int] | None = None, folder: Path | None = None
+    count: int | None,
+    *,
+    alone: bool,
+    among: Sequence[int] | None = None,
+    folder: Path | None = None,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> Iterator[tuple[int, ...]]:
     """Cores for the time of a block; waits until there are enough.
 
@@ -37,9 +42,11 @@ def reserve_cores(
         alone: whether no other block may have any of them. Else free ones come first.
         among: the CPUs to take them from; None for all that this process may use.
         folder: where the locks are; None for the one that all campaigns of this user share.
+        stopped: whether nobody wants them any more; asked while it waits.
 
     Raises:
         InputError: there are not so many.
+        InterruptedError: nobody wants them any more.
     """
     cores = tuple(usable_cores() if among is None else among)
     wanted = len(cores) if count is None else count
@@ -48,13 +55,13 @@ def reserve_cores(
     place = folder or Path(tempfile.gettempdir(), f"burnish-cores-{os.getuid()}")
     place.mkdir(mode=0o700, parents=True, exist_ok=True)
     with ExitStack() as held:
-        with _locked(place / _TURN):
+        with _locked(place / _TURN, stopped):
             while True:
                 taken = _take(place, cores, wanted, alone=alone)
                 if len(taken) == wanted:
                     break
                 _release(taken.values())
-                time.sleep(_POLL_S)
+                _wait(stopped)
         held.callback(_release, taken.values())
         yield tuple(sorted(taken))
 
@@ -76,13 +83,20 @@ def _take(place: Path, cores: Sequence[int], wanted: int, *, alone: bool) -> dic
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    descriptor = _lock(path, fcntl.LOCK_EX)
+def _locked(path: Path, stopped: Callable[[], bool]) -> Iterator[None]:
+    # Asked for again and again, as a thread that the kernel has wait cannot be stopped.
+    while (descriptor := _lock(path, fcntl.LOCK_EX | fcntl.LOCK_NB)) is None:
+        _wait(stopped)
     try:
         yield
     finally:
-        if descriptor is not None:
-            os.close(descriptor)
+        os.close(descriptor)
+
+
+def _wait(stopped: Callable[[], bool]) -> None:
+    if stopped():
+        raise InterruptedError("nobody wants these cores any more")
+    time.sleep(_POLL_S)
 
 
 def _lock(path: Path, mode: int) -> int | None:

@@ -134,6 +134,12 @@ def stopped_by(event: threading.Event) -> Iterator[None]:
         _stop.reset(token)
 
 
+def is_stopped() -> bool:
+    """Whether the event of a block of `stopped_by` that we are in is set."""
+    event = _stop.get()
+    return event is not None and event.is_set()
+
+
 def child_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     """The environment of a child: an allow-list of this process's, no network for model hubs, and ``extra``."""
     inherited = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
@@ -162,9 +168,8 @@ def _watch(process: "subprocess.Popen[bytes]", limits: Limits) -> FailureKind | 
     deadline = time.monotonic() + limits.timeout_s
     most = limits.memory_bytes
     polls = 0
-    stop = _stop.get()
     while True:
-        if stop is not None and stop.is_set():
+        if is_stopped():
             return "died"
         left_s = deadline - time.monotonic()
         if left_s <= 0:

@@ -9,7 +9,7 @@ from typing import Any
 
 from optimize.engines.child import describe, resolve
 from optimize.engines.cores import reserve_cores
-from optimize.engines.local import ChildFailure, rebuilt
+from optimize.engines.local import ChildFailure, is_stopped, rebuilt
 from optimize.engines.port import Outcome, Place, Task
 from registry.errors import BurnishError
 from registry.ports import Store
@@ -37,7 +37,9 @@ def perform(
     """
     resources = task["resources"]
     path = None if task["python_path"] is None else Path(task["python_path"])
-    with reserve_cores(resources["cores"], alone=resources["alone"], among=among, folder=locks) as cpus:
+    with reserve_cores(
+        resources["cores"], alone=resources["alone"], among=among, folder=locks, stopped=is_stopped
+    ) as cpus:
         begin = time.monotonic()
         told: dict[str, Any] = {"cpus": list(cpus)}
         with tempfile.TemporaryDirectory(prefix="step-", dir=scratch) as folder:

@@ -162,6 +162,25 @@ def test_who_stops_asking_ends_what_runs(tmp_path: Path):
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("burnish-step")]
 
 
+def test_who_waits_for_cores_of_others_stops_waiting_when_nobody_asks(tmp_path: Path):
+    engine = engine_in(tmp_path, 2)
+    ended: list[BaseException] = []
+
+    def ask() -> None:
+        try:
+            list(engine.run([task("a", "where"), task("b", "where")]))
+        except InterruptedError as error:
+            ended.append(error)
+
+    asking = threading.Thread(target=ask, daemon=True)
+    with reserve_cores(None, alone=True, folder=tmp_path / "locks"):
+        asking.start()
+        asking.join(0.2)
+        engine.__exit__()
+        asking.join(5)
+        assert ended
+
+
 @pytest.mark.parametrize(
     ("resources", "words"),
     [
