@@ -51,9 +51,14 @@ def _spectrum(rounds: Sequence[Round], candidate_id: str, load: str, raw_root: P
             [latency_ms(one["intended_ns"], one["done_ns"], one["status"].astype(np.int8)) for one in arrays]
         )
     )
-    earned = [one for one in _PERCENTILES if (1 - one / 100) * len(latencies) >= _BEYOND]
+    earned = [one for one in _PERCENTILES if _beyond(one, len(latencies)) >= _BEYOND]
     points = [(float(one), nearest_rank(latencies, one)) for one in earned]
     known = tuple((one, round(value, _DECIMALS)) for one, value in points if np.isfinite(value))
     if not known or known[-1][0] < 50:
         return None
     return Spectrum(candidate_id=candidate_id, load=load, requests=len(latencies), points=known)
+
+
+def _beyond(percentile: float, count: int) -> float:
+    # As people reckon it: 1 - 0.9 is a little less than 0.1.
+    return round((100 - percentile) * count / 100, 6)

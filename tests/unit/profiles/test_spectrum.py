@@ -60,6 +60,13 @@ def test_too_few_requests_earn_no_spectrum(tmp_path: Path) -> None:
     assert spectra_of(made, raw_root=tmp_path, loads=["10 rps"]) == ()
 
 
+@pytest.mark.parametrize(("requests", "highest"), [(99, 85.0), (100, 90.0), (200, 95.0), (1000, 99.0)])
+def test_so_many_requests_as_earn_a_percentile_show_it(tmp_path: Path, requests: int, highest: float) -> None:
+    made = rounds(run(tmp_path, "some", OpenLoop(rate_rps=float(requests), arrivals="constant")))
+    [found] = spectra_of(made, raw_root=tmp_path, loads=["some"])
+    assert (found.requests, found.points[-1][0]) == (requests, highest)
+
+
 def test_windows_at_several_loads_are_curves(tmp_path: Path) -> None:
     closed = [run(tmp_path, f"concurrency {n}", ClosedLoop(concurrency=n)) for n in (1, 4)]
     opened = [run(tmp_path, f"{rate} rps", OpenLoop(rate_rps=float(rate))) for rate in (400, 200)]
