@@ -1,7 +1,6 @@
 """What the answers of a model in production are worth, by samples that are held out."""
 
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 from optimize.adaptation import adapt
@@ -123,6 +122,3 @@ class LiveFidelity:
 def variant_of(campaign: Campaign, candidate: Candidate) -> Variant:
     """The variant that a candidate serves."""
     return next(one for one in campaign.variants if one.id == candidate.variant_id)
-
-
-Judge = Callable[[Target], Metrics]

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from profiles.pipelines.graph import Gathering, Pipeline, Source, Step, answers, fired, routings
+from profiles.pipelines.graph import Pipeline, Source, Step, answers, fired, routings
 from registry.records import TensorSpec
 
 
@@ -214,9 +214,3 @@ def _common_inputs(pipeline: Pipeline, known: Signatures) -> Iterator[Finding]:
                     step=step,
                     text=f"it takes the pipeline's input {name!r}, and so does {first}: {why}",
                 )
-
-
-def gathered(gathering: Gathering) -> str:
-    """The sources of a join in words."""
-    joint = {"inner": " and ", "outer": " and, in time, ", "any": " or "}[gathering.join]
-    return joint.join(source.text for source in gathering.sources)
