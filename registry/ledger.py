@@ -291,6 +291,32 @@ def fsync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def write_durably(path: Path, text: str) -> None:
+    """Writes a small file, which appears whole or not at all and survives a loss of power; folders are made.
+
+    It is for one writer at a time: a draft that a killed one left is written over.
+
+    Raises:
+        StorageError: it could not be written (a full disk, say); what was there is there.
+    """
+    draft = path.with_name(f".{path.name}.new")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with draft.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+        fsync_folder(path.parent)
+    except OSError as error:
+        with suppress(OSError):
+            draft.unlink(missing_ok=True)
+        raise StorageError(
+            f"{path} could not be written: {error.strerror or error}",
+            hint="Check free space and permissions of its folder.",
+        ) from error
+
+
 @contextmanager
 def _refusals(path: Path) -> Iterator[None]:
     try:

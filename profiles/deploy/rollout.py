@@ -7,7 +7,6 @@ and then has it applied, so that the same call again completes what a kill cut s
 
 import copy
 import json
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,8 +19,8 @@ from profiles.serving.core2.sizing import quantity_bytes
 from profiles.serving.naming import check_core2_name
 from registry.codec import canonical
 from registry.documents import parse_document
-from registry.errors import InputError, StorageError, UnreachableError
-from registry.ledger import fsync_folder
+from registry.errors import InputError, UnreachableError
+from registry.ledger import write_durably
 from registry.records import RolloutSnapshot
 
 PRODUCTION = "production"
@@ -200,7 +199,7 @@ class ManifestRollout:
         # Last: that there is no room for a file stops nothing from being as it was.
         for key, text in snapshot.manifests.items():
             if not self._path(key).is_file() or self._path(key).read_text(encoding="utf-8") != text:
-                self._write(key, text)
+                write_durably(self._path(key), text)
         self._check_restored(snapshot)
 
     # --- parts of it ---
@@ -253,7 +252,7 @@ class ManifestRollout:
         self._put(render_experiment(self.experiment, weights, labels=labels, default=self.production, mirror=mirror))
 
     def _put(self, manifest: Manifest) -> None:
-        self._write(_key(str(manifest["kind"]), str(manifest["metadata"]["name"])), as_yaml(manifest))
+        write_durably(self._path(_key(str(manifest["kind"]), str(manifest["metadata"]["name"]))), as_yaml(manifest))
         self._apply(manifest)
 
     def _apply(self, manifest: Manifest) -> None:
@@ -281,24 +280,6 @@ class ManifestRollout:
                 return text
         metadata = {name: found["metadata"][name] for name in ("name", "labels") if found["metadata"].get(name)}
         return as_yaml({"apiVersion": found["apiVersion"], "kind": found["kind"], "metadata": metadata} | _only(found))
-
-    def _write(self, key: str, text: str) -> None:
-        path = self._path(key)
-        draft = path.with_name(f".{path.name}.new")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with draft.open("w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            draft.replace(path)
-            fsync_folder(path.parent)
-        except OSError as error:
-            draft.unlink(missing_ok=True)
-            raise StorageError(
-                f"the manifest {path} could not be written: {error.strerror or error}",
-                hint="Check free space and permissions of its folder.",
-            ) from error
 
     def _path(self, key: str) -> Path:
         return self._folder / f"{key.replace('/', '-')}.yaml"

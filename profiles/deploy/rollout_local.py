@@ -5,7 +5,6 @@ was killed leaves what it had applied, and no server.
 """
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -20,7 +19,7 @@ from profiles.deploy.rollout_scheduler import experiment_of
 from profiles.serving.core2.manifests import Manifest
 from registry import codec
 from registry.errors import InputError
-from registry.ledger import fsync_folder
+from registry.ledger import write_durably
 from registry.ports import Store
 from registry.records import Artifact, Candidate, Target
 
@@ -98,7 +97,7 @@ class LocalProduction:
     def know(self, candidate: Candidate, artifact: Artifact) -> None:
         """Keeps what a Model that carries the candidate's id serves."""
         told = {"candidate": codec.to_jsonable(candidate), "artifact": codec.to_jsonable(artifact)}
-        self._write(f"candidates/{candidate.id}.json", codec.canonical(told))
+        write_durably(self._folder / "candidates" / f"{candidate.id}.json", codec.canonical(told))
 
     def read(self, kind: str, name: str) -> Manifest | None:
         """What is applied."""
@@ -109,7 +108,8 @@ class LocalProduction:
 
         Raises:
             InputError: an experiment is of a Model that is not applied, or a Model of no candidate that is known.
-            UnreachableError: a server did not come about; all is served as before.
+            UnreachableError: a server did not come about, or what is applied could not be written; all is served as
+                before.
         """
         self._change({**self._applied(), f"{manifest['kind']}/{manifest['metadata']['name']}": manifest})
 
@@ -144,15 +144,15 @@ class LocalProduction:
 
     def _change(self, applied: Mapping[str, Manifest]) -> None:
         before = self._applied()
-        if self._serving:
-            try:
+        try:
+            if self._serving:
                 self._bring_about(applied)
-            except BaseException:
+            kept = {"applied": dict(applied), "versions": self._versions(applied)}
+            write_durably(self._folder / "applied.json", json.dumps(kept, indent=1))
+        except BaseException:
+            if self._serving:
                 self._bring_about(before)
-                raise
-        self._write(
-            "applied.json", json.dumps({"applied": dict(applied), "versions": self._versions(applied)}, indent=1)
-        )
+            raise
         self._end_unused(applied)
 
     def _bring_about(self, applied: Mapping[str, Manifest]) -> None:
@@ -215,14 +215,3 @@ class LocalProduction:
                 known, number = before.get(key, ("", 0))
                 versions[key] = (now, number if known == now else number + 1)
         return versions
-
-    def _write(self, name: str, text: str) -> None:
-        path = self._folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_name(f".{path.name}.{os.getpid()}")
-        with draft.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(path)
-        fsync_folder(path.parent)

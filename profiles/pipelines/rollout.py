@@ -18,6 +18,7 @@ from profiles.serving.naming import check_core2_name
 from registry.codec import canonical
 from registry.documents import parse_document
 from registry.errors import InputError, UnreachableError
+from registry.ledger import write_durably
 from registry.records import RolloutSnapshot
 
 
@@ -216,11 +217,7 @@ class PipelineRollout:
         return with_models(self._before(snapshot), self._models)
 
     def _put(self, manifest: Manifest) -> None:
-        self._folder.mkdir(parents=True, exist_ok=True)
-        path = self._path(str(manifest["kind"]), str(manifest["metadata"]["name"]))
-        draft = path.with_name(f".{path.name}.new")
-        draft.write_text(as_yaml(manifest), encoding="utf-8")
-        draft.replace(path)
+        write_durably(self._path(str(manifest["kind"]), str(manifest["metadata"]["name"])), as_yaml(manifest))
         self._applier.apply(manifest)
 
     def _drop(self, kind: str, name: str) -> None:
