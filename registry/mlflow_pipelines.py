@@ -8,13 +8,10 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 
 from registry.errors import InputError
-from registry.mlflow_store import is_server, named_failures, patient
+from registry.mlflow_store import named_failures, patient
 from registry.mlflow_tracking import MlflowTracker
 from registry.report.pipeline import PipelineView
 from registry.tracking import store_uri
-
-ARTIFACTS = "mlartifacts"
-"""Folder, below the working folder, of files where the store is a database: the one of campaigns."""
 
 
 def record_pipeline(view: PipelineView, *, files: Mapping[str, Path], work: Path, uri: str | None = None) -> str:
@@ -36,10 +33,11 @@ def record_pipeline(view: PipelineView, *, files: Mapping[str, Path], work: Path
     if missing := [path for path in files.values() if not path.is_file()]:
         raise InputError(f"the file {missing[0]} does not exist")
     store = store_uri(uri, work)
-    MlflowTracker(store, work).check()
+    tracker = MlflowTracker(store, work)
+    tracker.check()
     with named_failures(store), patient():
         client = MlflowClient(tracking_uri=store, registry_uri=store)
-        run = client.create_run(_experiment(client, view.name, store, work), run_name=view.name)
+        run = client.create_run(tracker.experiment(f"burnish/pipelines/{view.name}"), run_name=view.name)
         client.log_batch(
             run.info.run_id,
             metrics=[Metric(name, value, run.info.start_time, 0) for name, value in _metrics(view).items()],
@@ -50,15 +48,6 @@ def record_pipeline(view: PipelineView, *, files: Mapping[str, Path], work: Path
             client.log_artifact(run.info.run_id, str(path), artifact_path=name)
         client.set_terminated(run.info.run_id)
         return str(run.info.run_id)
-
-
-def _experiment(client: MlflowClient, name: str, store: str, work: Path) -> str:
-    title = f"burnish/pipelines/{name}"
-    found = client.get_experiment_by_name(title)
-    if found is not None:
-        return str(found.experiment_id)
-    place = None if is_server(store) else (work.resolve() / ARTIFACTS).as_uri()
-    return str(client.create_experiment(title, artifact_location=place))
 
 
 def _metrics(view: PipelineView) -> dict[str, float]:

@@ -100,7 +100,7 @@ class MlflowTracker:
         self.check()
         with named_failures(self._uri), patient():
             content = _content(campaign)
-            experiment_id = self._experiment(f"burnish/{campaign.model_name}")
+            experiment_id = self.experiment(f"burnish/{campaign.model_name}")
             found, others = recorded(campaign, self._runs(experiment_id, campaign.id), content)
             if found is None:
                 found = record(
@@ -121,6 +121,26 @@ class MlflowTracker:
                 runs={campaign.id: found.parent, **found.candidates},
                 model_version=self._register(campaign, found, content),
             )
+
+    def experiment(self, name: str) -> str:
+        """The id of an experiment, made where there is none; one that somebody deleted is taken back.
+
+        Raises:
+            MlflowException: the store does not answer, or refuses; see `registry.mlflow_store.named_failures`.
+        """
+        found = self._client.get_experiment_by_name(name)
+        if found is None:
+            # A server knows where artifacts go; without one MLflow would put them under the current folder.
+            place = None if is_server(self._uri) else (self._work.resolve() / "mlartifacts").as_uri()
+            try:
+                return str(self._client.create_experiment(name, artifact_location=place, tags=_KIND))
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                    raise
+                found = self._client.get_experiment_by_name(name)  # another campaign of the model came first
+        if found.lifecycle_stage != "active":
+            self._client.restore_experiment(found.experiment_id)
+        return str(found.experiment_id)
 
     def artifact_location(self, uri: str) -> str:
         """Where MLflow keeps an artifact; see `registry.tracking.artifact_location`.
@@ -175,21 +195,6 @@ class MlflowTracker:
     @cached_property
     def _client(self) -> MlflowClient:
         return MlflowClient(tracking_uri=self._uri, registry_uri=self._uri)
-
-    def _experiment(self, name: str) -> str:
-        found = self._client.get_experiment_by_name(name)
-        if found is None:
-            # A server knows where artifacts go; without one MLflow would put them under the current folder.
-            place = None if is_server(self._uri) else (self._work.resolve() / "mlartifacts").as_uri()
-            try:
-                return str(self._client.create_experiment(name, artifact_location=place, tags=_KIND))
-            except MlflowException as error:
-                if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                    raise
-                found = self._client.get_experiment_by_name(name)  # another campaign of the model came first
-        if found.lifecycle_stage != "active":
-            self._client.restore_experiment(found.experiment_id)
-        return str(found.experiment_id)
 
     def _runs(self, experiment_id: str, campaign_id: str, *, also: str = "") -> list[Run]:
         """All runs of a campaign, its own and those of its candidates; those alone that meet a further condition."""

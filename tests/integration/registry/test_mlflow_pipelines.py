@@ -53,5 +53,9 @@ def test_an_analysis_is_a_run_with_its_numbers_and_picture(tmp_path: Path, monke
     assert first.data.params["latency_path"] == "a b"
     assert first.info.status == "FINISHED"
     assert [one.path for one in client.list_artifacts(ids[0], "pictures")] == ["pictures/p.svg"]
+    # What somebody deleted is taken back, as it is for campaigns.
+    client.delete_experiment(first.info.experiment_id)
+    third = client.get_run(record_pipeline(view(), files={}, work=tmp_path / "work"))
+    assert third.info.experiment_id == first.info.experiment_id
     with pytest.raises(InputError, match="does not exist"):
         record_pipeline(view(), files={"x": tmp_path / "none"}, work=tmp_path / "work")
