@@ -156,17 +156,10 @@ class _Connection(asyncio.BufferedProtocol):
 
     def _read(self, data: bytes) -> None:
         if not self._status:
-            data, at = self._received + data, 0
-            while not self._status:  # each but the last is of an interim answer
-                end = data.find(_END_OF_HEAD, at)
-                if end < 0:
-                    self._received = data[at:]
-                    if len(self._received) > MOST_HEAD_BYTES:
-                        raise ValueError(f"no end of headers within {MOST_HEAD_BYTES} bytes")
-                    return
-                self._read_head(data[at:end])
-                at = end + len(_END_OF_HEAD)
-            data = data[at:]
+            rest = self._read_heads(self._received + data)
+            if rest is None:
+                return
+            data = rest
         if self._chunks is not None:
             if self._chunks.read(data, self._body):
                 self._finish(keep=self._keep)
@@ -180,6 +173,21 @@ class _Connection(asyncio.BufferedProtocol):
             raise ValueError("more bytes than it says")
         if self._left == 0:
             self._finish(keep=self._keep)
+
+    def _read_heads(self, data: bytes) -> bytes | None:
+        """What comes after the answer's head, and those of interim answers before it; None where that is not there."""
+        at = 0
+        while True:
+            end = data.find(_END_OF_HEAD, at)
+            if end < 0:
+                self._received = data[at:]
+                if len(self._received) > MOST_HEAD_BYTES:
+                    raise ValueError(f"no end of headers within {MOST_HEAD_BYTES} bytes")
+                return None
+            self._read_head(data[at:end])
+            at = end + len(_END_OF_HEAD)
+            if self._status:
+                return data[at:]
 
     def _read_head(self, head: bytes) -> None:
         first, *lines = head.split(b"\r\n")
