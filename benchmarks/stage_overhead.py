@@ -173,21 +173,30 @@ def source() -> tuple[Path, Path]:
 
 
 def with_vocabulary(model: Path, words: int) -> Path:
-    """The model with the rows of its word embeddings repeated to so many; no sample names the new ones."""
+    """The model with the rows of its word embeddings repeated to so many; no sample names the new ones.
+
+    Another process makes it: Linux counts what this one has ever taken into the peak of each process that it starts.
+    """
+    target = model.with_name(f"vocabulary-{words}") / model.name
+    if not target.exists():
+        subprocess.run([sys.executable, __file__, "--widen", str(model), str(target), str(words)], check=True)
+    return target
+
+
+def widen(model: Path, target: Path, words: int) -> None:
+    """Writes the model of `with_vocabulary`."""
     import numpy as np
     import onnx
     from onnx import numpy_helper
 
-    target = model.with_name(f"vocabulary-{words}") / model.name
-    if target.exists():
-        return target
     made = onnx.load(str(model))
     table = max(made.graph.initializer, key=lambda tensor: math.prod(tensor.dims))
     rows = numpy_helper.to_array(table)
     table.CopyFrom(numpy_helper.from_array(np.resize(rows, (words, rows.shape[1])), table.name))
     target.parent.mkdir(exist_ok=True)
-    onnx.save(made, str(target))
-    return target
+    draft = target.with_suffix(".draft")
+    onnx.save(made, str(draft))
+    draft.replace(target)
 
 
 def main() -> None:
@@ -217,5 +226,7 @@ def main() -> None:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
         child(sys.argv[2], sys.argv[3], *(Path(argument) for argument in sys.argv[4:7]))
+    elif sys.argv[1:2] == ["--widen"]:
+        widen(Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4]))
     else:
         main()
