@@ -25,7 +25,7 @@ from typing import Any
 from figures import figure, finish, say
 from others import undisturbed
 
-ROUNDS = 5
+ROUNDS = 9
 MULTILINGUAL = 250_037  # of paraphrase-multilingual-MiniLM-L12-v2
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 STAGES = ("simplify.ort", "quantize.dynamic", "quantize.static", "precision.float16", "convert.openvino")
