@@ -9,11 +9,10 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
 from registry.errors import InputError
-from registry.mlflow_store import default_store, named_failures, patient
+from registry.mlflow_store import ABSENT, default_store, named_failures, patient
 from registry.mlflow_tracking import MlflowTracker
 
 _RECORD = "campaign.json"
-_ABSENT = frozenset({"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,7 +91,7 @@ def _version(client: MlflowClient, name: str, alias: str | None, version: str | 
             return client.get_model_version_by_alias(name, alias)
         return client.get_model_version(name, str(version))
     except MlflowException as error:
-        if error.error_code not in _ABSENT:
+        if error.error_code not in ABSENT:
             raise
         if alias is not None:
             return None

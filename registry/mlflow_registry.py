@@ -16,7 +16,7 @@ from mlflow.exceptions import MlflowException
 
 from registry import codec
 from registry.errors import InputError, UnreachableError
-from registry.mlflow_store import default_store, named_failures, pages, patient
+from registry.mlflow_store import ABSENT, default_store, named_failures, pages, patient
 from registry.mlflow_tracking import MlflowTracker
 from registry.ports import RegisteredVersion
 from registry.records import Reign, TensorSpec
@@ -24,7 +24,6 @@ from registry.tracking import redact
 
 REIGN = "burnish.champion."
 """Begins the name of the tag of each reign."""
-_ABSENT = frozenset({"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"})
 _IDENTITY = ("burnish.campaign_id", "burnish.candidate_id", "burnish.content")
 _MOST_TAG_CHARS = 5000
 
@@ -63,7 +62,7 @@ class MlflowRegistry:
             try:
                 return self._told(self._client.get_model_version(model, version))
             except MlflowException as error:
-                if error.error_code in _ABSENT:
+                if error.error_code in ABSENT:
                     return None
                 raise
 
@@ -89,7 +88,7 @@ class MlflowRegistry:
                 else:
                     self._client.set_registered_model_alias(model, alias, version)
             except MlflowException as error:
-                if error.error_code not in _ABSENT:
+                if error.error_code not in ABSENT:
                     raise
                 raise InputError(f"{model} has no version {version} that could be called {alias}") from None
         if (found := self.aliases(model).get(alias)) != version:
@@ -141,7 +140,7 @@ class MlflowRegistry:
         try:
             return self._client.get_registered_model(model)
         except MlflowException as error:
-            if error.error_code in _ABSENT:
+            if error.error_code in ABSENT:
                 return None
             raise
 

@@ -30,6 +30,9 @@ from sqlalchemy import Engine, create_engine
 from registry.errors import BurnishError, InputError, MissingExtraError, UnreachableError
 from registry.tracking import redact, without_secrets
 
+ABSENT = frozenset({"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"})
+"""Codes with which MLflow says that something is not there."""
+
 T = TypeVar("T")
 R = TypeVar("R")
 

@@ -61,10 +61,11 @@ def load_graph(path: Path) -> Any:
 
 def has_external_weights(path: Path) -> bool:
     """Whether weights of the model stand in other files than ``path``, which are in its folder."""
-    return any(other != path for other in path.parent.rglob("*")) and _has_external_weights(load_graph(path))
+    return any(other != path for other in path.parent.rglob("*")) and names_other_files(load_graph(path))
 
 
-def _has_external_weights(model: Any) -> bool:
+def names_other_files(model: Any) -> bool:
+    """Whether initializers of the model say that their numbers stand in other files."""
     import onnx
 
     return any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in model.graph.initializer)
@@ -87,7 +88,7 @@ def move(made: Path, folder: Path) -> str:
     import onnx
 
     graph = load_graph(made)
-    if _has_external_weights(graph) or _drop_unused_imports(graph):
+    if names_other_files(graph) or _drop_unused_imports(graph):
         return save(onnx.load(str(made)), folder)
     made.replace(folder / ENTRY)
     return ENTRY

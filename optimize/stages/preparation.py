@@ -137,14 +137,11 @@ def check_float_nodes(stage: str, model: Any, names: tuple[str, ...]) -> None:
 
 def _given(source: StageInput, scratch: Path, stage: str) -> tuple[Path, bool, list[str]]:
     """A file that the library takes, whether it is large, and notes. It is the source's own where that will do."""
-    import onnx
-
     notes: list[str] = []
     model = onnx_files.load_graph(source.path)
     onnx_files.refuse_quantized(stage, model)
-    weights = {tensor.name: tensor for tensor in model.graph.initializer}
-    rewritten = any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in weights.values())
-    rewritten |= any(value.name in weights for value in model.graph.input)
+    weights = {tensor.name for tensor in model.graph.initializer}
+    rewritten = onnx_files.names_other_files(model) or any(value.name in weights for value in model.graph.input)
     opset = next((item.version for item in model.opset_import if item.domain in {"", "ai.onnx"}), _LEAST_OPSET)
     if not _name_nodes(model) and not rewritten and opset >= _LEAST_OPSET:
         return source.path, source.path.stat().st_size > onnx_files.LARGEST_FILE_BYTES, notes
