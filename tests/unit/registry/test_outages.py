@@ -1,0 +1,137 @@
+"""Which errors of a store's libraries are an outage, and how long a call is made again."""
+
+import errno
+import os
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("s3fs")
+
+from aiohttp import ClientPayloadError, InvalidURL, ServerDisconnectedError
+from botocore import exceptions as s3
+from botocore.parsers import ResponseParserError
+from fsspec.exceptions import FSTimeoutError
+from s3fs.errors import translate_boto_error
+
+from registry import outages
+from registry.filesystems import Scheme
+from registry.outages import is_outage, patiently
+
+URL = {"endpoint_url": "http://store"}
+
+
+def answered(status: int, code: str) -> BaseException:
+    """What s3fs makes of an answer."""
+    told = {"Error": {"Code": code, "Message": code}, "ResponseMetadata": {"HTTPStatusCode": status}}
+    return translate_boto_error(s3.ClientError(told, "PutObject"))
+
+
+def wrapped(error: Exception) -> BaseException:
+    """What botocore makes of an error of aiohttp that it has no word for."""
+    try:
+        try:
+            raise error
+        except Exception as cause:
+            raise s3.HTTPClientError(error=cause)  # noqa: B904 (as it does)
+    except s3.HTTPClientError as made:
+        return made
+
+
+@pytest.mark.parametrize(
+    ("error", "outage"),
+    [
+        (answered(500, "InternalError"), True),
+        (answered(503, "SlowDown"), True),
+        (answered(503, "503"), True),
+        (answered(429, "TooManyRequests"), True),
+        (answered(400, "RequestTimeout"), True),
+        (answered(200, "InternalError"), True),  # as a multipart upload is answered
+        (answered(403, "AccessDenied"), False),
+        (answered(403, "SignatureDoesNotMatch"), False),
+        (answered(404, "NoSuchBucket"), False),
+        (answered(404, "NoSuchKey"), False),
+        (answered(412, "PreconditionFailed"), False),
+        (answered(501, "NotImplemented"), False),
+        (s3.EndpointConnectionError(error="refused", **URL), True),
+        (s3.ConnectTimeoutError(error="late", **URL), True),
+        (s3.ReadTimeoutError(error="late", **URL), True),
+        (s3.ConnectionClosedError(error="closed", **URL), True),
+        (s3.SSLError(error="not trusted", **URL), False),
+        (s3.NoCredentialsError(), False),
+        (s3.ParamValidationError(report="wrong"), False),
+        (wrapped(ServerDisconnectedError()), True),
+        (wrapped(InvalidURL("http://")), False),
+        (ClientPayloadError("half"), True),
+        (ResponseParserError("<html>"), True),
+        (FSTimeoutError(), True),
+        (ConnectionResetError(), True),
+        (FileNotFoundError("models/x"), False),
+        (ValueError("a bug"), False),
+    ],
+)
+def test_what_an_outage_of_s3_is(error: BaseException, outage: bool) -> None:
+    assert is_outage("s3", error) is outage
+
+
+@pytest.mark.parametrize(
+    ("number", "outage"),
+    [
+        (errno.ESTALE, True),
+        (errno.EIO, True),
+        (errno.ENOTCONN, True),
+        (errno.ENOSPC, False),
+        (errno.EACCES, False),
+        (errno.ENOENT, False),
+        (errno.EROFS, False),
+    ],
+)
+def test_what_an_outage_of_a_mounted_folder_is(number: int, outage: bool) -> None:
+    assert is_outage("file", OSError(number, os.strerror(number), "/mnt/models")) is outage
+
+
+def called(errors: list[BaseException], **options: Any) -> list[BaseException]:
+    """The errors that are left after a call that raises one each time."""
+    scheme: Scheme = "file"
+
+    def call() -> None:
+        if errors:
+            raise errors.pop(0)
+
+    patiently(call, scheme=scheme, uri="/mnt/models", **options)
+    return errors
+
+
+def test_a_call_is_made_again_until_it_succeeds(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(outages, "_FIRST_PAUSE_S", 0.001)
+    stale = [OSError(errno.ESTALE, "stale") for _ in range(4)]
+    assert called(list(stale), patience_s=60.0) == []
+    assert [record.getMessage().partition(" (")[0] for record in caplog.records] == [
+        "/mnt/models does not answer",
+        "/mnt/models answers again, after 0 s",
+    ]
+    assert called([], patience_s=0.0) == []
+    assert len(caplog.records) == 2
+    with pytest.raises(OSError, match="stale"):
+        called(list(stale), patience_s=0.0)
+    with pytest.raises(PermissionError):
+        called([stale[0], PermissionError(errno.EACCES, "no")], patience_s=60.0)
+
+
+def test_pauses_grow_and_end_with_the_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, slept = [0.0], []
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        now[0] += seconds
+
+    monkeypatch.setattr(outages, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=sleep))
+    with pytest.raises(OSError, match="stale"):
+        called([OSError(errno.ESTALE, "stale") for _ in range(1000)], patience_s=outages.PATIENCE_S)
+    assert sum(slept) == pytest.approx(120)
+    assert slept[0] <= 0.5
+    assert 5 <= max(slept) <= 10
+    assert 12 < len(slept) < 40
