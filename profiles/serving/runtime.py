@@ -10,7 +10,7 @@ import math
 import multiprocessing
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -46,6 +46,9 @@ _NAMES = {
 }  # fmt: skip
 DATATYPES = {np.dtype(name): datatype for name, datatype in _NAMES.items()}
 """numpy's type -> the V2 protocol's name of it."""
+
+_Requests = Sequence[RawRequest | InferenceRequest]
+_Outputs = Sequence[Arrays | InferenceError]
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 QUICK_S = 0.0003
@@ -90,6 +93,9 @@ class SessionRuntime(MLModel):  # type: ignore[misc]  # mlserver is not followed
         # than the two changes of threads do is run at once.
         self._running = 0
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="burnish-session")
+        # Whoever wakes the event loop loses the interpreter to it, for milliseconds where much is to be read. That is
+        # another thread's to do, so that the model's own goes from one batch to the next at once.
+        self._teller = ThreadPoolExecutor(max_workers=1, thread_name_prefix="burnish-answers")
 
     async def load(self) -> bool:
         """Opens the session, publishes its tensors' names, types and shapes, and runs it once.
@@ -138,32 +144,30 @@ class SessionRuntime(MLModel):  # type: ignore[misc]  # mlserver is not followed
             raise InferenceError(f"the model {self.name!r} is not loaded")
         own = [RawRequest.of(request) if isinstance(request, tuple) else request for request in requests]
         if session.is_quick and not self._running:
-            return self._answer_all(session, own)
+            return self._replies(_run_all(session, own), own)
         self._running += 1
+        outputs = self._worker.submit(_run_all, session, own)
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._worker, self._answer_all, session, own)
+            return await asyncio.wrap_future(self._teller.submit(self._replies_once, outputs, own))
         finally:
+            outputs.cancel()  # nobody waits for it any more
             self._running -= 1
 
     async def unload(self) -> bool:
-        """Lets go of the session and its thread."""
+        """Lets go of the session and its threads."""
         self._worker.shutdown(wait=False)
+        self._teller.shutdown(wait=False)
         self._session = None
         return True
 
-    def _answer_all(self, session: "_Metered", requests: Sequence[RawRequest | InferenceRequest]) -> list[Any]:
-        answers: dict[int, Any] = {}
-        arrays: dict[int, Arrays] = {}
-        for i, request in enumerate(requests):
-            try:
-                _check_outputs(session, request)
-                arrays[i] = {tensor.name: _decode(session.inputs, tensor) for tensor in request.inputs}
-            except InferenceError as error:
-                answers[i] = error
-        for group in _mergeable(arrays):
-            for i, outputs in zip(group, _run(session, [arrays[i] for i in group]), strict=True):
-                answers[i] = outputs if isinstance(outputs, InferenceError) else self._reply(requests[i], outputs)
-        return [answers[i] for i in range(len(requests))]
+    def _replies_once(self, outputs: "Future[_Outputs]", requests: _Requests) -> list[Any]:
+        return self._replies(outputs.result(), requests)
+
+    def _replies(self, outputs: _Outputs, requests: _Requests) -> list[Any]:
+        return [
+            found if isinstance(found, InferenceError) else self._reply(request, found)
+            for request, found in zip(requests, outputs, strict=True)
+        ]
 
     def _reply(self, request: RawRequest | InferenceRequest, outputs: Arrays) -> RawReply | InferenceResponse:
         names = _asked(request) or [*outputs]
@@ -292,6 +296,21 @@ def _mergeable(arrays: Mapping[int, Arrays]) -> list[list[int]]:
         sizes = frozenset((name, array.shape[1:]) for name, array in inputs.items())
         groups.setdefault(sizes if fits else i, []).append(i)
     return [*groups.values()]
+
+
+def _run_all(session: _Metered, requests: _Requests) -> _Outputs:
+    """The outputs of each request, or why it has none."""
+    outputs: dict[int, Arrays | InferenceError] = {}
+    arrays: dict[int, Arrays] = {}
+    for i, request in enumerate(requests):
+        try:
+            _check_outputs(session, request)
+            arrays[i] = {tensor.name: _decode(session.inputs, tensor) for tensor in request.inputs}
+        except InferenceError as error:
+            outputs[i] = error
+    for group in _mergeable(arrays):
+        outputs |= zip(group, _run(session, [arrays[i] for i in group]), strict=True)
+    return [outputs[i] for i in range(len(requests))]
 
 
 def _run(session: _Metered, requests: Sequence[Arrays]) -> list[Arrays | InferenceError]:
