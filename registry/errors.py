@@ -9,6 +9,7 @@
     │   ├── MissingExtraError             an optional dependency is not installed
     │   └── UntrustedModelError           a model that asks for more than a model may
     ├── NoVariantError            exit 3  nothing meets the policy, or all is unknown
+    ├── BudgetUsedUpError         exit 3  no time was left to begin something; in a campaign it is unknown then
     ├── UnreachableError          exit 4  a server, cluster or store refused or did not answer
     │   ├── ServerDiedError               a server process ended while it was needed
     │   ├── GeneratorLostError            the load generator's process ended, twice for the same window
@@ -88,6 +89,13 @@ class NoVariantError(BurnishError):
     exit_code = 3
 
 
+class BudgetUsedUpError(BurnishError):
+    """A campaign's time was used up before something was begun; what it would have said is unknown."""
+
+    kind = "budget"
+    exit_code = 3
+
+
 class UnreachableError(BurnishError):
     """A server, cluster or store could not be reached, or refused."""
 
@@ -139,10 +147,12 @@ class StageContractError(StageError):
 
 
 class InterruptedCampaignError(BurnishError):
-    """A campaign was interrupted; the same command goes on where it stopped."""
+    """A campaign, or what is done with its outcome, was interrupted; the hint says how to go on."""
 
     kind = "interrupted"
 
-    def __init__(self, message: str, *, exit_code: int = 130) -> None:
-        super().__init__(message, hint="The same command goes on where it stopped.")
+    def __init__(
+        self, message: str, *, hint: str = "The same command goes on where it stopped.", exit_code: int = 130
+    ) -> None:
+        super().__init__(message, hint=hint)
         self.exit_code = exit_code

@@ -26,6 +26,7 @@ from mlflow.types import TensorSpec as MlflowTensorSpec
 
 from registry import tracked
 from registry.errors import InputError
+from registry.mlflow_sending import SENDER, may_be_sending
 from registry.records import Campaign, Candidate, TensorSpec, Variant
 
 logger = logging.getLogger(__name__)
@@ -38,6 +39,7 @@ LARGEST_EXAMPLE = 200_000
 _NOT_IN_A_LOGGED_NAME = re.compile(r"[^A-Za-z0-9_-]+")
 _PACKAGES = {"onnx": ("mlflow", "onnx", "onnxruntime", "numpy"), "openvino": ("mlflow", "openvino", "numpy")}
 _FOR_TENSORRT = "tensorrt."
+_RUNS_A_QUERY = 50
 # MLflow's writers of models set what is of the whole process.
 _ONE_WRITER = threading.Lock()
 
@@ -61,7 +63,13 @@ def model_key(candidate: Candidate) -> ModelKey:
 
 
 def log_models(
-    client: MlflowClient, campaign: Campaign, *, experiment_id: str, run_id: str, at_once: int
+    client: MlflowClient,
+    campaign: Campaign,
+    *,
+    experiment_id: str,
+    run_id: str,
+    at_once: int,
+    sender: Mapping[str, str],
 ) -> dict[ModelKey, str]:
     """One logged model for each variant (and precision it was served in), made, or found from an earlier time.
 
@@ -71,6 +79,7 @@ def log_models(
         experiment_id: where they are logged.
         run_id: of the campaign, which they are outputs of.
         at_once: how many are uploaded at a time.
+        sender: tags of who logs them, see `registry.mlflow_sending.sender_tags`.
 
     Returns:
         The models' ids.
@@ -78,14 +87,33 @@ def log_models(
     wanted = [one for one in _wanted(campaign) if _is_here(campaign, one)]
 
     def logged(one: _Wanted) -> str:
-        return _found(client, experiment_id, one) or _logged(
-            client, campaign, one, experiment_id=experiment_id, run_id=run_id
-        )
+        found = _found(client, experiment_id, one, sender)
+        if found is not None:
+            return found
+        made = _logged(client, campaign, one, experiment_id=experiment_id, run_id=run_id, sender=sender)
+        # Another folder may have logged it meanwhile; of two the first that was ready counts, for both.
+        first = _found(client, experiment_id, one, sender) or made
+        if first != made:
+            client.delete_logged_model(made)
+        return first
 
     ids = each(logged, wanted, at_once=at_once)
     if ids:
         client.log_outputs(run_id, [LoggedModelOutput(model_id, step=0) for model_id in ids])
     return {one.key: model_id for one, model_id in zip(wanted, ids, strict=True)}
+
+
+def drop_half_logged(client: MlflowClient, experiment_id: str, run_ids: Sequence[str]) -> None:
+    """Takes away what runs that are no more began to log, and never ended."""
+
+    def logged_by(some: Sequence[str]) -> Iterator[Any]:
+        query = f"source_run_id IN ({', '.join(map(repr, some))})"
+        return pages(lambda token: client.search_logged_models([experiment_id], query, page_token=token))
+
+    for first in range(0, len(run_ids), _RUNS_A_QUERY):
+        for model in logged_by(run_ids[first : first + _RUNS_A_QUERY]):
+            if str(model.status) != "READY":
+                client.delete_logged_model(model.model_id)
 
 
 @contextmanager
@@ -138,22 +166,30 @@ def _is_here(campaign: Campaign, one: _Wanted) -> bool:
     return False
 
 
-def _found(client: MlflowClient, experiment_id: str, one: _Wanted) -> str | None:
-    """The model where an earlier try or campaign logged it; half-logged ones are removed."""
+def _found(client: MlflowClient, experiment_id: str, one: _Wanted, sender: Mapping[str, str]) -> str | None:
+    """The model where an earlier try or campaign logged it; half-logged ones are removed, unless another logs them."""
     query = f"tags.`burnish.variant_id` = '{one.variant.id}'"
-    ready: str | None = None
+    ready: list[tuple[int, str]] = []
     for model in pages(lambda token: client.search_logged_models([experiment_id], query, page_token=token)):
         known = (model.tags.get("burnish.artifact_digest"), model.tags.get("burnish.precision"))
         if known != (one.variant.artifact.digest, one.precision):
             continue
         if str(model.status) == "READY":
-            ready = str(model.model_id)
-        else:
+            ready.append((model.last_updated_timestamp, str(model.model_id)))
+        elif not may_be_sending(model.tags, sender[SENDER]):
             client.delete_logged_model(model.model_id)
-    return ready
+    return min(ready)[1] if ready else None
 
 
-def _logged(client: MlflowClient, campaign: Campaign, one: _Wanted, *, experiment_id: str, run_id: str) -> str:
+def _logged(
+    client: MlflowClient,
+    campaign: Campaign,
+    one: _Wanted,
+    *,
+    experiment_id: str,
+    run_id: str,
+    sender: Mapping[str, str],
+) -> str:
     made = client.create_logged_model(
         experiment_id,
         name=_NOT_IN_A_LOGGED_NAME.sub("-", one.name),
@@ -162,6 +198,7 @@ def _logged(client: MlflowClient, campaign: Campaign, one: _Wanted, *, experimen
             "burnish.variant_id": one.variant.id,
             "burnish.artifact_digest": one.variant.artifact.digest,
             "burnish.precision": one.precision,
+            **sender,
         },
         params=tracked.model_parameters(one.variant, one.precision),
     )

@@ -18,6 +18,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_PARENT_RUN_I
 
 from registry import codec, tracked, tracked_metrics
 from registry.mlflow_models import ModelKey, inside, log_models, model_key, schema_of, scratch_folder
+from registry.mlflow_sending import is_anothers, may_be_sending
 from registry.records import Campaign, Candidate, ServingSearch
 from registry.report.markdown import render_markdown
 from registry.report.table import variant_of
@@ -52,24 +53,40 @@ class Recorded:
     models: Mapping[str, str]
 
 
-def recorded(campaign: Campaign, runs: Sequence[Run], content: str) -> tuple[Recorded | None, list[str]]:
+def recorded(
+    campaign: Campaign, runs: Sequence[Run], content: str, *, sender: str
+) -> tuple[Recorded | None, list[str]]:
     """What of the runs is the whole campaign as it is now, and the ids of those that are left of other tries.
+
+    Of several that are whole the first that ended counts, for whoever looks. What another folder may still be sending,
+    or has sent later with another content, is none of the others.
 
     Args:
         campaign: to look for.
         runs: all that bear its id.
         content: digest of what it found.
+        sender: who looks, see `registry.mlflow_sending`.
     """
-    parents = [run for run in runs if _kind(run) == "campaign" and run.info.status == _FINISHED]
-    parent = next((run for run in parents if run.data.tags.get("burnish.content") == content), None)
-    if parent is None:
+    parents = {run.info.run_id: run for run in runs if _kind(run) == "campaign"}
+    same = [run for run in parents.values() if run.info.status == _FINISHED and _content(run) == content]
+    for parent in sorted(same, key=_ended_at):
+        family = [run for run in runs if _parent(run) == parent.info.run_id and _ended(run)]
+        searches = {run.data.tags.get("burnish.search"): run for run in family if _kind(run) == "search"}
+        children = {str(run.data.tags.get("burnish.candidate_id")): run for run in family if _kind(run) != "search"}
+        candidates = {one.id for one in campaign.candidates}
+        if candidates <= set(children) and len(searches) == len(campaign.serving_searches):
+            break
+    else:
         return None, [run.info.run_id for run in runs]
-    family = [run for run in runs if run.data.tags.get(MLFLOW_PARENT_RUN_ID) == parent.info.run_id and _ended(run)]
-    searches = {run.data.tags.get("burnish.search"): run for run in family if _kind(run) == "search"}
-    children = {str(run.data.tags.get("burnish.candidate_id")): run for run in family if _kind(run) != "search"}
-    whole = {one.id for one in campaign.candidates} <= set(children) and len(searches) == len(campaign.serving_searches)
-    if not whole:
-        return None, [run.info.run_id for run in runs]
+
+    def is_left(run: Run) -> bool:
+        first = parents.get(_parent(run) or run.info.run_id)
+        if first is None or not is_anothers(first.data.tags, sender):
+            return True
+        if not _ended(first):
+            return not may_be_sending(first.data.tags, sender)
+        return _content(first) == content or _ended_at(first) < _ended_at(parent)
+
     kept = {run.info.run_id for run in (parent, *children.values(), *searches.values())}
     found = Recorded(
         parent=parent.info.run_id,
@@ -80,7 +97,7 @@ def recorded(campaign: Campaign, runs: Sequence[Run], content: str) -> tuple[Rec
             if (model_id := run.data.tags.get("burnish.logged_model"))
         },
     )
-    return found, [run.info.run_id for run in runs if run.info.run_id not in kept]
+    return found, [run.info.run_id for run in runs if run.info.run_id not in kept and is_left(run)]
 
 
 def record(
@@ -91,7 +108,8 @@ def record(
     content: str,
     files: Mapping[str, Path],
     at_once: int,
-) -> Recorded:
+    sender: Mapping[str, str],
+) -> None:
     """Writes all runs, the parent's end last: one that has not ended is what is left of an interrupted try.
 
     Args:
@@ -101,24 +119,29 @@ def record(
         content: digest of what it found.
         files: name -> local file to keep with the campaign.
         at_once: how many runs are written at a time.
+        sender: tags of who writes, see `registry.mlflow_sending.sender_tags`.
     """
-    writer = _Writer(client, campaign, experiment_id, at_once)
+    writer = _Writer(client, campaign, experiment_id, at_once, sender)
     parent = writer.begin(content, files)
-    models = log_models(client, campaign, experiment_id=experiment_id, run_id=parent, at_once=at_once)
-    linked = {one.id: models[key] for one in campaign.candidates if (key := model_key(one)) in models}
-    ids = each(lambda one: writer.candidate(one, parent, models), campaign.candidates, at_once=at_once)
+    models = log_models(client, campaign, experiment_id=experiment_id, run_id=parent, at_once=at_once, sender=sender)
+    each(lambda one: writer.candidate(one, parent, models), campaign.candidates, at_once=at_once)
     each(lambda numbered: writer.search(*numbered, parent), enumerate(campaign.serving_searches), at_once=at_once)
     client.set_terminated(parent)
-    runs = {one.id: run_id for one, run_id in zip(campaign.candidates, ids, strict=True)}
-    return Recorded(parent=parent, candidates=runs, models=linked)
 
 
 class _Writer:
     """Writes the runs of one campaign."""
 
-    def __init__(self, client: MlflowClient, campaign: Campaign, experiment_id: str, at_once: int) -> None:
+    def __init__(
+        self,
+        client: MlflowClient,
+        campaign: Campaign,
+        experiment_id: str,
+        at_once: int,
+        sender: Mapping[str, str],
+    ) -> None:
         self._client, self._campaign, self._experiment_id = client, campaign, experiment_id
-        self._at_once = at_once
+        self._at_once, self._sender = at_once, sender
         self._began_ms = int(datetime.fromisoformat(campaign.started_at).timestamp() * 1000)
         self._evaluation = _evaluation_samples(campaign)
 
@@ -190,7 +213,7 @@ class _Writer:
         return run_id
 
     def _start(self, name: str, tags: Mapping[str, str]) -> str:
-        given = {"mlflow.source.name": "burnish", "mlflow.source.type": "LOCAL", **tags}
+        given = {"mlflow.source.name": "burnish", "mlflow.source.type": "LOCAL", **self._sender, **tags}
         run = self._client.create_run(self._experiment_id, start_time=self._began_ms, tags=given, run_name=name)
         return str(run.info.run_id)
 
@@ -249,8 +272,21 @@ def _kind(run: Run) -> str:
     return str(run.data.tags.get("burnish.kind", "candidate"))
 
 
+def _content(run: Run) -> str | None:
+    return run.data.tags.get("burnish.content")
+
+
+def _parent(run: Run) -> str | None:
+    return run.data.tags.get(MLFLOW_PARENT_RUN_ID)
+
+
 def _ended(run: Run) -> bool:
     return run.info.status in {_FINISHED, _FAILED}
+
+
+def _ended_at(run: Run) -> tuple[int, str]:
+    """What orders runs by their ends, the same for whoever looks."""
+    return run.info.end_time or 0, run.info.run_id
 
 
 # --- samples -----------------------------------------------------------------------------------------------------

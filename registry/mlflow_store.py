@@ -224,7 +224,14 @@ def make_database(path: Path) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     partial.unlink(missing_ok=True)
     MlflowClient(tracking_uri=f"sqlite:///{partial}").search_experiments(max_results=1)
-    partial.replace(path)
+    try:
+        # Never over one that another process has made meanwhile, and may have written to.
+        os.link(partial, path)
+    except FileExistsError:
+        pass
+    except OSError:  # a file system without hard links
+        partial.replace(path)
+    partial.unlink(missing_ok=True)
 
 
 def knock(uri: str) -> None:

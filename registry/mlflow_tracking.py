@@ -34,8 +34,10 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
 from registry import codec
-from registry.errors import InputError
+from registry.errors import InputError, UnreachableError
+from registry.mlflow_models import drop_half_logged
 from registry.mlflow_runs import Recorded, record, recorded
+from registry.mlflow_sending import one_at_a_time, sender_of, sender_tags
 from registry.ports import Published
 from registry.records import Campaign
 from registry.tracking import embedded_uri, redact
@@ -98,24 +100,31 @@ class MlflowTracker:
             if not path.is_file():
                 raise InputError(f"the file {str(path)!r}, to be kept as {name!r}, does not exist")
         self.check()
-        with named_failures(self._uri), patient():
-            content = _content(campaign)
+        with one_at_a_time(self._work), named_failures(self._uri), patient():
+            content, sender = _content(campaign), sender_tags(self._work)
             experiment_id = self.experiment(f"burnish/{campaign.model_name}")
-            found, others = recorded(campaign, self._runs(experiment_id, campaign.id), content)
+            found, others = self._recorded(campaign, experiment_id, content)
             if found is None:
-                found = record(
+                record(
                     self._client,
                     campaign,
                     experiment_id=experiment_id,
                     content=content,
                     files=files,
                     at_once=self._at_once,
+                    sender=sender,
                 )
-                # A request that was sent again, since its answer was lost, begins a run twice.
-                begun = self._runs(experiment_id, campaign.id, also="attributes.status = 'RUNNING'")
-                others += [run.info.run_id for run in begun if run.info.run_id not in others]
+                # Looked up, as a request that was sent again, since its answer was lost, begins a run twice, and as
+                # another folder may have sent the same meanwhile.
+                found, others = self._recorded(campaign, experiment_id, content)
+            if found is None:
+                raise UnreachableError(
+                    f"what was written of {campaign.name} into {redact(self._uri)} was taken away meanwhile",
+                    hint="Somebody else sends this campaign, or clears runs away.",
+                )
             # Only now: until all is written, the earlier is better than nothing.
             each(self._client.delete_run, others, at_once=self._at_once)
+            drop_half_logged(self._client, experiment_id, others)
             return Published(
                 location=self._location(experiment_id, found.parent),
                 runs={campaign.id: found.parent, **found.candidates},
@@ -196,10 +205,11 @@ class MlflowTracker:
     def _client(self) -> MlflowClient:
         return MlflowClient(tracking_uri=self._uri, registry_uri=self._uri)
 
-    def _runs(self, experiment_id: str, campaign_id: str, *, also: str = "") -> list[Run]:
-        """All runs of a campaign, its own and those of its candidates; those alone that meet a further condition."""
-        query = f"tags.`burnish.campaign_id` = '{campaign_id}'{f' and {also}' if also else ''}"
-        return list(pages(lambda token: self._client.search_runs([experiment_id], query, page_token=token)))
+    def _recorded(self, campaign: Campaign, experiment_id: str, content: str) -> tuple[Recorded | None, list[str]]:
+        """Of all runs of a campaign, its own and those of its candidates; see `registry.mlflow_runs.recorded`."""
+        query = f"tags.`burnish.campaign_id` = '{campaign.id}'"
+        runs: list[Run] = list(pages(lambda token: self._client.search_runs([experiment_id], query, page_token=token)))
+        return recorded(campaign, runs, content, sender=sender_of(self._work))
 
     def _location(self, experiment_id: str, run_id: str) -> str:
         shown = redact(self._uri)
@@ -227,10 +237,16 @@ class MlflowTracker:
         }
         self._registered_model(name)
         query = f"name = '{name}'"
-        for made in pages(lambda token: self._client.search_model_versions(query, page_token=token)):
-            if made.source == source and all(made.tags.get(key) == value for key, value in same.items()):
-                self._bring_up_to_date(made, tags, campaign.verdict.sentence)
-                return str(made.version)
+
+        def there() -> list[ModelVersion]:
+            """That very version, made by us or from another folder at the same time; the first one counts."""
+            made = pages(lambda token: self._client.search_model_versions(query, page_token=token))
+            alike = [one for one in made if one.source == source and same.items() <= dict(one.tags).items()]
+            return sorted(alike, key=lambda one: int(one.version))
+
+        if alike := there():
+            self._bring_up_to_date(alike[0], tags, campaign.verdict.sentence)
+            return str(alike[0].version)
         with default_store(self._uri, needed=not is_server(self._uri)):
             created = self._client.create_model_version(
                 name,
@@ -240,7 +256,10 @@ class MlflowTracker:
                 description=campaign.verdict.sentence,
                 model_id=model_id,
             )
-        return str(created.version)
+        first = (there() or [created])[0].version
+        if str(first) != str(created.version):
+            self._client.delete_model_version(name, str(created.version))
+        return str(first)
 
     def _bring_up_to_date(self, made: ModelVersion, tags: Mapping[str, str], description: str) -> None:
         for key, value in tags.items():

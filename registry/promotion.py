@@ -46,6 +46,10 @@ ROLLBACK: Final = "rollback"
 FAILED_SHARE: Final = "failed_share"
 MOST_FAILED = Constraint(text="failed_share <= 1%", metric=FAILED_SHARE, op="<=", limit=0.01)
 """What every challenger is held to while it is watched, whatever the policy says."""
+UNNAMED: Final = "unnamed"
+"""Under it an `Observation` counts replies that do not say who answered."""
+_COMPARED_UP_TO = 50
+"""Up to such a share of the challenger's the champion answers enough requests to be compared with."""
 # As unlikely a split is not the one that was asked for.
 _UNLIKELY = 1e-9
 
@@ -71,8 +75,11 @@ def chosen(campaign: Campaign) -> Candidate:
         )
     if verdict.provisional:
         raise InputError(
-            f"the verdict of the campaign {campaign.name} is provisional: {campaign.level} proves too little",
-            hint="Run it with `level: standard` or `level: proof`.",
+            f"the verdict of the campaign {campaign.name} is provisional: "
+            + (verdict.cut_short or f"{campaign.level} proves too little"),
+            hint="Run it again with more minutes; it goes on where it stopped."
+            if verdict.cut_short
+            else "Run it with `level: standard` or `level: proof`.",
         )
     candidate = next(one for one in campaign.candidates if one.id == verdict.selected)
     if campaign.champion is not None and campaign.champion.candidate_id == candidate.id:
@@ -170,8 +177,21 @@ def in_words(step: PromotionStep, promotion: Promotion) -> str:
     return f"{told}; watched for {step.watch_s:g} s" if step.watch_s else told
 
 
-def limits_watched(policy: Policy, probe: Probe | None) -> tuple[tuple[Constraint, ...], tuple[str, ...]]:
-    """The policy's limits that are watched on live traffic, and why each other one is not."""
+def compares(step: PromotionStep) -> bool:
+    """Whether the champion answers at least half of the requests while a step is watched."""
+    return step.action == "mirror" or (step.action == "weights" and step.percent <= _COMPARED_UP_TO)
+
+
+def limits_watched(
+    policy: Policy, probe: Probe | None, *, compared: bool = True
+) -> tuple[tuple[Constraint, ...], tuple[str, ...]]:
+    """The policy's limits that are watched on live traffic, and why each other one is not.
+
+    Args:
+        policy: that chose the challenger.
+        probe: watches; None where nothing is watched.
+        compared: whether the champion answers beside the challenger, see `compares`.
+    """
     watched, told = [], []
     for one in (*policy.constraints, MOST_FAILED):
         if probe is None or not probe.sees(one.metric):
@@ -179,9 +199,19 @@ def limits_watched(policy: Policy, probe: Probe | None) -> tuple[tuple[Constrain
                 told.append(f"`{one.text}` cannot be watched here; it was judged by the campaign")
         elif one.relative and one.reference == "baseline" and not _from_baseline(one):
             told.append(f"`{one.text}` is relative to the baseline, which serves nobody; it was judged by the campaign")
+        elif one.reference == "champion" and not (compared and _is_latency(one.metric)):
+            why = "of the champion only latency is seen" if compared else "the champion does not answer beside it"
+            told.append(
+                f"`{one.text}` cannot be watched: {why}. The campaign judged it, by measuring both in turns; a limit "
+                "with a number of its own would be watched, too"
+            )
         else:
             watched.append(replace(one, load=None))
     return tuple(watched), tuple(told)
+
+
+def _is_latency(metric: str) -> bool:
+    return metric.startswith("latency_")
 
 
 def _from_baseline(constraint: Constraint) -> bool:
@@ -282,6 +312,38 @@ class Journal:
         self._ledger.commit("promotion-event", f"{step} {phase}", where, event)
 
 
+def left_to_watch(promotion: Promotion, journal: Journal | None) -> tuple[PromotionStep, ...]:
+    """The steps that are still to be watched."""
+    done: frozenset[str] = frozenset() if journal is None else journal.done(promotion)
+    return tuple(step for step in promotion.steps if step.watch_s and step.name not in done)
+
+
+def check_probe(promotion: Promotion, journal: Journal | None, probe: Probe | None) -> None:
+    """Returns where what is left of a promotion can be watched as it was to be when it began.
+
+    Raises:
+        InputError: it would be watched by less; nothing was done.
+    """
+    left = left_to_watch(promotion, journal)
+    if not left:
+        return
+    if probe is None:
+        raise InputError(
+            f"the step {left[0].name} is to be watched for {left[0].watch_s:g} s, and nothing watches",
+            hint="Go on with --watch as it was begun, or end it with `burnish rollback`.",
+        )
+    events = () if journal is None else journal.events(promotion)
+    seen = {name for one in events if one.observation for name in one.observation.challenger}
+    seen |= set() if promotion.watching is None else set(promotion.watching.metrics)
+    for limit in promotion.policy.constraints:
+        if limit.metric in seen and not probe.sees(limit.metric):
+            raise InputError(
+                f"the promotion of {promotion.candidate_name} was begun with `{limit.text}` watched, and it cannot be "
+                "now",
+                hint="Go on with the campaign file or --samples, as it was begun, or end it with `burnish rollback`.",
+            )
+
+
 def identity(campaign: Campaign, *, production: str, location: str, version: str, begun_before: int) -> str:
     """The id of a promotion; another one each time that it is begun anew."""
     return digest([campaign.id, campaign.verdict.selected, production, location, version, begun_before])
@@ -319,7 +381,7 @@ class Promoter:
             UnreachableError: something did not answer, or refused. All is as it was, or the message says what is left.
         """
         journal = self.journal
-        self._check_probe(promotion)
+        check_probe(promotion, journal, self.probe)
         snapshot = journal.snapshot(promotion)
         if snapshot is None:
             # What stands in the way is found before anything is begun.
@@ -376,27 +438,6 @@ class Promoter:
 
     # --- steps ---
 
-    def _check_probe(self, promotion: Promotion) -> None:
-        done = self.journal.done(promotion)
-        left = [step for step in promotion.steps if step.watch_s and step.name not in done]
-        if self.probe is None and left:
-            raise InputError(
-                f"the step {left[0].name} is to be watched for {left[0].watch_s:g} s, and nothing watches",
-                hint="Go on with --watch as it was begun, or end it with `burnish rollback`.",
-            )
-        if self.probe is None or not left:
-            return
-        seen = {
-            name for one in self.journal.events(promotion) if one.observation for name in one.observation.challenger
-        }
-        for limit in promotion.policy.constraints:
-            if limit.metric in seen and not self.probe.sees(limit.metric):
-                raise InputError(
-                    f"`{limit.text}` was watched before, and cannot be now",
-                    hint="Go on with the campaign file or --samples, as it was begun, or end it with "
-                    "`burnish rollback`.",
-                )
-
     def _do(self, promotion: Promotion, step: PromotionStep, snapshot: RolloutSnapshot) -> None:
         self._check_unmoved(promotion)
         self._check_serving(promotion, snapshot)
@@ -448,6 +489,8 @@ class Promoter:
         if self.probe is None:
             return None
         observation = self.probe.watch(step)
+        for note in observation.notes:
+            self.told(f"note: {note}")
         problems = judge_watch(promotion.policy, self.probe, step, observation)
         if problems:
             self.journal.add(promotion, step.name, "failed", "; ".join(problems), observation)
@@ -551,8 +594,7 @@ class Promoter:
             promotion.challenger_before is not None and CHALLENGER not in aliases
         ):
             registry.set_alias(model, CHALLENGER, self._if_there(model, promotion.challenger_before))
-        intended = self.journal.intent(promotion, CHAMPION)
-        if intended is None or aliases.get(CHAMPION) not in {promotion.version, promotion.champion}:
+        if not self._has_reigned(promotion, aliases.get(CHAMPION)):
             return
         champion = self._if_there(model, promotion.champion)
         registry.set_alias(model, CHAMPION, champion)
@@ -570,6 +612,14 @@ class Promoter:
                 location=promotion.location,
             )
         )
+
+    def _has_reigned(self, promotion: Promotion, found: str | None) -> bool:
+        """Whether the alias champion had moved to the challenger, and is nobody else's since."""
+        if self.journal.intent(promotion, CHAMPION) is None or found not in {promotion.version, promotion.champion}:
+            return False
+        # A rollback that was killed has moved the alias back already; the history knows that it had moved.
+        kept = self.registry.reigns(promotion.model)
+        return found == promotion.version or any(one.promotion_id == promotion.id for one in kept)
 
     def _if_there(self, model: str, version: str | None) -> str | None:
         """The version, or None where somebody has deleted it: the way back does not end there."""
@@ -595,12 +645,13 @@ def _moved(promotion: Promotion, alias: str, found: str | None, wanted: str | No
 def judge_watch(policy: Policy, probe: Probe, step: PromotionStep, observation: Observation) -> tuple[str, ...]:
     """What forbids to go on after a step was watched, a phrase each; empty where nothing does.
 
-    A limit holds on the pessimistic end of what was seen, at the load that there was. Unknown forbids it, too.
+    A limit holds on the pessimistic end of what was seen, at the load that there was. Unknown forbids it, too. Limits
+    against the champion hold in the steps that it answers enough of, see `compares`.
     """
     told = []
     references = References(champion={(name, None): one for name, one in observation.champion.items()})
     seen: dict[Key, Estimate] = {(name, None): one for name, one in observation.challenger.items()}
-    for limit in limits_watched(policy, probe)[0]:
+    for limit in limits_watched(policy, probe, compared=compares(step))[0]:
         judgement = judge_against(limit, seen, references)
         if judgement.outcome == "unknown":
             told.append(f"unknown: {judgement.reason}")
@@ -611,7 +662,15 @@ def judge_watch(policy: Policy, probe: Probe, step: PromotionStep, observation: 
 
 def _wrong_split(step: PromotionStep, observation: Observation) -> tuple[str, ...]:
     answered = observation.answered
-    total, challenger = sum(answered.values()), answered.get(CHALLENGER, 0)
+    challenger, unnamed = answered.get(CHALLENGER, 0), answered.get(UNNAMED, 0)
+    total = sum(answered.values()) - unnamed
+    if step.action != "swap" and unnamed:
+        return (
+            f"{unnamed} of {total + unnamed} replies do not say who answered, as they carry no x-seldon-route: the "
+            "`mesh` of the section `cluster` has to be Core 2's own Envoy, or what lets that header through",
+        )
+    if step.action != "swap" and not total:
+        return ("no request was answered where callers ask, so that nothing says who answers there",)
     if not total:
         return ()
     if others := answered.get("others", 0):

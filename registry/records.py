@@ -180,7 +180,7 @@ class Variant:
 
 
 FailurePhase = Literal["source", "make", "fidelity", "screen", "deploy", "measure"]
-FailureKind = Literal["not_applicable", "screened_out", "error", "timeout", "memory", "died"]
+FailureKind = Literal["not_applicable", "screened_out", "error", "timeout", "memory", "died", "budget"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -191,7 +191,8 @@ class Failure:
         subject: the name of the variant or candidate.
         phase: where it stopped.
         kind: ``not_applicable`` (the stage cannot apply here), ``screened_out`` (a faster sibling was served
-            instead), ``error``, ``timeout``, ``memory`` or ``died``.
+            instead), ``error``, ``timeout``, ``memory``, ``died``, or ``budget`` (the campaign had no time left for
+            it, so that nothing is known of it).
         reason: one sentence for the user.
         detail: the end of a log or traceback, or empty.
     """
@@ -1042,11 +1043,12 @@ class Verdict:
     Attributes:
         selected: id of the selected candidate, or None where nothing may be.
         sentence: the verdict in one sentence.
-        provisional: whether the level of proof forbids promotion (``quick``).
+        provisional: whether the level of proof forbids promotion (``quick``), or what was left of it by a budget.
         pareto: ids of the candidates that no other beats on every objective axis.
         unknown: ids of candidates that could be neither passed nor failed.
         champion: id of the candidate that serves now, which limits with ``vs champion`` refer to; None where none is
             named.
+        cut_short: what ended the campaign before all was measured, in a sentence; empty where nothing did.
     """
 
     policy: Policy
@@ -1059,6 +1061,7 @@ class Verdict:
     unknown: tuple[str, ...]
     closest: tuple[ClosestMiss, ...]
     champion: str | None = None
+    cut_short: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -1155,6 +1158,21 @@ class PromotionStep:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Watching:
+    """How the steps of a promotion were to be watched when it began; whoever goes on with it watches no less.
+
+    Attributes:
+        metrics: those of the policy that live traffic was to tell of.
+        rate_rps: requests a second of burnish's own.
+        prometheus: URL of the Prometheus that was to be asked, too; None for none.
+    """
+
+    metrics: tuple[str, ...]
+    rate_rps: float
+    prometheus: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Promotion:
     """What is to be done so that a candidate becomes the champion; nothing in it changes once it has begun.
 
@@ -1176,6 +1194,8 @@ class Promotion:
         steps: in their order.
         reason: why it is promoted: the verdict's sentence.
         notes: what cannot be watched, and what else is to be known, a sentence each.
+        resource: what is in production: a Model, or a Pipeline of Models.
+        watching: how it was to be watched; None where nothing was.
     """
 
     id: str
@@ -1195,6 +1215,8 @@ class Promotion:
     steps: tuple[PromotionStep, ...]
     reason: str
     notes: tuple[str, ...] = ()
+    resource: Literal["model", "pipeline"] = "model"
+    watching: Watching | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -1221,8 +1243,9 @@ class Observation:
     Attributes:
         watched_s: for how long.
         challenger: metric -> what was seen of it.
-        champion: the same of the champion.
-        answered: ``challenger``, ``champion`` and ``others`` -> how many requests to the experiment each answered.
+        champion: the same of the champion: of it latency alone, where it answered enough requests.
+        answered: ``challenger``, ``champion`` and ``others`` -> how many requests to the experiment each answered;
+            ``unnamed`` -> how many replies did not say who had.
         notes: what is to be known of it, a sentence each.
     """
 
@@ -1279,3 +1302,135 @@ class Reign:
     candidate: str = ""
     promotion_id: str = ""
     location: str = ""
+
+
+# --- fleets ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gain:
+    """What a campaign won: its selected candidate beside its baseline, on one host.
+
+    Attributes:
+        candidate: name of the selected.
+        variant_name: that of its variant.
+        is_baseline: whether it is the baseline itself, so that nothing was won.
+        against: name of the candidate that the speed-up is over: the float32 baseline, served the same way where that
+            was measured; empty where nothing was compared.
+        metric: that the speed-up is of; empty where nothing was compared.
+        load: of the metric, where it has one.
+        speed_up: how many times better in that metric; above 1 is faster, of a latency too. None where the two were
+            not compared.
+        word: what the comparison says; None where rounds were not compared by the method.
+        size_mb: the selected's files, in MB of 10^6 bytes.
+        baseline_size_mb: the baseline's.
+        accuracy_drop: what the selected loses of accuracy.
+        cost: of a million inferences; None where no price is known.
+        baseline_cost: the same of the baseline.
+        currency: of both.
+    """
+
+    candidate: str
+    variant_name: str
+    is_baseline: bool
+    against: str = ""
+    metric: str = ""
+    load: str | None = None
+    speed_up: Estimate | None = None
+    word: Literal["faster", "equivalent", "slower", "undecided"] | None = None
+    size_mb: float | None = None
+    baseline_size_mb: float | None = None
+    accuracy_drop: Estimate | None = None
+    cost: Estimate | None = None
+    baseline_cost: Estimate | None = None
+    currency: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FleetOutcome:
+    """What became of one attempt at a model of a fleet.
+
+    Attributes:
+        model: name of the model.
+        attempt: counts from 1.
+        state: ``won``, ``no_winner`` (a verdict, and nothing to serve), ``failed`` (no verdict), or ``stopped`` (the
+            fleet was ended meanwhile).
+        kind: of a failure, as errors have it (``input``, ``unreachable``), ``killed``, or ``budget``; else empty.
+        reason: why there is no winner; empty where there is one.
+        exit_code: of the campaign's process; negative where a signal ended it.
+        minutes: that this attempt took.
+        allotted: minutes that it might take; None for any.
+        cut: whether the campaign ended early for want of minutes, with the best so far.
+        campaign_id: of the campaign's record; empty where it left none.
+        level: of proof.
+        provisional: whether the level forbids promotion.
+        host: fingerprint of the machine.
+        cpu_model: of the machine.
+        sentence: the verdict's.
+        gain: what was won.
+        misses: where nothing was: how near the nearest came, a sentence each.
+        beside: files that the sources consist of beside those that the campaign names.
+        ended_at: ISO 8601, UTC.
+    """
+
+    model: str
+    attempt: int
+    state: Literal["won", "no_winner", "failed", "stopped"]
+    kind: str = ""
+    reason: str = ""
+    exit_code: int
+    minutes: float
+    allotted: float | None
+    cut: bool = False
+    campaign_id: str = ""
+    level: str = ""
+    provisional: bool = False
+    host: str = ""
+    cpu_model: str = ""
+    sentence: str = ""
+    gain: Gain | None = None
+    misses: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
+    ended_at: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FleetModel:
+    """A model of a fleet.
+
+    Attributes:
+        name: its own.
+        group: whose it is; empty where the file names nobody.
+        share: its weight in its group.
+        minutes: the most that it may take; None for what the fleet has.
+        work: its campaign's working folder, relative to the fleet's.
+    """
+
+    name: str
+    group: str
+    share: float
+    minutes: float | None
+    work: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fleet:
+    """A fleet of campaigns, and what became of each.
+
+    Attributes:
+        name: of the fleet.
+        models: in the order of the file.
+        groups: group -> its share.
+        parallel: how many campaigns are under way at the same time.
+        minutes: the most that a run of the fleet may take; None for any.
+        outcomes: the newest of each model; a model without one was not begun.
+        spent: model -> minutes of all its attempts.
+    """
+
+    name: str
+    models: tuple[FleetModel, ...]
+    groups: Mapping[str, float]
+    parallel: int
+    minutes: float | None
+    outcomes: tuple[FleetOutcome, ...] = ()
+    spent: Mapping[str, float] = field(default_factory=dict)

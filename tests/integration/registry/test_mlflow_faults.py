@@ -11,7 +11,9 @@ import pytest
 from mlflow import MlflowClient
 
 from optimize import reporting
+from registry import mlflow_sending
 from registry.errors import UnreachableError
+from registry.mlflow_sending import sender_of
 from registry.mlflow_store import each
 from registry.mlflow_tracking import MlflowTracker
 from registry.ports import Published
@@ -107,6 +109,46 @@ def test_a_run_that_was_begun_twice_since_an_answer_was_lost_is_there_once(
     with proxied(mlflow_server, rule=rule) as proxy:
         published = MlflowTracker(proxy.url, tmp_path).publish(searched, files={})
     assert next(lost, None) is None
+    assert_whole_and_once(mlflow_server, searched, published)
+
+
+@pytest.mark.parametrize(("after", "same"), [(6, True), (30, False)])
+def test_two_folders_that_send_the_same_campaign_at_once_leave_one(
+    mlflow_server: str, searched: Campaign, tmp_path: Path, after: int, same: bool
+) -> None:
+    """The second sends all of it while the first is in the middle; neither takes away what the other writes."""
+    theirs = searched if same else dataclasses.replace(searched, task_metric="f1")
+    found: list[Published] = []
+    once = iter([None])
+    lock = threading.Lock()
+
+    def meanwhile(method: str, path: str, number: int) -> Answer:
+        with lock:
+            if number >= after and next(once, "done") is None:
+                found.append(MlflowTracker(mlflow_server, tmp_path / "b").publish(theirs, files={}))
+        return None
+
+    with proxied(mlflow_server, rule=meanwhile) as proxy:
+        published = MlflowTracker(proxy.url, tmp_path / "a").publish(searched, files={})
+    assert_whole_and_once(mlflow_server, searched, published)
+    # Of two that say the same the first that was done counts, else the last.
+    assert (published.runs == found[0].runs) is same
+    assert MlflowTracker(mlflow_server, tmp_path / "a").publish(searched, files={}).runs == published.runs
+
+
+def test_what_another_folder_left_half_sent_goes_once_it_is_old(
+    mlflow_server: str, searched: Campaign, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with proxied(mlflow_server, rule=gone_after(26)) as proxy, pytest.raises(UnreachableError):
+        MlflowTracker(proxy.url, tmp_path / "a").publish(searched, files={})
+    ours = MlflowTracker(mlflow_server, tmp_path / "b")
+    published = ours.publish(searched, files={})
+    client = MlflowClient(tracking_uri=mlflow_server)
+    experiment = client.get_experiment_by_name(f"burnish/{searched.model_name}")
+    left = client.search_runs([experiment.experiment_id], "attributes.status = 'RUNNING'")
+    assert {run.data.tags["burnish.sender"] for run in left} == {sender_of(tmp_path / "a")}
+    monkeypatch.setattr(mlflow_sending, "GONE_AFTER_S", -1.0)
+    assert ours.publish(searched, files={}) == published
     assert_whole_and_once(mlflow_server, searched, published)
 
 
