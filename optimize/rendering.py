@@ -29,6 +29,8 @@ MANIFESTS = "manifests"
 """Where the resources are: a folder of nothing else, so that ``kubectl apply -f`` takes it whole."""
 STOCK_TRITON = "23.03"
 """The release of Triton that Core 2 comes with."""
+_MEMORY = ("rss_mb", "peak_rss_mb")
+_WEIGHT = 10
 MODELS_VOLUME_BYTES = 1 << 30
 """Core 2's default size of the volume that a server keeps its models on."""
 
@@ -52,6 +54,10 @@ class Rendering:
         secret: the Kubernetes secret with the rclone remote.
         self_contained: whether our code goes beside the model, for a server that has none of it.
         environment: a tarball with the engine, for a server that has none either, or ``pack`` to make one.
+        beside: a Model whose requests an Experiment shares with the candidate, by ``weight`` or ``mirror``.
+        weight: how many percent of them the candidate answers; 10 where neither is given.
+        mirror: how many percent of them it gets copies of, and answers nobody.
+        pipeline: ``NAME=STEP,...`` for a Pipeline of Models in a row, with ``{model}`` for the candidate's.
     """
 
     target: Render = "core2"
@@ -68,6 +74,10 @@ class Rendering:
     secret: str | None = None
     self_contained: bool = False
     environment: str | None = None
+    beside: str | None = None
+    weight: int | None = None
+    mirror: int | None = None
+    pipeline: str | None = None
 
 
 def rendering(**fields: Any) -> Rendering:
@@ -101,11 +111,16 @@ def rendering(**fields: Any) -> Rendering:
         raise InputError("--hardware and --server-config say how a Server is made", hint="Add --with-server IMAGE.")
     if asked.replicas is not None and asked.for_rate is not None:
         raise InputError("--for-rate finds the replicas that --replicas gives", hint="Give one of them.")
+    if asked.beside is None and not (asked.weight is None and asked.mirror is None):
+        raise InputError("--weight and --mirror say what is shared with a Model", hint="Name it with --beside.")
+    if asked.weight is not None and asked.mirror is not None:
+        raise InputError("--weight has the candidate answer, --mirror does not", hint="Give one of them.")
     return asked
 
 
 _ONLY_CORE2 = (
     "storage_uri", "server", "image", "hardware", "replicas", "for_rate", "max_replicas", "server_config", "secret",
+    "beside", "weight", "mirror", "pipeline",
 )  # fmt: skip
 
 
@@ -212,10 +227,14 @@ def _listed(campaign: Campaign) -> str:
 
 
 def peak_memory_mb(campaign: Campaign, candidate_id: str) -> float | None:
-    """The most resident memory that was seen of a candidate's server, in MB of 10^6 bytes; None where none was."""
+    """The most resident memory that was seen of a candidate's server, in MB of 10^6 bytes; None where none was.
+
+    The kernel's own peak is among it, where it tells one: what a server takes for a moment, its limit has to hold.
+    """
     runs = [run for one in campaign.rounds if one.candidate_id == candidate_id for run in one.runs]
-    seen = [run.metrics["rss_mb"] for run in runs if "rss_mb" in run.metrics]
-    seen += [one.metrics["rss_mb"].value for one in _measured(campaign, candidate_id) if "rss_mb" in one.metrics]
+    measured = _measured(campaign, candidate_id)
+    seen = [run.metrics[name] for run in runs for name in _MEMORY if name in run.metrics]
+    seen += [one.metrics[name].value for one in measured for name in _MEMORY if name in one.metrics]
     return max(seen, default=None)
 
 
@@ -267,6 +286,7 @@ def _core2(
     if asked.image is not None:
         size_bytes = next(one.artifact.size_bytes for one in campaign.variants if one.id == candidate.variant_id)
         made |= _servers(candidate, size_bytes, labels=labels, memory=memory, replicas=replicas, asked=asked)
+    made |= _experiment(name, candidate, labels, asked) | _pipeline(name, labels, asked)
     texts = {}
     if asked.max_replicas is not None:
         made["autoscaler.yaml"] = manifests.render_autoscaler(
@@ -289,6 +309,46 @@ def _core2(
     }
     texts |= {f"{MANIFESTS}/{path}": manifests.as_yaml(manifest) for path, manifest in made.items()}
     return texts, about
+
+
+def _experiment(
+    name: str, candidate: Candidate, labels: Mapping[str, str], asked: Rendering
+) -> dict[str, manifests.Manifest]:
+    """An Experiment on the endpoint of another Model, where one is asked for."""
+    if asked.beside is None:
+        return {}
+    check_core2_name(asked.beside, "Model")
+    weight = 0 if asked.mirror is not None else _WEIGHT if asked.weight is None else asked.weight
+    if not 0 <= weight <= 100:
+        raise InputError(f"--weight is a percentage, not {weight}")
+    shares = {asked.beside: 100 - weight}
+    made = manifests.render_experiment(
+        f"trial-{candidate.id[:8].lower()}",
+        shares if asked.mirror is not None else {**shares, name: weight},
+        labels=labels,
+        default=asked.beside,
+        mirror=None if asked.mirror is None else (name, asked.mirror),
+        version=asked.core2_version,
+    )
+    return {"experiment.yaml": made}
+
+
+def _pipeline(name: str, labels: Mapping[str, str], asked: Rendering) -> dict[str, manifests.Manifest]:
+    """A Pipeline of Models in a row, the candidate's among them, where one is asked for."""
+    if asked.pipeline is None:
+        return {}
+    called, equals, listed = asked.pipeline.partition("=")
+    steps = [step.strip() for step in listed.split(",")]
+    if not equals or steps.count("{model}") != 1:
+        raise InputError(
+            f"--pipeline {asked.pipeline!r} is not understood",
+            hint="Write NAME=STEP,STEP with the names of Models, and {model} once for the candidate's.",
+        )
+    steps = [name if step == "{model}" else step for step in steps]
+    for step in steps:
+        check_core2_name(step, "Model")
+    made = manifests.render_pipeline(called, steps, labels=labels, version=asked.core2_version)
+    return {"pipeline.yaml": made}
 
 
 def _requirements(candidate: Candidate, asked: Rendering) -> tuple[str, ...]:

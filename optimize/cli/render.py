@@ -32,30 +32,46 @@ def render(
     environment: Annotated[
         str | None, typer.Option(help="Beside it, the engine: a tarball of yours, or pack, to make one.")
     ] = None,
+    beside: Annotated[
+        str | None, typer.Option(help="Render an Experiment that shares this Model's requests with the candidate.")
+    ] = None,
+    weight: Annotated[int | None, typer.Option(help="--beside: percent that the candidate answers; 10.")] = None,
+    mirror: Annotated[int | None, typer.Option(help="--beside: percent that it gets copies of, instead.")] = None,
+    pipeline: Annotated[
+        str | None, typer.Option(help="Render a Pipeline: NAME=STEP,{model},STEP, of Models in a row.")
+    ] = None,
+    dry_run: Annotated[
+        Path | None, typer.Option("--dry-run", help="A YAML file that names a Kubernetes: ask what applying would do.")
+    ] = None,
     json_output: Json = False,
 ) -> None:
     """Write the files that serve a candidate: its folder as Core 2 fetches it, and the manifests.
 
     Example: burnish render --storage-uri s3://models/digits --with-server registry/burnish-serve:1 --out deploy
     """
-    from optimize.rendering import lines, render_candidate, rendering
+    from optimize.rendering import MANIFESTS, lines, render_candidate, rendering
+    from optimize.rendering_dry_run import dry_run as try_applying
     from optimize.uploading import upload_rendering, where_fetched
+    from registry.errors import InputError
 
     if upload is not None:
         storage_uri = where_fetched(upload, storage_uri, target=target)
+    if dry_run is not None and target != "core2":
+        raise InputError("--dry-run is of manifests", hint="Leave it out, or render with --target core2.")
     asked = rendering(
         target=target, core2_version=core2_version, storage_uri=storage_uri, server=server, image=with_server,
         hardware=hardware, server_config=server_config, replicas=replicas, for_rate=for_rate,
         max_replicas=max_replicas, margin=margin, secret=secret, self_contained=self_contained,
-        environment=environment,
+        environment=environment, beside=beside, weight=weight, mirror=mirror, pipeline=pipeline,
     )  # fmt: skip
     with terminable():
         told = render_candidate(work, candidate, out, asked)
         if upload is not None:
             told |= upload_rendering(told, upload, storage_uri)
+        tried = None if dry_run is None else try_applying(out / MANIFESTS, dry_run)
     for warning in told["warnings"]:
         say(f"warning: {warning}")
     if json_output:
-        emit_json(told)
+        emit_json(told | ({} if tried is None else {"dry_run": tried.plain()}))
     else:
-        typer.echo("\n".join(lines(told)))
+        typer.echo("\n".join([*lines(told), *(() if tried is None else tried.lines())]))

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from optimize import rendering
 from optimize.cli import main
@@ -52,6 +53,15 @@ def render(work: Path, wanted: str | None = None, **asked: Any) -> dict[str, Any
     return rendering.render_candidate(work, wanted, work.parent / "out", rendering.rendering(**asked))
 
 
+def manifest(work: Path, name: str, **names: str) -> dict[str, Any]:
+    """A manifest that was rendered, with names in it replaced."""
+    text = (work.parent / "out/manifests" / name).read_text()
+    for known, word in names.items():
+        text = text.replace(known, word)
+    (made,) = yaml.safe_load_all(text)
+    return made
+
+
 def files_of(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
@@ -94,6 +104,41 @@ def test_unmeasured_memory_is_absent_and_said(work: Path) -> None:
     assert told["memory_bytes"] is None
     assert any("memory was not measured" in warning for warning in told["warnings"])
     assert "memory" not in (work.parent / "out/manifests/model.yaml").read_text()
+
+
+def test_the_kernels_own_peak_counts(work: Path) -> None:
+    # A container's limit has to hold what the server took for a moment between two looks.
+    campaign = rendering.read_campaign(work)
+    one = campaign.rounds[0]
+    run = dataclasses.replace(one.runs[0], metrics={**one.runs[0].metrics, "peak_rss_mb": 4000.0})
+    changed(work, rounds=(dataclasses.replace(one, candidate_id=WON.id, runs=(run,)), *campaign.rounds))
+    assert render(work)["memory_bytes"] == 5_000_000_000
+
+
+@pytest.mark.parametrize(
+    ("asked", "spec"),
+    [
+        ({}, {"candidates": [{"name": "digits", "weight": 90}, {"name": "MODEL", "weight": 10}]}),
+        ({"weight": 50}, {"candidates": [{"name": "digits", "weight": 50}, {"name": "MODEL", "weight": 50}]}),
+        (
+            {"mirror": 100},
+            {"candidates": [{"name": "digits", "weight": 100}], "mirror": {"name": "MODEL", "percent": 100}},
+        ),
+    ],
+)
+def test_an_experiment_shares_another_models_requests(work: Path, asked: dict[str, Any], spec: dict[str, Any]) -> None:
+    told = render(work, beside="digits", **asked)
+    made = manifest(work, "experiment.yaml", **{told["model"]: "MODEL"})
+    assert made["spec"] == {"default": "digits", "resourceType": "model", **spec}
+    assert made["metadata"]["name"] == f"trial-{WON.id[:8]}"
+
+
+def test_a_pipeline_has_the_candidate_among_its_steps(work: Path) -> None:
+    told = render(work, pipeline="search=tokens,{model},rank")
+    made = manifest(work, "pipeline.yaml")
+    assert made["metadata"]["name"] == "search"
+    assert [step["name"] for step in made["spec"]["steps"]] == ["tokens", told["model"], "rank"]
+    assert made["spec"]["steps"][1]["inputs"] == ["tokens"]
 
 
 @pytest.mark.parametrize("server", ["triton", "mlserver", "ours"])
@@ -312,6 +357,14 @@ def test_triton_is_asked_whether_it_takes_the_model(work: Path, monkeypatch: pyt
         ({"max_replicas": 3, "core2_version": "2.6"}, r"came after Core 2 2\.6"),
         ({"image": "i", "hardware": Path("/nowhere.yaml")}, r"nowhere\.yaml"),
         ({"image": "i", "server_config": Path("/nowhere.json")}, r"nowhere\.json"),
+        ({"weight": 10}, "Name it with --beside"),
+        ({"beside": "m", "weight": 10, "mirror": 10}, "--mirror does not"),
+        ({"beside": "m", "weight": 101}, "a percentage, not 101"),
+        ({"beside": "m", "mirror": 101}, r"spec\.mirror\.percent"),
+        ({"beside": "m_1"}, "no Model named 'm_1'"),
+        ({"pipeline": "a,{model}"}, "--pipeline 'a,{model}' is not understood"),
+        ({"pipeline": "p=a,b"}, "{model} once"),
+        ({"pipeline": "p=a_1,{model}"}, "no Model named 'a_1'"),
     ],
 )
 def test_refuses_what_cannot_be(work: Path, asked: dict[str, Any], said: str) -> None:
