@@ -4,7 +4,6 @@ Credentials come from where s3fs and gcsfs look for them (environment, profiles,
 and no message holds one.
 """
 
-import errno
 import os
 import re
 import shutil
@@ -15,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from registry.errors import InputError, MissingExtraError, StorageError, UnreachableError
+from registry.errors import InputError, MissingExtraError, UnreachableError
+from registry.full_disk import FULL
 from registry.ledger import fsync_folder
 
 Scheme = Literal["file", "s3", "gs"]
@@ -117,9 +117,8 @@ def refusals(scheme: Scheme, path: str) -> Iterator[None]:
     except _library_errors(scheme) as error:
         raise _unanswered(uri, error) from None
     except OSError as error:
-        full = error.errno in {errno.ENOSPC, errno.EDQUOT}
         raise UnreachableError(
-            f"{uri}: {'no space is left there' if full else _said(error)}",
+            f"{uri}: {'no space is left there' if error.errno in FULL else _said(error)}",
             hint="What was written is kept, and completed by the same command.",
         ) from None
 
@@ -210,173 +209,3 @@ def put_local(base: Path, target: Path, source: Path) -> None:
         fsync_folder(target.parent)
     finally:
         partial.unlink(missing_ok=True)
-
-
-# --- a folder of small objects and files ------------------------------------------------------------------------
-
-
-class RemoteFolder:
-    """A folder that several machines use at once, in any of the places above.
-
-    Each object is written whole or not at all. Every method raises `StorageError` where the store does not answer or
-    refuses, and `InputError` where its bucket is not there.
-    """
-
-    def __init__(self, place: Destination) -> None:
-        self.place = place
-        with self._refusals():
-            self._system = open_filesystem(place.scheme)
-
-    @property
-    def uri(self) -> str:
-        """Of the folder."""
-        return self.place.uri(self.place.root)
-
-    def read(self, path: str) -> bytes | None:
-        """What stands there, if anything does."""
-        with self._refusals():
-            try:
-                return bytes(self._system.cat_file(self._full(path)))
-            except FileNotFoundError as error:
-                if _lacks_bucket(error):
-                    raise
-                return None
-
-    def write(self, path: str, content: bytes) -> None:
-        """Writes an object, in place of one of this name."""
-        with self._refusals():
-            if self.place.scheme == "file":
-                self._write_local(path, content, replace=True)
-            else:
-                self._system.pipe_file(self._full(path), content)
-
-    def create(self, path: str, content: bytes) -> bool:
-        """Writes an object where there is none of this name, and says whether it did.
-
-        It is for one caller alone in a folder that knows hard links, and in a store that knows the condition
-        If-None-Match; another one writes over what is there without a word, which `is_exclusive` finds out.
-        """
-        full = self._full(path)
-        with self._refusals():
-            try:
-                if self.place.scheme == "file":
-                    self._write_local(path, content, replace=False)
-                else:
-                    self._system.pipe_file(full, content, mode="create")
-            except FileExistsError:
-                return False
-            except OSError as error:
-                if not _is_refused_condition(error):
-                    raise
-                # A call that was lost and made again meets what it wrote itself.
-                return bytes(self._system.cat_file(full)) == content
-        return True
-
-    def is_exclusive(self, path: str) -> bool:
-        """Whether `create` refuses what is there; writes an object of this name, and takes it away.
-
-        Raises:
-            StorageError: nothing can be written there.
-        """
-        self.write(path, b"first")
-        try:
-            return not self.create(path, b"second")
-        finally:
-            self.remove(path)
-
-    def put(self, path: str, source: Path) -> None:
-        """Writes a file."""
-        with self._refusals():
-            if self.place.scheme == "file":
-                put_local(self._incoming() / "file", Path(self._full(path)), source)
-            else:
-                self._system.put_file(str(source), self._full(path))
-
-    def chunks(self, path: str) -> Iterator[bytes]:
-        """The bytes of a file, some at a time."""
-        with self._refusals():
-            stream = self._system.open(self._full(path), "rb", block_size=BLOCK_BYTES)
-        with stream:
-            while True:
-                # What the caller does with a chunk is no fault of this store.
-                with self._refusals():
-                    chunk = stream.read(BLOCK_BYTES)
-                if not chunk:
-                    return
-                yield chunk
-
-    def names(self, path: str) -> list[str]:
-        """The objects in a folder below this one, by name and in order; none where there is no such folder."""
-        inside = f"{self._full(path)}/"
-        with self._refusals():
-            found = self._system.find(inside.rstrip("/"))
-        return sorted(name.removeprefix(inside) for name in found if name.startswith(inside))
-
-    def remove(self, path: str) -> None:
-        """Takes an object away; one that is gone is no error."""
-        with self._refusals(), suppress(FileNotFoundError):
-            self._system.rm_file(self._full(path))
-
-    def _full(self, path: str) -> str:
-        return f"{self.place.root}/{path}"
-
-    def _incoming(self) -> Path:
-        """Where files are written before they get their names: on the same file system, in nobody's way."""
-        folder = Path(self.place.root, ".incoming")
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
-
-    def _write_local(self, path: str, content: bytes, *, replace: bool) -> None:
-        target = Path(self._full(path))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(prefix=".object.", suffix=".part", dir=self._incoming())
-        partial = Path(name)
-        try:
-            with os.fdopen(descriptor, "wb") as stream:
-                stream.write(content)
-                stream.flush()
-                os.fchmod(stream.fileno(), 0o644)
-                os.fsync(stream.fileno())
-            if replace or not _linked(partial, target):
-                partial.rename(target)
-            fsync_folder(target.parent)
-        finally:
-            partial.unlink(missing_ok=True)
-
-    @contextmanager
-    def _refusals(self) -> Iterator[None]:
-        try:
-            with refusals(self.place.scheme, self.place.root):
-                yield
-        except UnreachableError as error:
-            raise StorageError(error.message, hint=error.hint) from None
-
-
-def _linked(source: Path, target: Path) -> bool:
-    """Whether a file has a second name now, which was nobody's; False where the file system has no such thing.
-
-    Raises:
-        FileExistsError: the name is taken.
-    """
-    try:
-        os.link(source, target)
-    except OSError as error:
-        if error.errno in {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}:
-            return False
-        raise
-    return True
-
-
-def _lacks_bucket(error: FileNotFoundError) -> bool:
-    return _code(error) == "NoSuchBucket"
-
-
-def _is_refused_condition(error: OSError) -> bool:
-    """Whether something stands where nothing was to; s3fs has no error of its own for that."""
-    return _code(error) in {"PreconditionFailed", "412", "ConditionalRequestConflict"}
-
-
-def _code(error: BaseException) -> str:
-    """The code of the answer that an error of s3fs was made of."""
-    response = getattr(error.__cause__, "response", None)
-    return str(response.get("Error", {}).get("Code", "")) if isinstance(response, dict) else ""

@@ -9,6 +9,10 @@ A store without that condition (``exclusive=False``) is asked in another way: ea
 and then looks; whoever sees another one takes its own away again. That needs listings that show what was written
 before them, as S3's and rclone's do.
 
+While the store is away nobody can write a lease anew, nor see that it was: that time does not count against its holder,
+who writes it as soon as the store is back. A holder that alone was cut off for longer than the time to live looks
+whether the lease is another's by now, before it writes it anew.
+
 No result depends on a lease: a holder that was too slow, and the one who took its lease, both do the work, and the
 first to commit it is the one who counts.
 """
@@ -16,27 +20,24 @@ first to commit it is the one who counts.
 import json
 import logging
 import random
-import socket
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
-from typing import Any
-
-import psutil
 
 from registry.errors import StorageError
-from registry.filesystems import RemoteFolder
+from registry.processes import is_alive, this_process
+from registry.remote_folder import RemoteFolder
 
 _log = logging.getLogger(__name__)
 
 TTL_S = 60.0
 """How long a lease is believed that nobody writes anew."""
 _POLL_S = 1.0
+_LAST_BEAT_S = 5.0
+"""How long a renewal that is under way is waited for; a store that is silent would keep the result back."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,10 +85,11 @@ def lease(
             held = None
             break
         try:
-            with _beating(folder, f"{key}/{held.name}", ttl_s / 3):
+            with _beating(folder.at_once(), key, held, ttl_s):
                 yield True
         finally:  # once nothing writes it anew
-            _release(folder, key, held)
+            # Asked once: the result is kept by now, and a lease that stays expires.
+            _release(folder.at_once(), key, held)
         return
     yield False
 
@@ -97,13 +99,15 @@ def _wait_and_claim(
 ) -> _Claim | None:
     """Our lease, or None where the work was done before we had one."""
     seen: _Claim | None = None
-    since = time.monotonic()
+    unchanged_s, looked = 0.0, time.monotonic()
     told = False
     while True:
         newest = _newest(folder, key)
-        if newest != seen:
-            seen, since = newest, time.monotonic()
-        if newest is None or _is_dead(newest.content) or time.monotonic() - since >= ttl_s:
+        now = time.monotonic()
+        # Who sees nothing for a while, because the store is away, does not see that others are alive either.
+        unchanged_s = unchanged_s + min(now - looked, ttl_s / 6) if newest == seen else 0.0
+        seen, looked = newest, now
+        if newest is None or _is_dead(newest.content) or unchanged_s >= ttl_s:
             if newest is not None:
                 _log.info("taking over the lease of %s, whose holder is gone", key)
             mine = _claim(folder, key, 1 if newest is None else newest.number + 1, exclusive=exclusive)
@@ -153,18 +157,25 @@ def _release(folder: RemoteFolder, key: str, held: _Claim) -> None:
 
 
 @contextmanager
-def _beating(folder: RemoteFolder, path: str, every_s: float) -> Iterator[None]:
+def _beating(folder: RemoteFolder, key: str, held: _Claim, ttl_s: float) -> Iterator[None]:
     """Writes our lease anew now and then, from a thread of its own."""
     ended = threading.Event()
 
     def beat() -> None:
-        count = 0
-        while not ended.wait(every_s):
-            count += 1
+        count, renewed, away = 0, time.monotonic(), False
+        while not ended.wait(ttl_s / (30 if away else 3)):
             try:
-                folder.write(path, _holder(count))
-            except Exception as error:  # whatever it is, the next beat tries again
-                _log.warning("a lease could not be renewed: %s", error)
+                if time.monotonic() - renewed >= ttl_s and not _is_ours(folder, key, held):
+                    _log.warning("%s is made by another process as well, since our lease of it has expired", key)
+                    return
+                count += 1
+                folder.write(f"{key}/{held.name}", _holder(count))
+            except Exception as error:  # whatever it is, it is tried again soon
+                if not away:
+                    _log.warning("the lease of %s could not be renewed: %s", key, error)
+                away = True
+            else:
+                renewed, away = time.monotonic(), False
 
     thread = threading.Thread(target=beat, name="burnish-lease", daemon=True)
     thread.start()
@@ -172,45 +183,24 @@ def _beating(folder: RemoteFolder, path: str, every_s: float) -> Iterator[None]:
         yield
     finally:
         ended.set()
-        thread.join()
+        thread.join(_LAST_BEAT_S)
+
+
+def _is_ours(folder: RemoteFolder, key: str, held: _Claim) -> bool:
+    newest = _newest(folder, key)
+    return newest is not None and newest.name == held.name
 
 
 # --- who holds it ----------------------------------------------------------------------------------------------
 
 
 def _holder(beat: int = 0) -> bytes:
-    process = psutil.Process()
-    about = {
-        "machine": _machine(),
-        "host": socket.gethostname(),
-        "pid": process.pid,
-        "started": process.create_time(),
-        "beat": beat,
-        "mark": uuid.uuid4().hex,
-    }
-    return json.dumps(about).encode()
-
-
-@cache
-def _machine() -> str:
-    """What tells processes that see each other from all others: containers of one machine do not."""
-    parts = [socket.gethostname()]
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    if boot.is_file():
-        parts.append(boot.read_text(encoding="ascii").strip())
-        parts.append(str(Path("/proc/self/ns/pid").readlink()))
-    return "/".join(parts)
+    return json.dumps({**this_process(), "beat": beat, "mark": uuid.uuid4().hex}).encode()
 
 
 def _is_dead(content: bytes | None) -> bool:
     """Whether the holder was a process of this machine that is gone."""
     try:
-        about: Any = json.loads(content or b"")
-        if about["machine"] != _machine():
-            return False
-        process = psutil.Process(int(about["pid"]))
-        return abs(process.create_time() - float(about["started"])) > 1 or process.status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
-    except (ValueError, KeyError, TypeError, psutil.Error):
+        return is_alive(json.loads(content or b"")) is False
+    except ValueError:
         return False

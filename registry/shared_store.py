@@ -7,25 +7,28 @@ Layout under the URI::
     files/<sha256>/content          single files that several machines read (samples, say)
     records/<key>.json              the result of work that is done once among all; never written over
     leases/<key>/<number>           who is at work on it; see `registry.leases`
+    progress/<key>.json             what was last said of work under way; written over, and taken away at its end
 
 Files are fetched into a local store and believed by their digest alone. Work whose result is there is not done again;
-work that another process is at is waited for.
+work that another process is at is waited for. A place that is away is asked again for a while, see `registry.outages`.
 """
 
 import logging
 import os
 import re
 from collections.abc import Callable, Iterator
-from functools import cached_property
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
 from registry import codec
 from registry.errors import InputError, StorageError
-from registry.filesystems import RemoteFolder, destination_of
+from registry.filesystems import destination_of
 from registry.leases import TTL_S, lease
+from registry.outages import PATIENCE_S
 from registry.ports import Store
 from registry.records import Artifact, ArtifactFile, TensorSpec
+from registry.remote_folder import RemoteFolder
 from registry.store import FolderStore
 
 _log = logging.getLogger(__name__)
@@ -83,13 +86,16 @@ def share(store: Store, artifact: Artifact) -> None:
 class SharedStore:
     """Implements `registry.ports.Store` in a place that others write to as well, with a local store before it."""
 
-    def __init__(self, uri: str, local: FolderStore, *, lease_ttl_s: float = TTL_S) -> None:
+    def __init__(
+        self, uri: str, local: FolderStore, *, lease_ttl_s: float = TTL_S, patience_s: float = PATIENCE_S
+    ) -> None:
         """Opens it; nothing is asked or written yet, see `check`.
 
         Args:
             uri: ``s3://bucket/prefix``, ``gs://bucket/prefix``, or a folder that the machines mount.
             local: what is fetched goes here, and what is added comes from here.
             lease_ttl_s: how long the lease of a process is believed that shows no sign of life.
+            patience_s: how long the place is asked again while it is away.
 
         Raises:
             InputError: the URI cannot be used.
@@ -97,7 +103,8 @@ class SharedStore:
         """
         self.local = local
         self.lease_ttl_s = lease_ttl_s
-        self._folder = RemoteFolder(destination_of(uri))
+        self._folder = RemoteFolder(destination_of(uri), patience_s=patience_s)
+        self._knows_conditions: bool | None = None
 
     @property
     def uri(self) -> str:
@@ -105,13 +112,14 @@ class SharedStore:
         return self._folder.uri
 
     def check(self) -> None:
-        """Returns where the shared place can be written.
+        """Returns where the shared place can be written. It is asked once: before any work a fault is said soon.
 
         Raises:
             InputError: its bucket is not there.
             StorageError: it does not answer, or refuses.
         """
-        if not self._exclusive:
+        self._knows_conditions = self._folder.at_once().is_exclusive(_probe_path())
+        if not self._knows_conditions:
             _log.info("%s knows no conditional writes; leases are taken by writing and looking", self.uri)
 
     def add(
@@ -235,6 +243,47 @@ class SharedStore:
         found: R | None = self.find(key)
         return record if found is None else found
 
+    @contextmanager
+    def leased(self, key: str) -> Iterator[None]:
+        """Work under a key that nobody else does meanwhile, as far as leases say; waits for who is at it.
+
+        Raises:
+            StorageError: the shared place does not answer, or refuses.
+        """
+        with lease(
+            self._folder,
+            f"leases/{key}",
+            exclusive=self._exclusive,
+            is_done=lambda: False,
+            ttl_s=self.lease_ttl_s,
+            poll_s=min(1.0, self.lease_ttl_s / 6),
+        ):
+            yield
+
+    def tell(self, key: str, content: bytes) -> None:
+        """Leaves word of work under way, in place of what was said before. The place is asked once: it is only shown.
+
+        Raises:
+            StorageError: the shared place does not answer, or refuses.
+        """
+        self._folder.at_once().write(_word_path(key), content)
+
+    def told(self, key: str) -> bytes | None:
+        """The word that was left of some work, if there is any.
+
+        Raises:
+            StorageError: the shared place does not answer, or refuses.
+        """
+        return self._folder.at_once().read(_word_path(key))
+
+    def forget(self, key: str) -> None:
+        """Takes the word that was left of some work away.
+
+        Raises:
+            StorageError: the shared place does not answer, or refuses.
+        """
+        self._folder.at_once().remove(_word_path(key))
+
     def share_file(self, path: Path) -> str:
         """Puts one file into the shared place, unless its bytes are there, and returns their SHA-256 (hex).
 
@@ -261,9 +310,11 @@ class SharedStore:
 
     # --- parts of it ---
 
-    @cached_property
+    @property
     def _exclusive(self) -> bool:
-        return self._folder.is_exclusive(f"leases/.probe-{os.getpid()}-{os.urandom(4).hex()}")
+        if self._knows_conditions is None:
+            self._knows_conditions = self._folder.is_exclusive(_probe_path())
+        return self._knows_conditions
 
     def _manifest(self, digest: str) -> Artifact | None:
         """The record of an artifact that is complete in the shared place."""
@@ -308,5 +359,13 @@ def _file_path(digest: str, file: ArtifactFile) -> str:
     return f"artifacts/{digest}/{file.path}"
 
 
+def _probe_path() -> str:
+    return f"leases/.probe-{os.getpid()}-{os.urandom(4).hex()}"
+
+
 def _record_path(key: str) -> str:
     return f"records/{key}.json"
+
+
+def _word_path(key: str) -> str:
+    return f"progress/{key}.json"

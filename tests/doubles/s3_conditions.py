@@ -1,11 +1,12 @@
 """A double of an S3 server that knows the condition If-None-Match, as S3 itself does and rclone's server does not.
 
-It keeps small objects of one bucket, ``models``, in memory, and looks at no signature. Answers are written from S3's
-API reference.
+It can also be away, or overloaded, for all or for some of those who ask. It keeps small objects of one bucket,
+``models``, in memory, and looks at no signature. Answers are written from S3's API reference.
 """
 
 import hashlib
 import threading
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Self
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -20,11 +21,15 @@ class ConditionalS3:
     Attributes:
         objects: key -> content.
         lost: how many answers to PUT are lost, after the work was done.
+        instead: told the access key of whoever asks, it may give status and code of the answer; status 0 for none.
+        asked: how many requests came.
     """
 
     def __init__(self) -> None:
         self.objects: dict[str, bytes] = {}
         self.lost = 0
+        self.instead: Callable[[str], tuple[int, str] | None] = lambda key: None
+        self.asked = 0
         self.lock = threading.Lock()
 
     def __enter__(self) -> Self:
@@ -55,8 +60,22 @@ class _Handler(BaseHTTPRequestHandler):
     def key(self) -> str:
         return unquote(urlsplit(self.path).path).removeprefix("/models").removeprefix("/")
 
+    def is_refused(self) -> bool:
+        """Whether the request was answered in another way than it should be."""
+        self.double.asked += 1
+        answer = self.double.instead(self.headers["Authorization"].partition("Credential=")[2].partition("/")[0])
+        if answer is None:
+            return False
+        if answer[0]:
+            self.refuse(*answer)
+        else:
+            self.close_connection = True
+        return True
+
     def do_PUT(self) -> None:
         content = self.rfile.read(int(self.headers["Content-Length"]))
+        if self.is_refused():
+            return
         with self.double.lock:
             if self.headers.get("If-None-Match") == "*" and self.key in self.double.objects:
                 self.refuse(412, "PreconditionFailed")
@@ -69,18 +88,27 @@ class _Handler(BaseHTTPRequestHandler):
         self.answer(200, b"", etag=hashlib.md5(content).hexdigest())
 
     def do_GET(self) -> None:
+        if self.is_refused():
+            return
         if not self.key:
             self.list(parse_qs(urlsplit(self.path).query))
             return
         content = self.double.objects.get(self.key)
         if content is None:
             self.refuse(404, "NoSuchKey")
+            return
+        etag = hashlib.md5(content).hexdigest()
+        if wanted := self.headers.get("Range"):
+            first, last = wanted.removeprefix("bytes=").split("-")
+            self.answer(206, content[int(first) : int(last) + 1], etag=etag)
         else:
-            self.answer(200, content, etag=hashlib.md5(content).hexdigest())
+            self.answer(200, content, etag=etag)
 
     do_HEAD = do_GET
 
     def do_DELETE(self) -> None:
+        if self.is_refused():
+            return
         with self.double.lock:
             self.double.objects.pop(self.key, None)
         self.answer(204, b"")

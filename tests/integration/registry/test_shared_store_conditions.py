@@ -1,22 +1,19 @@
 """Leases and records in a store that knows If-None-Match: a double of S3."""
 
 import json
-import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from registry.filesystems import RemoteFolder, destination_of
-from registry.records import TensorSpec
+from registry.filesystems import destination_of
+from registry.remote_folder import RemoteFolder
 from registry.shared_store import SharedStore
 from registry.store import FolderStore
-from tests.doubles.rclone import FOREIGN, settings
+from tests.doubles.rclone import lead_to
 from tests.doubles.s3_conditions import ConditionalS3
-
-SPEC = TensorSpec(name="x", dtype="float32", shape=("batch", 3))
+from tests.doubles.shared_work import SPEC, wanted_by_three
 
 pytestmark = pytest.mark.slow
 
@@ -24,10 +21,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture
 def double(monkeypatch: pytest.MonkeyPatch) -> Iterator[ConditionalS3]:
     with ConditionalS3() as running:
-        for variable in FOREIGN:
-            monkeypatch.delenv(variable, raising=False)
-        for variable, value in settings(running.url).items():
-            monkeypatch.setenv(variable, value)
+        lead_to(running.url, monkeypatch)
         yield running
 
 
@@ -56,24 +50,12 @@ def test_a_call_whose_answer_was_lost_has_written(double: ConditionalS3):
 
 
 def test_work_that_three_want_is_done_once_and_no_lease_is_left(double: ConditionalS3, machine):
-    made: list[str] = []
-    results: list[str] = []
     leases: set[str] = set()
 
-    def make(name: str) -> TensorSpec:
-        made.append(name)
+    def look() -> None:
         leases.update(key for key in double.objects if key.startswith("x/leases/"))
-        time.sleep(0.3)
-        return replace(SPEC, name=name)
 
-    def work(name: str) -> None:
-        results.append(machine(name, ttl_s=3.0).once("k", lambda: make(name)).name)
-
-    threads = [threading.Thread(target=work, args=(name,)) for name in ("a", "b", "c")]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    made, results = wanted_by_three(machine, ttl_s=3.0, takes_s=0.3, while_making=look)
     assert len(made) == 1
     assert results == made * 3
     assert "x/leases/k/000001" in leases

