@@ -9,6 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import yaml
 from numpy.typing import NDArray
 
 from optimize.admission import ENTRY, Format, admit_here
@@ -25,7 +26,7 @@ from profiles.measure.levels import Level
 from profiles.pipelines.analysis import Analysis, Overhead, predict_latency, stations_of
 from profiles.pipelines.checks import Signature
 from profiles.pipelines.choice import Combination, Shortlist
-from profiles.pipelines.documents import ManifestPart, ModelPart, Plan, load_plan
+from profiles.pipelines.documents import ModelPart, Plan, load_plan
 from profiles.pipelines.gateway import WITHOUT, core2_target, local_pipeline
 from profiles.pipelines.graph import Pipeline, in_order, visits
 from profiles.pipelines.measured import Measured, StepNumbers, WholeNumbers
@@ -34,9 +35,9 @@ from profiles.pipelines.rollout import stages_of
 from profiles.pipelines.run import run_samples
 from profiles.serving.core2.manifests import as_yaml
 from profiles.serving.session import open_session
-from registry.documents import load_document
 from registry.errors import InputError
-from registry.records import Estimate, Target
+from registry.ledger import write_durably
+from registry.records import Estimate, ServingProfile, Target
 from registry.report.pipeline import PipelineView, StepView
 
 Told = Callable[[str], None]
@@ -194,11 +195,21 @@ def score(plan: Plan, outputs: Mapping[str, NDArray[Any]], samples: Samples, met
     """
     if samples.labels is None:
         raise InputError("the samples have no labels, so that nothing is known of accuracy", hint="Add labels.")
-    if plan.answer is not None and plan.answer not in outputs:
-        raise InputError(f"the pipeline has no output {plan.answer!r}", hint=f"It has: {', '.join(outputs)}.")
-    judged = outputs if plan.answer is None else {plan.answer: outputs[plan.answer]}
-    found = find_metric(metric).score(judged, samples.labels)
+    found = find_metric(metric).score(judged_outputs(plan, outputs), samples.labels)
     return float(found) if isinstance(found, float) else float(np.nanmean(found))
+
+
+def judged_outputs(plan: Plan, outputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """The outputs that hold what is judged.
+
+    Raises:
+        InputError: the plan names one that is not there.
+    """
+    if plan.answer is None:
+        return dict(outputs)
+    if plan.answer not in outputs:
+        raise InputError(f"the pipeline has no output {plan.answer!r}", hint=f"It has: {', '.join(outputs)}.")
+    return {plan.answer: outputs[plan.answer]}
 
 
 def run_truth(
@@ -369,13 +380,21 @@ def _payloads(target: Target, inputs: Mapping[str, NDArray[Any]]) -> tuple[Paylo
     return encode_payloads({name: array[:_MOST_SAMPLES] for name, array in inputs.items()}, target=target)
 
 
-@contextmanager
-def _served(model: ModelPart, path: Path) -> Iterator[Served]:
+def profile_of(model: ModelPart) -> ServingProfile:
+    """How the plan has a step served.
+
+    Raises:
+        InputError: it cannot be served so.
+    """
     lanes = {"instances": max(1, model.parallel_workers)} if model.server == "triton" else {
         "parallel_workers": model.parallel_workers
     }  # fmt: skip
-    profile = serving_profile(server=model.server, threads=model.threads, **lanes)
-    with serve_model(path, profile, precision="default", http_port=None, grpc_port=None) as served:
+    return serving_profile(server=model.server, threads=model.threads, **lanes)
+
+
+@contextmanager
+def _served(model: ModelPart, path: Path) -> Iterator[Served]:
+    with serve_model(path, profile_of(model), precision="default", http_port=None, grpc_port=None) as served:
         yield served
 
 
@@ -536,15 +555,15 @@ def choice_lines(found: Shortlist, judged: Sequence[Judged]) -> list[str]:
             lines.append(
                 f"   on {one.truth.samples} samples: {one.truth.accuracy:.4f}, a drop of {one.truth.accuracy_drop:.4f}"
             )
-    taken = next((one for one in judged if one.kept), None)
-    if taken is None:
+    best = taken(judged)
+    if best is None:
         lines.append("None of them keeps the limits: ask for more with --best, or loosen one.")
-    elif taken.truth is None:
+    elif best.truth is None:
         lines.append(
-            f"Take, if samples agree: {_named(taken.combination)} (the plan has no models and labelled samples)"
+            f"Take, if samples agree: {_named(best.combination)} (the plan has no models and labelled samples)"
         )
     else:
-        lines.append(f"Take: {_named(taken.combination)}")
+        lines.append(f"Take: {_named(best.combination)}")
     return lines
 
 
@@ -555,20 +574,49 @@ def _named(combination: Combination) -> str:
 # --- promoting -------------------------------------------------------------------------------------------------
 
 
-def write_promotion(manifest: Path, models: Sequence[str], shares: Sequence[int], out: Path) -> list[Path]:
-    """The manifests of a promotion, written in their order; see `profiles.pipelines.rollout.stages_of`.
+def taken(judged: Sequence[Judged]) -> Judged | None:
+    """The combination of a shortlist to take: the first that keeps the limits."""
+    return next((one for one in judged if one.kept), None)
+
+
+def write_chosen(path: Path, plan: Plan, one: Judged, *, accuracy_drop: float | None, p99_ms: float | None) -> None:
+    """Writes what was chosen, for ``burnish pipeline promote --chosen``: variants, and limits to be watched by.
+
+    Args:
+        path: the file.
+        plan: of the pipeline.
+        one: what was chosen.
+        accuracy_drop: the limit that it was chosen by; None for none.
+        p99_ms: the same.
+    """
+    limits = [] if accuracy_drop is None else [f"accuracy_drop <= {accuracy_drop:g}"]
+    limits += [] if p99_ms is None else [f"latency_p99_ms <= {p99_ms:g}"]
+    surrogate = ", ".join(f"{name} {value:.4g}" for name, value in one.combination.surrogate.items())
+    truth = "" if one.truth is None else f"; on {one.truth.samples} samples a drop of {one.truth.accuracy_drop:.4f}"
+    document = {
+        "pipeline": plan.pipeline.name,
+        "variants": dict(one.combination.variants),
+        "limits": limits,
+        "reason": f"{_named(one.combination)}: {surrogate}{truth}.",
+    }
+    write_durably(path, yaml.safe_dump(document, sort_keys=False, width=120, allow_unicode=True))
+
+
+def write_promotion(
+    manifest: Mapping[str, Any], models: Mapping[str, str], weights: Sequence[int], out: Path
+) -> list[Path]:
+    """The manifests of a promotion by hand, written in their order; see `profiles.pipelines.rollout.stages_of`.
+
+    Args:
+        manifest: the production Pipeline.
+        models: step -> Model to take its place, served already.
+        weights: percent of requests that the challenger answers, rising to 100.
+        out: folder that is written to.
 
     Raises:
-        InputError: a model is not ``step=Model``, or does not fit.
+        InputError: a Model or a weight does not fit.
     """
-    before = load_document(manifest, ManifestPart).model_dump(mode="json", exclude_unset=True)
-    chosen = {}
-    for text in models:
-        step, _, name = text.partition("=")
-        if not step or not name:
-            raise InputError(f"--model {text!r} is not step=Model")
-        chosen[step] = name
-    made = stages_of(before, chosen, shares)
+    made = stages_of(manifest, models, [percent for percent in weights if percent != 100])
     out.mkdir(parents=True, exist_ok=True)
     written = []
     for name, content in made.items():

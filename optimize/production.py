@@ -1,16 +1,17 @@
-"""Where a model is in production: from the section ``cluster:`` to a rollout, and the ways to its models."""
+"""Where a model or pipeline is in production: from the section ``cluster:`` to a rollout, and the ways there."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 from optimize.cluster_config import ClusterConfig, Core2Config, KubernetesConfig, LocalConfig, SchedulerConfig
 from optimize.clusters import core2_options, kubernetes_client, location_of, scheduler_client
 from profiles.deploy.core2_candidates import Mesh, place_folder
-from profiles.deploy.rollout import ManifestRollout, challenger_name, owned
+from profiles.deploy.rollout import Applier, ManifestRollout, challenger_name, owned
+from profiles.pipelines.rollout import PipelineRollout
 from profiles.serving.core2.manifests import Manifest, render_model
 from profiles.serving.core2.schema import NEWEST
 from registry.errors import InputError
@@ -42,7 +43,7 @@ class Place:
 
     Attributes:
         rollout: moves its traffic.
-        target_of: gives the way to a model there by its name.
+        target_of: gives the way to a model, or to a pipeline, there by its name.
     """
 
     rollout: ManifestRollout
@@ -91,47 +92,87 @@ def open_place(
         MissingExtraError: a client or server is not installed.
         UnreachableError: a server of this machine does not come about.
     """
-    match config:
-        case SchedulerConfig():
-            opened = _by_scheduler(config, base, work, production, served)
-        case KubernetesConfig():
-            opened = _by_kubernetes(config, base, work, production, served)
-        case LocalConfig():
-            opened = _on_this_machine(work, production, served, serve, port)
+    if isinstance(config, LocalConfig):
+        opened = _on_this_machine(work, production, served, serve, port)
+    else:
+        opened = _on_core2(config, base, work, production, served)
     with opened as place:
         yield place
 
 
 @contextmanager
-def _by_scheduler(
-    config: SchedulerConfig, base: Path, work: Path, production: str, served: Served | None
+def open_pipeline_place(
+    config: ClusterConfig,
+    *,
+    base: Path,
+    work: Path,
+    production: str,
+    models: Mapping[str, str] | None = None,
+    brought: Mapping[str, Served] | None = None,
 ) -> Iterator[Place]:
-    from profiles.deploy.rollout_scheduler import SchedulerApplier
+    """The place of production of a pipeline, for the time of a block.
 
-    mesh = _mesh(config)
-    with scheduler_client(config, base) as client:
-        applier = SchedulerApplier(client, mesh, location=f"Core 2 at {config.address}")
-        render = None if served is None else _rendering(config, base, production, served)
-        rollout = ManifestRollout(applier, production=production, folder=_manifests(work), render=render)
-        yield Place(rollout=rollout, target_of=_through(mesh, served))
+    Args:
+        config: as for `open_place`; a Core 2.
+        base: as for `open_place`.
+        work: as for `open_place`.
+        production: the name of the Pipeline that callers ask.
+        models: step -> Model to take its place; None where all that is to be done is to go back.
+        brought: those of these Models that are not served yet.
+
+    Raises:
+        InputError: the configuration cannot be used, or names no Core 2.
+        MissingExtraError: a client is not installed.
+    """
+    named = check_core2(config)
+    with _core2(named, base) as (applier, mesh):
+        rendered = {}
+        for name, served in (brought or {}).items():
+            render = _rendering(named, base, production, served)
+            rendered[name] = partial(render, name)
+        rollout = PipelineRollout(
+            applier, production=production, folder=_manifests(work), models=models, brought=rendered
+        )
+        yield Place(rollout=rollout, target_of=lambda name: mesh.target_of(f"{name}.pipeline", "grpc"))
+
+
+def check_core2(config: ClusterConfig) -> Core2Config:
+    """The configuration, where it is one of a Core 2.
+
+    Raises:
+        InputError: it is this machine.
+    """
+    if isinstance(config, LocalConfig):
+        raise InputError(
+            "a pipeline is promoted on a Core 2, and none is named",
+            hint="Name it with --cluster. `burnish pipeline serve` shows a pipeline on this machine, and --out writes "
+            "the manifests to apply by hand.",
+        )
+    return config
 
 
 @contextmanager
-def _by_kubernetes(
-    config: KubernetesConfig, base: Path, work: Path, production: str, served: Served | None
-) -> Iterator[Place]:
+def _core2(config: Core2Config, base: Path) -> Iterator[tuple[Applier, Mesh]]:
+    """Who applies manifests on a Core 2, and where its models answer."""
+    mesh = Mesh(config.mesh, tls=config.mesh_tls, hint="It is the `mesh` of the section `cluster`.")
+    if isinstance(config, SchedulerConfig):
+        from profiles.deploy.rollout_scheduler import SchedulerApplier
+
+        with scheduler_client(config, base) as scheduler:
+            yield SchedulerApplier(scheduler, mesh, location=f"Core 2 at {config.address}"), mesh
+        return
     from profiles.deploy.rollout_kubernetes import KubernetesApplier
 
-    mesh = _mesh(config)
     with kubernetes_client(config, base) as client:
-        applier = KubernetesApplier(client, mesh, location=location_of(config, client))
+        yield KubernetesApplier(client, mesh, location=location_of(config, client)), mesh
+
+
+@contextmanager
+def _on_core2(config: Core2Config, base: Path, work: Path, production: str, served: Served | None) -> Iterator[Place]:
+    with _core2(config, base) as (applier, mesh):
         render = None if served is None else _rendering(config, base, production, served)
         rollout = ManifestRollout(applier, production=production, folder=_manifests(work), render=render)
         yield Place(rollout=rollout, target_of=_through(mesh, served))
-
-
-def _mesh(config: Core2Config) -> Mesh:
-    return Mesh(config.mesh, tls=config.mesh_tls, hint="It is the `mesh` of the section `cluster`.")
 
 
 def _through(mesh: Mesh, served: Served | None) -> Callable[[str], Target]:

@@ -1,9 +1,11 @@
 """Promotion for the command line: the campaign, the registry, the place of production and the probe, put together."""
 
+import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 from optimize import passports, reporting
 from optimize.cluster_config import ClusterConfig, LocalConfig, load_cluster
 from optimize.live_fidelity import JUDGED, LiveFidelity, variant_of
-from optimize.production import Place, Served, open_place, production_name
+from optimize.production import Place, Served, open_pipeline_place, open_place, production_name
 from registry import promotion as promotions
 from registry.errors import CheckFailedError, InputError
 from registry.keyless import SignerIdentity
 from registry.ledger import Ledger
-from registry.ports import ModelRegistry, Probe, RegisteredVersion
+from registry.ports import Probe, RegisteredVersion
 from registry.promotion import CHALLENGER, CHAMPION, Journal, Promoter
-from registry.records import Campaign, Candidate, Promotion, Reign, Variant
+from registry.records import Campaign, Candidate, Constraint, Promotion, PromotionStep, Reign, Variant, Watching
 from registry.store import FolderStore
 from registry.tracking import store_uri
 
@@ -63,6 +65,18 @@ class Options:
     passport: Path | None = None
     signer: Path | SignerIdentity | None = None
     port: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuses what cannot be.
+
+        Raises:
+            InputError: a rate or time is no number above zero, or the port none that a port may be.
+        """
+        for option, value in (("--rate", self.rate_rps), ("--scrape", self.scrape_s)):
+            if not (math.isfinite(value) and value > 0):
+                raise InputError(f"{option} is {value:g}", hint="It is a number above 0.")
+        if self.port is not None and not 0 < self.port <= 65535:
+            raise InputError(f"--port is {self.port}", hint="It is 1 to 65535.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -202,23 +216,50 @@ class Planned:
         return {**record, "steps": steps, "state": self.state, "too_short": self.short or None}
 
 
-class Promoting:
-    """One promotion: planned, and carried out where it is wanted."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """What is promoted, as the journal knows it, and where.
 
-    def __init__(self, subject: Subject, options: Options, registry: "MlflowRegistry", told: Told) -> None:
+    Attributes:
+        campaign_id: of what chose it.
+        candidate_id: it.
+        production: the name of what callers ask.
+        work: the working folder.
+        cluster: where it is in production.
+        base: the folder that the cluster's paths are relative to.
+    """
+
+    campaign_id: str
+    candidate_id: str
+    production: str
+    work: Path
+    cluster: ClusterConfig
+    base: Path
+
+
+class BasePromoting(ABC):
+    """One promotion: planned, and carried out where it is wanted; of what, subclasses say."""
+
+    def __init__(
+        self,
+        task: Task,
+        options: Options,
+        registry: "MlflowRegistry",
+        told: Told,
+    ) -> None:
         """Asks nobody yet.
 
         Args:
-            subject: what is promoted.
+            task: what is promoted, and where.
             options: how.
             registry: where its version is.
             told: hears what is done.
         """
-        self._subject = subject
+        self._task = task
         self._options = options
         self._registry = registry
         self._told = told
-        self._production = options.production or production_name(subject.campaign.model_name)
+        self._production = task.production
 
     def plan(self) -> Planned:
         """What `apply` would do; nothing is changed.
@@ -228,13 +269,13 @@ class Promoting:
             UnreachableError: the registry or the cluster does not answer.
         """
         self._registry.check()
-        journal = _read_journal(self._subject.work)
+        journal = _read_journal(self._task.work)
         with self._place(serve=False) as place:
             wanted, state = self._wanted(journal, place, self._registered())
             if state == "new" and (journal is None or journal.unfinished() is None):
                 place.rollout.snapshot()
             with self._probe(place) as probe:
-                return self._told_of(wanted, state, probe)
+                return self._told_of(wanted, state, probe, journal)
 
     def apply(self, *, hold: Callable[[Place], None] = lambda _: None) -> Planned:
         """Carries the promotion out, or goes on with one that was cut short.
@@ -248,9 +289,9 @@ class Promoting:
             UnreachableError: the registry or the cluster does not answer, or refuses.
         """
         planned = self.plan()
-        if planned.short and planned.state == "new":
+        if planned.short:
             raise InputError(planned.short, hint="Raise --watch or --rate. Unknown never wins.")
-        work = self._subject.work
+        work = self._task.work
         with Ledger.open(work / JOURNAL) as ledger:
             journal = Journal(ledger, _now)
             self._complete_rollback(journal)
@@ -265,7 +306,7 @@ class Promoting:
         with self._probe(place) as probe:
             registered = self._registered() or self._register()
             wanted, state = self._wanted(journal, place, registered)
-            planned = self._told_of(wanted, state, probe)
+            planned = self._told_of(wanted, state, probe, journal)
             promoter = Promoter(
                 registry=self._registry, rollout=place.rollout, probe=probe, journal=journal, told=self._told
             )
@@ -275,6 +316,116 @@ class Promoting:
             else:
                 promoter.carry_out(planned.promotion)
         return replace(planned, state=journal.state(wanted))
+
+    def _complete_rollback(self, journal: Journal) -> None:
+        unfinished = journal.unfinished()
+        if unfinished is None or journal.state(unfinished) != "rolling back":
+            return
+        self._told(f"the rollback of {unfinished.candidate_name} is completed first")
+        task = self._task
+        with place_of(unfinished, task.cluster, base=task.base, work=task.work) as place:
+            promoter = Promoter(
+                registry=self._registry, rollout=place.rollout, probe=None, journal=journal, told=self._told
+            )
+            promoter.roll_back(unfinished, reason="as was begun")
+
+    def _wanted(
+        self, journal: Journal | None, place: Place, registered: RegisteredVersion | None
+    ) -> tuple[Promotion, str]:
+        """The promotion that is under way, or a new one."""
+        unfinished = None if journal is None else journal.unfinished()
+        if journal is None or unfinished is None or journal.state(unfinished) == "rolling back":
+            last = None if journal is None or unfinished is not None else journal.undoable()
+            if last is not None and self._is_last(last, registered):
+                return last, "completed"
+            return self._new(journal, place, registered), "new"
+        ours = (self._task.campaign_id, self._task.candidate_id, self._production)
+        if (unfinished.campaign_id, unfinished.candidate_id, unfinished.production) != ours:
+            raise InputError(
+                f"the promotion of {unfinished.candidate_name} to {unfinished.production} is under way",
+                hint="Finish it with the campaign that chose it, or end it with `burnish rollback`.",
+            )
+        if unfinished.location != place.rollout.location:
+            raise InputError(
+                f"the promotion of {unfinished.candidate_name} is under way at {unfinished.location}, not at "
+                f"{place.rollout.location}",
+                hint="Name the same cluster, or end it with `burnish rollback`.",
+            )
+        return unfinished, journal.state(unfinished)
+
+    def _is_last(self, last: Promotion, registered: RegisteredVersion | None) -> bool:
+        """Whether the last promotion is this one, and nobody has become the champion since."""
+        same = (last.candidate_id, last.production) == (self._task.candidate_id, self._production)
+        champion = self._registry.aliases(last.model).get(CHAMPION)
+        return same and registered is not None and last.version == registered.version == champion
+
+    def _told_of(self, wanted: Promotion, state: str, probe: Probe | None, journal: Journal | None) -> Planned:
+        """The plan of a promotion with what is watched; one that was begun goes on as it was begun, or not at all."""
+        left = promotions.left_to_watch(wanted, journal)
+        steps = [step for step in wanted.steps if step.watch_s]
+        compared = [step.name for step in steps if promotions.compares(step)]
+        watched, blind = promotions.limits_watched(wanted.policy, probe, compared=bool(compared))
+        if journal is not None and wanted in journal.promotions:
+            promotions.check_probe(wanted, journal, probe)
+            _check_watching(wanted, left, self._options)
+        else:
+            told = [_watched_words(watched)] if watched else []
+            if compared and any(one.reference == "champion" for one in watched):
+                told.append(f"Limits against the champion are watched where it answers enough: {', '.join(compared)}.")
+            told += _counted_by(probe)
+            watching = Watching(
+                metrics=tuple(sorted({one.metric for one in watched})),
+                rate_rps=self._options.rate_rps,
+                prometheus=self._options.prometheus,
+            )
+            wanted = replace(wanted, notes=(*wanted.notes, *told, *blind), watching=None if probe is None else watching)
+        return Planned(promotion=wanted, state=state, short=_too_short(watched, left, self._options.rate_rps))
+
+    # --- what subclasses know ---
+
+    @abstractmethod
+    def _place(self, *, serve: bool) -> AbstractContextManager[Place]:
+        """Where it is to be in production, open; ``serve`` says whether something will be changed."""
+
+    @abstractmethod
+    def _registered(self) -> RegisteredVersion | None:
+        """The version that it is already, or None."""
+
+    @abstractmethod
+    def _register(self) -> RegisteredVersion:
+        """Makes it a version."""
+
+    @abstractmethod
+    def _new(self, journal: Journal | None, place: Place, registered: RegisteredVersion | None) -> Promotion:
+        """What is to be done, where nothing of it was begun."""
+
+    @abstractmethod
+    def _probe(self, place: Place) -> AbstractContextManager[Probe | None]:
+        """What watches; None where nothing is watched."""
+
+
+class Promoting(BasePromoting):
+    """The promotion of what a campaign chose."""
+
+    def __init__(self, subject: Subject, options: Options, registry: "MlflowRegistry", told: Told) -> None:
+        """Asks nobody yet.
+
+        Args:
+            subject: what is promoted.
+            options: how.
+            registry: where its version is.
+            told: hears what is done.
+        """
+        task = Task(
+            campaign_id=subject.campaign.id,
+            candidate_id=subject.candidate.id,
+            production=options.production or production_name(subject.campaign.model_name),
+            work=subject.work,
+            cluster=subject.cluster,
+            base=subject.base,
+        )
+        super().__init__(task, options, registry, told)
+        self._subject = subject
 
     @contextmanager
     def _place(self, *, serve: bool) -> Iterator[Place]:
@@ -308,43 +459,6 @@ class Promoting:
                 hint="Its files have to be on this machine when the campaign is recorded.",
             )
         return registered
-
-    def _complete_rollback(self, journal: Journal) -> None:
-        unfinished = journal.unfinished()
-        if unfinished is None or journal.state(unfinished) != "rolling back":
-            return
-        self._told(f"the rollback of {unfinished.candidate_name} is completed first")
-        _roll_back(unfinished, journal, self._registry, self._subject, reason="as was begun", told=self._told)
-
-    def _wanted(
-        self, journal: Journal | None, place: Place, registered: RegisteredVersion | None
-    ) -> tuple[Promotion, str]:
-        """The promotion that is under way, or a new one."""
-        unfinished = None if journal is None else journal.unfinished()
-        if journal is None or unfinished is None or journal.state(unfinished) == "rolling back":
-            last = None if journal is None or unfinished is not None else journal.undoable()
-            if last is not None and self._is_last(last, registered):
-                return last, "completed"
-            return self._new(journal, place, registered), "new"
-        ours = (self._subject.campaign.id, self._subject.candidate.id, self._production)
-        if (unfinished.campaign_id, unfinished.candidate_id, unfinished.production) != ours:
-            raise InputError(
-                f"the promotion of {unfinished.candidate_name} to {unfinished.production} is under way",
-                hint="Finish it with the campaign that chose it, or end it with `burnish rollback`.",
-            )
-        if unfinished.location != place.rollout.location:
-            raise InputError(
-                f"the promotion of {unfinished.candidate_name} is under way at {unfinished.location}, not at "
-                f"{place.rollout.location}",
-                hint="Name the same cluster, or end it with `burnish rollback`.",
-            )
-        return unfinished, journal.state(unfinished)
-
-    def _is_last(self, last: Promotion, registered: RegisteredVersion | None) -> bool:
-        """Whether the last promotion is this one, and nobody has become the champion since."""
-        same = (last.candidate_id, last.production) == (self._subject.candidate.id, self._production)
-        champion = self._registry.aliases(last.model).get(CHAMPION)
-        return same and registered is not None and last.version == registered.version == champion
 
     def _new(self, journal: Journal | None, place: Place, registered: RegisteredVersion | None) -> Promotion:
         subject, options, rollout = self._subject, self._options, place.rollout
@@ -483,13 +597,6 @@ class Promoting:
         fidelities = [one for one in self._subject.campaign.fidelities if one.variant_id == self._subject.variant.id]
         return frozenset(name for one in fidelities for name in one.metrics) & JUDGED
 
-    def _told_of(self, wanted: Promotion, state: str, probe: Probe | None) -> Planned:
-        watched, blind = promotions.limits_watched(wanted.policy, probe)
-        told = [f"Watched on live traffic: {', '.join(f'`{one.text}`' for one in watched)}."] if watched else []
-        noted = replace(wanted, notes=(*wanted.notes, *told, *blind)) if state == "new" else wanted
-        short = _too_short([one.metric for one in watched], self._options) if watched else ""
-        return Planned(promotion=noted, state=state, short=short)
-
 
 def _notes(*, beside: bool, at_once: bool, options: Options) -> tuple[str, ...]:
     told = []
@@ -522,18 +629,69 @@ def _notes(*, beside: bool, at_once: bool, options: Options) -> tuple[str, ...]:
     return tuple(told)
 
 
-def _too_short(metrics: list[str], options: Options) -> str:
+def _watched_words(limits: Sequence[Constraint]) -> str:
+    loads = " (at the load that there is)" if any(one.metric.startswith("latency_") for one in limits) else ""
+    return f"Watched on live traffic{loads}: {', '.join(f'`{one.text}`' for one in limits)}."
+
+
+def _counted_by(probe: Probe | None) -> list[str]:
+    """Whose counts Prometheus tells, where it is asked."""
+    from profiles.measure.prometheus import PrometheusProbe
+
+    if not isinstance(probe, PrometheusProbe):
+        return []
+    envoys, kind = probe.envoys(), probe.who.removeprefix("the ")
+    if not envoys:
+        return [f"The Prometheus at {probe.prometheus.url} knows no {kind} that has led requests to it yet."]
+    return [f"What Prometheus tells is of {len(envoys)} {kind}, added up by who answered: {', '.join(envoys)}."]
+
+
+def _check_watching(begun: Promotion, left: Sequence[PromotionStep], options: Options) -> None:
+    """Returns where a promotion that was begun goes on with as many requests, and Prometheus where it had that.
+
+    Raises:
+        InputError: it would be watched by less.
+    """
+    watching = begun.watching
+    if watching is None or not left:
+        return
+    asked = []
+    if options.rate_rps < watching.rate_rps:
+        asked.append(f"--rate {watching.rate_rps:g}")
+    if watching.prometheus is not None and options.prometheus is None:
+        asked.append(f"--prometheus {watching.prometheus}")
+    if asked:
+        raise InputError(
+            f"the promotion of {begun.candidate_name} was begun with {' and '.join(asked)}, and would be watched by "
+            "less now",
+            hint="Go on as it was begun, or end it with `burnish rollback`.",
+        )
+
+
+def _too_short(watched: Sequence[Constraint], left: Sequence[PromotionStep], rate_rps: float) -> str:
     """Why the requests of a watched step are too few to decide on a limit; empty where they are not."""
     from profiles.measure.live import requests_needed, requests_watched
 
-    wanted = max((requests_needed(one) for one in metrics), default=0)
-    there = requests_watched(options.rate_rps, options.watch_s)
-    if there >= wanted:
+    def needed(limits: Iterable[Constraint]) -> int:
+        return max((requests_needed(one.metric) for one in limits), default=0)
+
+    found = []
+    for step in left:
+        # Half go to the challenger itself; in the champion's place it gets all.
+        wanted = {"challenger": (needed(watched), 2.0 if step.action == "swap" else 1.0)}
+        if promotions.compares(step):
+            shared = 1 - step.percent / 100 if step.action == "weights" else 1.0
+            wanted["champion"] = (needed(one for one in watched if one.reference == "champion"), shared)
+        for who, (count, share) in wanted.items():
+            there = math.floor(requests_watched(rate_rps, step.watch_s) * share)
+            if there < count:
+                found.append((2 * count / share / rate_rps, step, who, there, count))
+    if not found:
         return ""
-    long_s = 2 * wanted / options.rate_rps
+    long_s, step, who, there, count = max(found, key=lambda one: one[0])
     return (
-        f"{options.watch_s:g} s at {options.rate_rps:g} requests a second give the challenger {there} requests, and "
-        f"the limits take {wanted} to decide on: watch for {long_s:.0f} s, or send more"
+        f"{step.watch_s:g} s at {rate_rps:g} requests a second give the {who} {there} requests in the step "
+        f"{step.name}, and the limits take {count} to decide on: watch for {math.ceil(long_s)} s, or send more"
     )
 
 
@@ -568,22 +726,26 @@ def roll_back(work: Path, *, cluster: Path | None, campaign_file: Path | None, r
         last = journal.undoable()
         if last is None:
             raise InputError(f"all that was promoted from {work} was rolled back already")
-        with open_place(config, base=base, work=work, production=last.production, served=None, serve=False) as place:
-            _check_location(last, place)
+        with place_of(last, config, base=base, work=work) as place:
             promoter = Promoter(registry=registry, rollout=place.rollout, probe=None, journal=journal, told=told)
             promoter.roll_back(last, reason=reason)
     return last
 
 
-def _roll_back(
-    last: Promotion, journal: Journal, registry: ModelRegistry, subject: Subject, *, reason: str, told: Told
-) -> None:
-    with open_place(
-        subject.cluster, base=subject.base, work=subject.work, production=last.production, served=None, serve=False
-    ) as place:
+@contextmanager
+def place_of(last: Promotion, config: ClusterConfig, *, base: Path, work: Path) -> Iterator[Place]:
+    """Where a promotion was, to take it back.
+
+    Raises:
+        InputError: it was elsewhere.
+    """
+    if last.resource == "pipeline":
+        opened = open_pipeline_place(config, base=base, work=work, production=last.production)
+    else:
+        opened = open_place(config, base=base, work=work, production=last.production, served=None, serve=False)
+    with opened as place:
         _check_location(last, place)
-        promoter = Promoter(registry=registry, rollout=place.rollout, probe=None, journal=journal, told=told)
-        promoter.roll_back(last, reason=reason)
+        yield place
 
 
 def _check_location(last: Promotion, place: Place) -> None:
@@ -592,6 +754,36 @@ def _check_location(last: Promotion, place: Place) -> None:
             f"{last.candidate_name} was promoted at {last.location}, not at {place.rollout.location}",
             hint="Name the same cluster with --cluster or --campaign.",
         )
+
+
+def after_interruption(work: Path, back: str) -> tuple[str, str]:
+    """How things stand once a promotion, or the way back from one, was interrupted; and what goes on or back.
+
+    Args:
+        work: the working folder.
+        back: the command that takes the promotion back.
+    """
+    journal = _read_journal(work)
+    last = journal.promotions[-1] if journal is not None and journal.promotions else None
+    if journal is None or last is None:
+        return "Nothing was changed.", "The same command begins anew."
+    name, state = last.candidate_name, journal.state(last)
+    old = "no version" if last.champion is None else f"version {last.champion}"
+    if state in {"new", "rolled back"}:
+        return f"All is as it was before {name}: {old} is the champion.", "The same command begins anew."
+    if state == "rolling back":
+        return f"{name} is not taken back whole yet.", f"`{back}` completes it."
+    done = journal.done(last)
+    if state == "completed":
+        return f"{name} is the champion of {last.model}, and nothing is under way.", f"Back to what was: `{back}`."
+    if CHAMPION in done:
+        left = f"{last.experiment} and {last.challenger} are left to be taken away"
+        return f"{name} is the champion already; {left}.", f"The same command does it; `{back}` goes back."
+    at = next((step.name for step in last.steps if step.name not in done), promotions.WHOLE)
+    return (
+        f"The promotion of {name} stands at {at}; {old} is the champion.",
+        f"The same command goes on there; `{back}` goes back.",
+    )
 
 
 def open_registry(work: Path) -> "MlflowRegistry":

@@ -5,7 +5,16 @@ from typing import Annotated, Any
 
 import typer
 
-from optimize.cli.output import Json, emit_json, say
+from optimize.cli.output import (
+    ClusterOption,
+    IdentityOption,
+    IssuerOption,
+    Json,
+    PublicKeyOption,
+    TrustConfigOption,
+    emit_json,
+    say,
+)
 
 app = typer.Typer(
     help="Tune a Core 2 pipeline of models: what saturates first, which variants, how many of each.",
@@ -151,6 +160,7 @@ def choose(
     p99_ms: Annotated[float | None, typer.Option(help="Highest p99 that is predicted for what is taken.")] = None,
     best: Annotated[int, typer.Option(help="How many combinations are run on samples.")] = 3,
     metric: Annotated[str, typer.Option(help="The task metric.")] = "accuracy",
+    out: Annotated[Path | None, typer.Option(help="Write what is to be taken here, for `pipeline promote`.")] = None,
     json_output: Json = False,
 ) -> None:
     """Choose a variant for each step under one budget: a shortlist by a surrogate, then the truth on samples.
@@ -180,9 +190,13 @@ def choose(
         emit_json({"rate_rps": at, "shortlist": pipelines.plain(found), "judged": pipelines.plain(judged)})
     else:
         typer.echo("\n".join(pipelines.choice_lines(found, judged)))
-    if not any(one.kept for one in judged):
+    take = pipelines.taken(judged)
+    if take is None:
         # The lines say it all; the exit code is for scripts.
         raise typer.Exit(NoVariantError.exit_code)
+    if out is not None:
+        pipelines.write_chosen(out, read, take, accuracy_drop=accuracy_drop, p99_ms=p99_ms)
+        say(f"Written: {out}. Next: burnish pipeline promote {plan} --chosen {out} --cluster CLUSTER.yaml")
 
 
 @app.command("balance")
@@ -275,45 +289,155 @@ def size(
 
 @app.command("promote")
 def promote(
-    manifest: Annotated[Path, typer.Argument(help="The Pipeline manifest that is in production.")],
-    model: Annotated[list[str], typer.Option(help="step=Model that takes its place; once for each.")],
-    share: Annotated[list[int] | None, typer.Option(help="Percent for the challenger, rising.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder for the manifests.")] = Path("promotion"),
+    plan: Annotated[Path, typer.Argument(help="The Pipeline manifest in production, or a plan of it.")],
+    apply: Annotated[
+        bool, typer.Option("--apply", help="Do it; without, the plan is shown and nothing changes.")
+    ] = False,
+    chosen: Annotated[
+        Path | None, typer.Option(help="What `pipeline choose --out` wrote: variants and limits.")
+    ] = None,
+    variant: Annotated[list[str] | None, typer.Option(help="step=variant of the plan, which is brought.")] = None,
+    step: Annotated[
+        list[str] | None, typer.Option(help="step=FOLDER: what the campaign there chose is brought.")
+    ] = None,
+    model: Annotated[list[str] | None, typer.Option(help="step=Model that is served already.")] = None,
+    limit: Annotated[list[str] | None, typer.Option(help="Watched limit: 'latency_p99_ms <= 40'.")] = None,
+    metric: Annotated[str, typer.Option(help="The task metric, by which live answers are judged.")] = "accuracy",
+    weights: Annotated[str, typer.Option(help="Percent of the requests, step by step.")] = "10,50,100",
+    mirror: Annotated[int, typer.Option(help="Percent of the requests to copy before; 0 for none.")] = 100,
+    watch: Annotated[float, typer.Option(help="Seconds that each step is watched; 0 for not at all.")] = 60.0,
+    rate: Annotated[float, typer.Option(help="Requests a second of our own while watching.")] = 25.0,
+    samples: Annotated[Path | None, typer.Option(help="The pipeline's inputs and labels; the plan's if named.")] = None,
+    prometheus: Annotated[str | None, typer.Option(help="URL of a Prometheus that scrapes the gateway.")] = None,
+    matchers: Annotated[str, typer.Option(help='More matchers for it: namespace="seldon".')] = "",
+    scrape: Annotated[float, typer.Option(help="How often it asks, in seconds.")] = 15.0,
+    public_key: PublicKeyOption = None,
+    identity: IdentityOption = None,
+    issuer: IssuerOption = None,
+    trust_config: TrustConfigOption = None,
+    cluster: ClusterOption = None,
+    work: Annotated[Path, typer.Option(help="The working folder, with the journal.")] = Path("burnish-work"),
+    out: Annotated[
+        Path | None, typer.Option(help="Write the manifests here instead, to be applied by hand; with --model.")
+    ] = None,
     json_output: Json = False,
 ) -> None:
-    """Write the manifests that promote new step variants together, in the order to apply them, and the way back.
+    """Promote new step variants together: as a pipeline beside the one in production, by a mirror and growing weights.
 
-    The Models that are named are served already.
+    The plan is shown; --apply carries it out. Failure, Ctrl-C and kill leave the old pipeline in its place, and the
+    same command again goes on where it stopped. `burnish rollback` is the way back.
 
-    Example: burnish pipeline promote pipeline.yaml --model encoder=encoder-int8 --share 10 --share 50
+    Example: burnish pipeline promote plan.yaml --chosen chosen.yaml --cluster cluster.yaml --apply
     """
     from optimize import pipelines
+    from optimize.cli.promote import told_how_things_stand, way_back
+    from optimize.passports import named_signer
+    from optimize.pipeline_promoting import PipelinePromoting, Sources, find_pipeline
+    from optimize.promoting import Options, open_registry
+    from registry.errors import InputError
 
-    written = pipelines.write_promotion(manifest, model, share or [10, 50], out)
-    if json_output:
-        emit_json({"manifests": [str(path) for path in written]})
-    else:
-        typer.echo("\n".join(map(str, written)))
+    shares = _percentages(weights)
+    sources = Sources(models=model or (), steps=step or (), variants=variant or (), chosen=chosen, limits=limit or ())
+    options = Options(
+        weights=shares,
+        mirror=mirror,
+        watch_s=watch,
+        rate_rps=rate,
+        samples=samples,
+        prometheus=prometheus,
+        matchers=matchers,
+        scrape_s=scrape,
+        signer=named_signer(public_key, identity, issuer, trust_config),
+    )
+    if out is not None and (step or variant or chosen or apply):
+        raise InputError("--out goes with --model alone", hint="What is brought is served by --apply, on a --cluster.")
+    subject = find_pipeline(
+        plan, sources, work=work, cluster=cluster, options=options, metric=metric, by_hand=out is not None
+    )
+    if out is not None:
+        written = pipelines.write_promotion(subject.before, subject.models, shares, out)
+        emit_json({"manifests": [str(path) for path in written]}) if json_output else typer.echo(
+            "\n".join(map(str, written))
+        )
         say("Apply them in this order, watching each; then delete the Experiment and the challenger. Back: the first.")
+        return
+    work.mkdir(parents=True, exist_ok=True)
+    promoting = PipelinePromoting(subject, options, open_registry(work), say)
+    if not apply:
+        planned = promoting.plan()
+        emit_json(planned.summary()) if json_output else typer.echo("\n".join(planned.lines()))
+        if not json_output:
+            say("Nothing was changed; --apply does it.")
+        return
+    back = way_back(work, cluster, None)
+    with told_how_things_stand(work, back):
+        planned = promoting.apply()
+    done = planned.promotion
+    if json_output:
+        emit_json(planned.summary())
+    else:
+        typer.echo(f"{done.candidate_name} is the champion of {done.model}: version {done.version}, {done.production}.")
+        say(f"Back to what was: {back}")
+
+
+@app.command("serve")
+def serve(plan: PlanFile, variant: Chosen = None, json_output: Json = False) -> None:
+    """Serve a plan's pipeline on this machine, as one V2 endpoint, until Ctrl-C; Kafka's share is not in it.
+
+    Example: burnish pipeline serve plan.yaml --variant encoder=int8
+    """
+    import time
+    from tempfile import TemporaryDirectory
+
+    from optimize import pipelines
+    from optimize.cli.endings import Terminated, terminable
+    from profiles.pipelines.documents import load_plan
+
+    read = load_plan(plan)
+    chosen = _pairs(variant, read.pipeline.names)
+    with terminable(), TemporaryDirectory(prefix="burnish-pipeline-") as work:
+        try:
+            with pipelines.serve_plan(read, Path(work), variants=chosen) as target:
+                if json_output:
+                    emit_json({"url": target.url, "protocol": target.protocol, "model": target.model})
+                say(f"{target.model} is served at {target.url} over {target.protocol} (Ctrl-C ends it)")
+                while True:
+                    time.sleep(1)
+        except (KeyboardInterrupt, Terminated):
+            return
+
+
+def _percentages(text: str) -> tuple[int, ...]:
+    from registry.errors import InputError
+
+    if not text.replace(",", "").replace(" ", "").isdecimal():
+        raise InputError(f"the weights are {text!r}", hint="They are percentages with commas between: 10,50,100.")
+    return tuple(int(one) for one in text.split(",") if one.strip())
+
+
+def _pairs(variant: list[str] | None, steps: tuple[str, ...]) -> dict[str, str]:
+    """Step -> variant, of options."""
+    from registry.errors import InputError
+
+    chosen = {}
+    for text in variant or []:
+        step, _, name = text.partition("=")
+        if not name or step not in steps:
+            raise InputError(f"--variant {text!r} is not step=variant", hint=f"Steps: {', '.join(steps)}.")
+        chosen[step] = name
+    return chosen
 
 
 def _read(plan: Path, measured: Path, variant: list[str] | None) -> Any:
     """(the plan, what was measured, step -> variant)."""
     from profiles.pipelines.documents import load_plan
     from profiles.pipelines.measured import load_measured
-    from registry.errors import InputError
 
     read = load_plan(plan)
     known = load_measured(measured, read.pipeline)
-    chosen = {}
-    for text in variant or []:
-        step, _, name = text.partition("=")
-        if not name or step not in read.pipeline.names:
-            raise InputError(
-                f"--variant {text!r} is not step=variant", hint=f"Steps: {', '.join(read.pipeline.names)}."
-            )
+    chosen = _pairs(variant, read.pipeline.names)
+    for step, name in chosen.items():
         known.of(step, name)
-        chosen[step] = name
     return read, known, chosen
 
 

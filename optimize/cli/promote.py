@@ -1,11 +1,14 @@
 """``burnish promote``, ``rollback`` and ``history``: who is the champion."""
 
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from optimize.cli.endings import terminable
+from optimize.cli.endings import Terminated, terminable
 from optimize.cli.output import (
     ClusterOption,
     IdentityOption,
@@ -82,21 +85,42 @@ def promote(
         if not json_output:
             say("Nothing was changed; --apply does it.")
         return
-    with terminable():
+    back = way_back(subject.work, cluster, campaign if campaign.is_file() else None)
+    with told_how_things_stand(subject.work, back):
         planned = promoting.apply(hold=_serve if hold else lambda _: None)
     done = planned.promotion
     if json_output:
         emit_json(planned.summary())
     else:
         typer.echo(f"{done.candidate_name} is the champion of {done.model}: version {done.version}, {done.production}.")
-        say(f"Back to what was: burnish rollback {subject.work}")
+        say(f"Back to what was: {back}")
+
+
+def way_back(work: Path, cluster: Path | None, campaign: Path | None) -> str:
+    """The command that takes back what was promoted from a folder."""
+    where = ["--cluster", str(cluster)] if cluster else ["--campaign", str(campaign)] if campaign else []
+    return shlex.join(["burnish", "rollback", str(work), *where])
+
+
+@contextmanager
+def told_how_things_stand(work: Path, back: str) -> Iterator[None]:
+    """Whoever ends the command by Ctrl-C or SIGTERM is told how things stand, and what goes on or back."""
+    from optimize.promoting import after_interruption
+    from registry.errors import InterruptedCampaignError
+
+    try:
+        with terminable():
+            yield
+    except (KeyboardInterrupt, Terminated) as ending:
+        stands, hint = after_interruption(work, back)
+        code = 143 if isinstance(ending, Terminated) else 130
+        raise InterruptedCampaignError(f"Interrupted. {stands}", hint=hint, exit_code=code) from None
 
 
 def _serve(place: object) -> None:
     """Keeps this machine's servers until somebody ends it."""
     import time
 
-    from optimize.cli.endings import Terminated
     from optimize.production import Place
 
     if isinstance(place, Place):
@@ -122,7 +146,7 @@ def rollback(
     """
     from optimize.promoting import roll_back
 
-    with terminable():
+    with told_how_things_stand(work, way_back(work, cluster, campaign)):
         undone = roll_back(
             work, cluster=cluster, campaign_file=campaign, reason=reason or "rolled back by hand", told=say
         )

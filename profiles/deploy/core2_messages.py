@@ -155,12 +155,31 @@ class ExperimentState:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PipelineState:
-    """The newest version of a pipeline: Core 2's name of its state, the reason, whether its models are there."""
+    """The newest version of a pipeline.
+
+    Attributes:
+        version: 1 for the first; each load makes the next.
+        state: Core 2's name of it.
+        reason: why, where it failed.
+        models_ready: whether its models are there.
+        definition: what it was loaded with; None where the scheduler does not say.
+    """
 
     version: int
     state: str
     reason: str
     models_ready: bool
+    definition: pb.Pipeline | None = field(default=None, repr=False)
+
+    @property
+    def live(self) -> bool:
+        """Whether it holds its name: it is there, on its way, or failed and not unloaded."""
+        return self.state != "PipelineTerminated"
+
+    @property
+    def steps(self) -> tuple[str, ...]:
+        """Its models, as far as the scheduler says."""
+        return () if self.definition is None else tuple(step.name for step in self.definition.steps)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -302,6 +321,7 @@ def pipeline_state(status: pb.PipelineWithState) -> PipelineState:
         state=_name_of(pb.PipelineVersionState.PipelineStatus, state.status),
         reason=state.reason,
         models_ready=state.modelsReady,
+        definition=status.pipeline if status.HasField("pipeline") else None,
     )
 
 

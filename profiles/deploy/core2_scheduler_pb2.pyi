@@ -473,10 +473,12 @@ class PipelineStatusResponse(_message.Message):
     def __init__(self, pipelineName: _Optional[str] = ..., versions: _Optional[_Iterable[_Union[PipelineWithState, _Mapping]]] = ...) -> None: ...
 
 class PipelineWithState(_message.Message):
-    __slots__ = ("state",)
+    __slots__ = ("pipeline", "state")
+    PIPELINE_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
+    pipeline: Pipeline
     state: PipelineVersionState
-    def __init__(self, state: _Optional[_Union[PipelineVersionState, _Mapping]] = ...) -> None: ...
+    def __init__(self, pipeline: _Optional[_Union[Pipeline, _Mapping]] = ..., state: _Optional[_Union[PipelineVersionState, _Mapping]] = ...) -> None: ...
 
 class PipelineVersionState(_message.Message):
     __slots__ = ("pipelineVersion", "status", "reason", "modelsReady")

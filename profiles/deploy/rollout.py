@@ -2,14 +2,15 @@
 
 Three resources are all there is: the production Model, which callers ask; the challenger's Model beside it; and the
 Experiment between the two. Each method writes the manifest that it wants into the folder of applied manifests first,
-and then has it applied, so that the same call again completes what a kill cut short.
+and then has it applied, so that the same call again completes what a kill cut short. Of Pipelines it is the same; see
+`profiles.pipelines.rollout`.
 """
 
 import copy
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
@@ -53,8 +54,14 @@ class Applier(Protocol):
     def delete(self, kind: str, name: str) -> None:
         """Takes a resource away, and returns when it is gone; of one that is not there, at once."""
 
-    def splits(self, model: str) -> tuple[str, ...]:
-        """The names of the experiments that share out a model's requests, as far as that can be known."""
+    def exists(self, kind: str, name: str) -> bool:
+        """Whether there is one of this name, whoever made it."""
+
+    def splits(self, name: str) -> tuple[str, ...]:
+        """The names of the experiments that share out a model's or pipeline's requests, as far as that can be known."""
+
+    def used_by(self, model: str) -> tuple[str, ...]:
+        """The names of the pipelines that a model is a step of, whoever made them."""
 
     def is_scaled(self, model: str) -> bool:
         """Whether something else says how many replicas a Model has, so that a manifest must not."""
@@ -74,13 +81,13 @@ def owned(production: str, **more: str) -> dict[str, str]:
     return {CAMPAIGN: f"{PRODUCTION}-{production}"[:63].rstrip("-"), RUN: PRODUCTION, **more}
 
 
-def challenger_name(production: str) -> str:
-    """The name of the Model beside a production Model.
+def challenger_name(production: str, kind: str = "Model") -> str:
+    """The name of the Model beside a production Model; of the Pipeline beside a Pipeline.
 
     Raises:
         InputError: Core 2 takes no such name.
     """
-    check_core2_name(f"{production}-challenger", "Model")
+    check_core2_name(f"{production}-challenger", kind)
     return f"{production}-challenger"
 
 
@@ -91,6 +98,8 @@ def experiment_name(production: str) -> str:
 
 class ManifestRollout:
     """The `registry.ports.Rollout` of one production Model, by manifests."""
+
+    kind: ClassVar[Literal["Model", "Pipeline"]] = "Model"
 
     def __init__(
         self, applier: Applier, *, production: str, folder: Path, render: Callable[[str], Manifest] | None
@@ -107,9 +116,9 @@ class ManifestRollout:
         Raises:
             InputError: Core 2 takes no such name.
         """
-        check_core2_name(production, "Model")
+        check_core2_name(production, self.kind)
         self.production = production
-        self.challenger = challenger_name(production)
+        self.challenger = challenger_name(production, self.kind)
         self.experiment = experiment_name(production)
         self._applier = applier
         self._folder = folder
@@ -122,7 +131,7 @@ class ManifestRollout:
 
     def snapshot(self) -> RolloutSnapshot:
         """What is applied and in force now; see `registry.ports.Rollout`."""
-        for kind, name in (("Model", self.challenger), ("Experiment", self.experiment)):
+        for kind, name in ((self.kind, self.challenger), ("Experiment", self.experiment)):
             if self._applier.read(kind, name) is not None:
                 raise InputError(
                     f"there is a{'n' if kind[0] in 'AEIOU' else ''} {kind} {name} at {self.location} already",
@@ -131,26 +140,26 @@ class ManifestRollout:
         if others := [name for name in self._applier.splits(self.production) if name != self.experiment]:
             raise InputError(
                 f"the Experiment {others[0]} shares out the requests to {self.production} already",
-                hint="End it first: Core 2 lets one experiment take over a model's endpoint.",
+                hint=f"End it first: Core 2 lets one experiment take over a {self.kind.lower()}'s endpoint.",
             )
-        absent = [_key("Model", self.challenger), _key("Experiment", self.experiment)]
-        found, key = self._applier.read("Model", self.production), _key("Model", self.production)
+        absent = [_key(self.kind, self.challenger), _key("Experiment", self.experiment)]
+        found, key = self._applier.read(self.kind, self.production), _key(self.kind, self.production)
         if found is None:
             return RolloutSnapshot(manifests={}, live={}, absent=(*absent, key), serving="")
         return RolloutSnapshot(
             manifests={key: self._text_of(found)},
             live={key: canonical(found["spec"])},
             absent=tuple(absent),
-            serving=_identity(found),
+            serving=self._served(found),
         )
 
     def serving(self) -> str:
         """What the production Model serves: where its folder is, and what else makes it another one, as JSON."""
-        return _identity(self._applier.read("Model", self.production))
+        return self._served(self._applier.read(self.kind, self.production))
 
     def planned(self, snapshot: RolloutSnapshot) -> str:
         """What `serving` tells after `swap`."""
-        return _identity(self._swapped(snapshot))
+        return self._served(self._swapped(snapshot))
 
     def load(self, snapshot: RolloutSnapshot) -> None:
         """Serves the challenger, with as many replicas as the champion has."""
@@ -175,12 +184,12 @@ class ManifestRollout:
     def unload(self) -> None:
         """Ends the split, then the challenger beside the production Model."""
         self._drop("Experiment", self.experiment)
-        self._drop("Model", self.challenger)
+        self._drop(self.kind, self.challenger)
 
     def restore(self, snapshot: RolloutSnapshot) -> None:
         """Makes all as it was.
 
-        The production Model comes first: as long as it is another one, the split goes on.
+        What is in production comes first: as long as it is another one, the split goes on.
 
         Raises:
             StorageError: a manifest cannot be written; what is in force is as it was.
@@ -204,6 +213,14 @@ class ManifestRollout:
 
     # --- parts of it ---
 
+    def _served(self, found: Manifest | None) -> str:
+        """What makes it another one; empty where there is none."""
+        return _identity(found)
+
+    def _plain(self, spec: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A spec in the one form that all who say the same share."""
+        return spec
+
     def _check_restored(self, snapshot: RolloutSnapshot) -> None:
         for key, wanted in snapshot.live.items():
             kind, _, name = key.partition("/")
@@ -225,7 +242,7 @@ class ManifestRollout:
         left_out = {"replicas"} if kind == "Model" and self._applier.is_scaled(name) else set()
         specs = [{} if found is None else found["spec"], wanted]
         first, second = ({key: one[key] for key in one if key not in left_out} for one in specs)
-        return found is not None and canonical(first) == canonical(second)
+        return found is not None and canonical(self._plain(first)) == canonical(self._plain(second))
 
     def _rendered(self, name: str) -> Manifest:
         if self._render is None:
@@ -233,7 +250,7 @@ class ManifestRollout:
         return copy.deepcopy(self._render(name))
 
     def _before(self, snapshot: RolloutSnapshot) -> Manifest | None:
-        key = _key("Model", self.production)
+        key = _key(self.kind, self.production)
         text = snapshot.manifests.get(key)
         return None if text is None else _parsed(text, key)
 
@@ -249,7 +266,11 @@ class ManifestRollout:
 
     def _split(self, weights: Mapping[str, int], mirror: tuple[str, int] | None = None) -> None:
         labels = owned(self.production)
-        self._put(render_experiment(self.experiment, weights, labels=labels, default=self.production, mirror=mirror))
+        kind: Literal["model", "pipeline"] = "pipeline" if self.kind == "Pipeline" else "model"
+        experiment = render_experiment(
+            self.experiment, weights, labels=labels, default=self.production, mirror=mirror, resource_type=kind
+        )
+        self._put(experiment)
 
     def _put(self, manifest: Manifest) -> None:
         write_durably(self._path(_key(str(manifest["kind"]), str(manifest["metadata"]["name"]))), as_yaml(manifest))
@@ -260,7 +281,9 @@ class ManifestRollout:
         if kind == "Model" and self._applier.is_scaled(name):
             spec = {key: value for key, value in manifest["spec"].items() if key != "replicas"}
             manifest = {**manifest, "spec": spec}
-        self._applier.apply(manifest)
+        # A text of others may go without; what is in force is given over, or it would not have been read.
+        labels = {**owned(self.production), **(manifest["metadata"].get("labels") or {})}
+        self._applier.apply({**manifest, "metadata": {**manifest["metadata"], "labels": labels}})
 
     def _drop(self, kind: str, name: str) -> None:
         self._applier.delete(kind, name)
@@ -272,11 +295,10 @@ class ManifestRollout:
         path = self._path(key)
         if path.is_file():
             text = path.read_text(encoding="utf-8")
-            told = _parsed(text, key)["spec"]
-            scaled = self._applier.is_scaled(self.production)
+            told, now = self._plain(_parsed(text, key)["spec"]), self._plain(found["spec"])
+            left_out = {"replicas"} if self.kind == "Model" and self._applier.is_scaled(self.production) else set()
             # An API server adds defaults to what it was told.
-            left_out = {"replicas"} if scaled else set()
-            if all(_same(name, found["spec"].get(name), told[name]) for name in told.keys() - left_out):
+            if all(_same(name, now.get(name), told[name]) for name in told.keys() - left_out):
                 return text
         metadata = {name: found["metadata"][name] for name in ("name", "labels") if found["metadata"].get(name)}
         return as_yaml({"apiVersion": found["apiVersion"], "kind": found["kind"], "metadata": metadata} | _only(found))

@@ -133,15 +133,25 @@ class KubernetesApplier:
             self._client.delete({**found, "kind": kind})
         self._client.wait_until_deleted(kind, name, metadata["uid"], timeout_s=self._timeout_s)
 
-    def splits(self, model: str) -> tuple[str, ...]:
-        """The Experiments of the namespace that have the model for a candidate or mirror."""
+    def exists(self, kind: str, name: str) -> bool:
+        """Whether the namespace has one of this name, whoever made it."""
+        return self._client.read(kind, name) is not None
+
+    def splits(self, name: str) -> tuple[str, ...]:
+        """The Experiments of the namespace that have a model or pipeline for a candidate or mirror."""
         named = []
         for one in self._client.list_all("Experiment"):
             spec = one.get("spec") or {}
             asked = {str(candidate.get("name")) for candidate in spec.get("candidates") or []}
-            if model in asked | {str((spec.get("mirror") or {}).get("name")), str(spec.get("default"))}:
+            if name in asked | {str((spec.get("mirror") or {}).get("name")), str(spec.get("default"))}:
                 named.append(str(one["metadata"]["name"]))
         return tuple(sorted(named))
+
+    def used_by(self, model: str) -> tuple[str, ...]:
+        """The Pipelines of the namespace with a step of this name."""
+        found = self._client.list_all("Pipeline")
+        steps = {str(one["metadata"]["name"]): [step.get("name") for step in one["spec"]["steps"]] for one in found}
+        return tuple(sorted(name for name, names in steps.items() if model in names))
 
     def is_scaled(self, model: str) -> bool:
         """Whether an autoscaler of the namespace has the Model for its target, as far as this account may see."""

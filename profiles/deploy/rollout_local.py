@@ -119,12 +119,18 @@ class LocalProduction:
         if applied.pop(f"{kind}/{name}", None) is not None:
             self._change(applied)
 
-    def splits(self, model: str) -> tuple[str, ...]:
+    def exists(self, kind: str, name: str) -> bool:
+        """Whether it is applied."""
+        return self.read(kind, name) is not None
+
+    def used_by(self, model: str) -> tuple[str, ...]:
+        """None: this machine has no pipelines in production."""
+        return ()
+
+    def splits(self, name: str) -> tuple[str, ...]:
         """The experiments that have a model for a candidate or mirror."""
         experiments = [experiment_of(one) for one in self._applied().values() if one["kind"] == "Experiment"]
-        return tuple(
-            sorted(one.name for one in experiments if model in one.weights or (one.mirror or ("",))[0] == model)
-        )
+        return tuple(sorted(one.name for one in experiments if name in one.weights or (one.mirror or ("",))[0] == name))
 
     def is_scaled(self, model: str) -> bool:
         """No: nothing scales here."""

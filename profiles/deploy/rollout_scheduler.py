@@ -2,8 +2,18 @@
 
 import time
 
+from profiles.deploy import core2_scheduler_pb2 as pb
 from profiles.deploy.core2_candidates import Mesh
-from profiles.deploy.core2_messages import GOING, Core2Model, Experiment, ModelVersion, model_message
+from profiles.deploy.core2_messages import (
+    GOING,
+    Core2Model,
+    Experiment,
+    LoadingPipeline,
+    ModelVersion,
+    PipelineState,
+    model_message,
+)
+from profiles.deploy.core2_pipelines import pipeline_message, pipeline_spec, plain
 from profiles.deploy.scheduler import SchedulerClient
 from profiles.deploy.scheduler_channel import SchedulerRefusedError
 from profiles.serving.core2.manifests import Manifest
@@ -12,6 +22,8 @@ from profiles.serving.core2.sizing import quantity_bytes
 from registry.errors import InputError
 
 TIMEOUT_S = 300.0
+# States of a pipeline that is as it was loaded, or will be.
+_HOPEFUL = frozenset({"PipelineCreate", "PipelineCreating", "PipelineReady", "PipelineRebalancing"})
 
 
 class SchedulerApplier:
@@ -48,13 +60,16 @@ class SchedulerApplier:
         """
         if kind == "Experiment":
             return None if self._client.experiment(name) is None else _resource(kind, name, {})
+        if kind == "Pipeline":
+            state = self._client.pipeline(name)
+            return None if state is None or not state.live else _resource(kind, name, pipeline_spec(name, state))
         found = self._client.model(name)
         if found is None or not found.live:
             return None
         return _resource(kind, name, _spec_of(name, found))
 
     def apply(self, manifest: Manifest) -> None:
-        """Has a model loaded, or an experiment started, and returns when it is in force."""
+        """Has a model or a pipeline loaded, or an experiment started, and returns when it is in force."""
         name, deadline = str(manifest["metadata"]["name"]), time.monotonic() + self._timeout_s
         if manifest["kind"] == "Experiment":
             experiment = experiment_of(manifest)
@@ -65,6 +80,9 @@ class SchedulerApplier:
                 raise InputError(error.message, hint="End the other experiment first.") from error
             self._client.wait_for_experiment(experiment, timeout_s=self._timeout_s)
             return
+        if manifest["kind"] == "Pipeline":
+            self._apply_pipeline(manifest)
+            return
         found = self._client.model(name)
         if found is not None and found.state in GOING:
             self._client.wait_until_unloaded(name, timeout_s=self._timeout_s)
@@ -72,22 +90,47 @@ class SchedulerApplier:
         self._mesh.wait_for(self._mesh.target_of(name, "rest"), deadline)
 
     def delete(self, kind: str, name: str) -> None:
-        """Has a model unloaded, or an experiment stopped, and returns when it is gone."""
+        """Has a model or a pipeline unloaded, or an experiment stopped, and returns when it is gone."""
         if kind == "Experiment":
             self._client.stop_experiment(name)
+            return
+        if kind == "Pipeline":
+            state = self._client.pipeline(name)
+            if state is not None and state.live:
+                self._client.unload_pipeline(name, timeout_s=self._timeout_s)
             return
         found = self._client.model(name)
         if found is not None and found.live:
             self._client.unload_model(name)
             self._client.wait_until_unloaded(name, timeout_s=self._timeout_s)
 
-    def splits(self, model: str) -> tuple[str, ...]:
-        """Nothing: the scheduler does not tell, and refuses a second experiment with a model for its default."""
+    def exists(self, kind: str, name: str) -> bool:
+        """Whether the scheduler knows one of this name."""
+        if kind == "Model":
+            found = self._client.model(name)
+            return found is not None and found.live
+        return self.read(kind, name) is not None
+
+    def splits(self, name: str) -> tuple[str, ...]:
+        """Nothing: the scheduler does not tell, and refuses a second experiment with the same default."""
         return ()
+
+    def used_by(self, model: str) -> tuple[str, ...]:
+        """The pipelines with a model, of which the scheduler tells the steps."""
+        return tuple(sorted(name for name, one in self._client.pipelines().items() if one.live and model in one.steps))
 
     def is_scaled(self, model: str) -> bool:
         """No: without Kubernetes nobody else says how many replicas there are."""
         return False
+
+    def _apply_pipeline(self, manifest: Manifest) -> None:
+        """Each load makes a version of its own, so what is there as it should be is waited for, not loaded again."""
+        wanted = pipeline_message(manifest)
+        if _is_loaded(self._client.pipeline(wanted.name), wanted):
+            loading = LoadingPipeline(name=wanted.name, before=None)
+        else:
+            loading = self._client.load_pipeline(wanted)
+        self._client.wait_for_pipeline(loading, timeout_s=self._timeout_s)
 
 
 def experiment_of(manifest: Manifest) -> Experiment:
@@ -99,7 +142,14 @@ def experiment_of(manifest: Manifest) -> Experiment:
         weights={str(one["name"]): int(one["weight"]) for one in spec["candidates"]},
         default=spec.get("default"),
         mirror=None if mirror is None else (str(mirror["name"]), int(mirror["percent"])),
+        resource=spec.get("resourceType", "model"),
     )
+
+
+def _is_loaded(found: PipelineState | None, wanted: pb.Pipeline) -> bool:
+    if found is None or found.definition is None or found.state not in _HOPEFUL:
+        return False
+    return plain(found.definition) == wanted
 
 
 def _model_of(manifest: Manifest) -> Core2Model:

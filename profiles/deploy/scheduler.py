@@ -330,6 +330,20 @@ class SchedulerClient:
             return None
         return pipeline_state(max(answer.versions, key=lambda one: one.state.pipelineVersion))
 
+    def pipelines(self) -> dict[str, PipelineState]:
+        """The newest version of each pipeline that the scheduler knows, by name; those that are gone may be among them.
+
+        Raises:
+            UnreachableError: the scheduler did not answer.
+        """
+        request = pb.PipelineStatusRequest(subscriberName=SUBSCRIBER)
+        answers = self._channel.ask_all("PipelineStatus", request, pb.PipelineStatusResponse, about="all pipelines")
+        return {
+            answer.pipelineName: pipeline_state(max(answer.versions, key=lambda one: one.state.pipelineVersion))
+            for answer in answers
+            if answer.versions
+        }
+
     def wait_for_pipeline(self, loading: LoadingPipeline, *, timeout_s: float) -> PipelineState:
         """Returns when what was loaded is ready, with its models.
 

@@ -7,6 +7,7 @@ request was to be sent.
 
 import asyncio
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,7 +20,7 @@ from profiles.load.payloads import Payload, encode_payloads
 from profiles.load.transports import ROUTE, Reply, Status, Transport, make_transport
 from profiles.measure.percentiles import EARNED_IN_RUN, estimate_percentile
 from registry.errors import UnreachableError
-from registry.promotion import FAILED_SHARE
+from registry.promotion import FAILED_SHARE, UNNAMED
 from registry.records import Estimate, Metrics, Observation, PromotionStep, Target, TensorSpec
 
 PERCENTILES: Final = (50, 90, 95, 99)
@@ -39,6 +40,7 @@ _CONNECTIONS = 4
 _CONNECT_S = 10.0
 _LEAD_S = 0.02
 _MOST_TOLD = 3
+_PIPELINE = ".pipeline"
 
 Fidelity = Callable[[Target], Metrics]
 
@@ -74,6 +76,8 @@ class RequestProbe:
         timeout_s: of each request.
         fidelity: what the answers of a target are worth; None where that cannot be judged.
         judged: the metrics that ``fidelity`` gives.
+        only: models that one of two pipelines has -> ``champion`` or ``challenger``; for a Core 2 whose replies name
+            the models on the way, and not the pipeline.
         seed: of arrivals and payloads.
     """
 
@@ -85,6 +89,7 @@ class RequestProbe:
     timeout_s: float = 30.0
     fidelity: Fidelity | None = None
     judged: frozenset[str] = frozenset()
+    only: Mapping[str, str] = field(default_factory=dict)
     seed: int = 0
     _steps: int = field(default=0, init=False)
 
@@ -107,7 +112,7 @@ class RequestProbe:
         challenger = {**_latencies(_of_challenger(answers, step), step), FAILED_SHARE: _failed(answers, step)}
         if self.fidelity is not None:
             challenger |= self.fidelity(own)
-        split = Counter(one.who for one in answers if not one.direct and one.who)
+        split = Counter(one.who or UNNAMED for one in answers if not one.direct and not one.problem)
         return Observation(
             watched_s=step.watch_s,
             challenger=challenger,
@@ -154,14 +159,25 @@ class RequestProbe:
         return _Answer(at_s=at_s, latency_ms=latency_ms, who=self._who(reply), direct=direct)
 
     def _who(self, reply: Reply) -> str:
-        route = reply.headers.get(ROUTE, "")
-        # The route is :<model>_<version>:, and grows with each model on the way.
-        names = {name.rpartition("_")[0] for name in route.split(":") if name}
+        names = named_by(reply.headers.get(ROUTE, ""))
         if not names:
             return ""
+        known = {self.only[name] for name in names if name in self.only}
+        if len(known) == 1:
+            return known.pop()
         if names == {self.challenger}:
             return "challenger"
         return "champion" if names == {self.production} else "others"
+
+
+def named_by(route: str) -> set[str]:
+    """Who answered, by a reply's route: ``:<model>_<version>:``, which grows with each model on the way.
+
+    A pipeline's has ``:<name>.pipeline:``, too; then the models are its own.
+    """
+    parts = [part for part in re.split(r"[:,\s]+", route) if part]
+    pipelines = {part.removesuffix(_PIPELINE) for part in parts if part.endswith(_PIPELINE)}
+    return pipelines or {part.rpartition("_")[0] for part in parts}
 
 
 def requests_watched(rate_rps: float, watch_s: float) -> int:

@@ -3,6 +3,9 @@
 On Core 2 the only latency that is counted for each variant is Envoy's histogram of its upstreams, whose names are
 ``<model>_<version>_http`` and ``..._grpc``. It counts mirrored requests, too. An estimate from a histogram is no finer
 than its buckets: the upper end is the edge of one.
+
+A Core 2 may have several Envoys, each of which counts for itself, and from zero again once it is restarted. So what was
+counted in between is told of each Envoy, and then added up, by upstream.
 """
 
 import http.client
@@ -15,7 +18,7 @@ import urllib.request
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, Final, Protocol
+from typing import Any, ClassVar, Final, Protocol
 
 from profiles.measure.early_stopping import most_over
 from profiles.measure.live import PERCENTILES, share
@@ -33,6 +36,8 @@ FLUSH_S: Final = 5.0
 """How old an Envoy's histograms may be when it is scraped: its ``stats_flush_interval`` where nobody sets another."""
 _TIMEOUT_S = 10.0
 _MOST_BYTES = 10_000_000
+# What tells one Envoy from another among all that Prometheus scrapes.
+COUNTING: Final = ("namespace", "job", "instance")
 
 
 class Prometheus:
@@ -87,7 +92,7 @@ class Prometheus:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Counted:
-    """What Envoy has counted of one Model's upstreams so far.
+    """What one Envoy has counted of one Model's upstreams so far, or several in some time.
 
     Attributes:
         buckets: upper edge (ms) -> requests up to it; the last edge is infinite.
@@ -100,8 +105,8 @@ class Counted:
     failed: float
 
 
-def counted(prometheus: Prometheus, model: str, *, matchers: str = "") -> Counted:
-    """What has been counted of a Model; of one that Envoy does not know yet, nothing.
+def counted(prometheus: Prometheus, model: str, *, matchers: str = "") -> Mapping[str, Counted]:
+    """What each Envoy has counted of a Model; one that does not know the Model yet is not among them.
 
     Args:
         prometheus: where it is asked.
@@ -111,42 +116,74 @@ def counted(prometheus: Prometheus, model: str, *, matchers: str = "") -> Counte
     Raises:
         UnreachableError: Prometheus does not answer.
     """
+    where = _upstreams(model, matchers)
+    by = ",".join(COUNTING)
+
+    def totals(metric: str, more: str = "") -> dict[str, float]:
+        found = prometheus.query(f"sum by ({by}) ({metric}{{{where}{more}}})")
+        return {named(labels): value for labels, value in found}
+
+    buckets: dict[str, dict[float, float]] = {}
+    for labels, value in prometheus.query(f"sum by ({by},le) ({BUCKETS}{{{where}}})"):
+        buckets.setdefault(named(labels), {})[float(labels["le"])] = value
+    completed, retried = totals(COMPLETED), totals(RETRIED)
+    failed = totals(CLASSES, ',envoy_response_code_class="5"')
+    return {
+        envoy: Counted(
+            buckets=buckets.get(envoy, {}),
+            completed=completed.get(envoy, 0.0),
+            failed=failed.get(envoy, 0.0) + retried.get(envoy, 0.0),
+        )
+        for envoy in buckets.keys() | completed.keys()
+    }
+
+
+def _upstreams(model: str, matchers: str) -> str:
     upstream = f'envoy_cluster_name=~"{re.escape(model)}_[0-9]+_(http|grpc)"'.replace("\\", "\\\\")
-    where = ",".join(one for one in (upstream, matchers) if one)
-
-    def total(metric: str, more: str = "") -> float:
-        found = prometheus.query(f"sum({metric}{{{where}{more}}})")
-        return found[0][1] if found else 0.0
-
-    found = prometheus.query(f"sum by (le) ({BUCKETS}{{{where}}})")
-    return Counted(
-        buckets={float(labels["le"]): value for labels, value in found},
-        completed=total(COMPLETED),
-        failed=total(CLASSES, ',envoy_response_code_class="5"') + total(RETRIED),
-    )
+    return ",".join(one for one in (upstream, matchers) if one)
 
 
-def between(before: Counted, after: Counted) -> Metrics:
-    """What happened between two counts; what cannot be known is left out.
+def named(labels: Mapping[str, str]) -> str:
+    """Who counts, by the labels of a series."""
+    return " ".join(labels[name] for name in reversed(COUNTING) if labels.get(name))
 
-    A count that has become less was begun anew, by an Envoy that was restarted: then nothing is known.
+
+def between(before: Mapping[str, Counted], after: Mapping[str, Counted], *, method: str = METHOD) -> Metrics:
+    """What happened between two counts of some Envoys; what cannot be known is left out.
+
+    Where an Envoy is gone, or its count has become less, since it was restarted, nothing is known.
     """
-    edges = sorted(after.buckets)
-    steps = [after.buckets[edge] - before.buckets.get(edge, 0.0) for edge in edges]
-    completed, failed = after.completed - before.completed, after.failed - before.failed
-    if min(steps, default=0) < 0 or completed < 0 or failed < 0:
+    parts = [_since(before.get(envoy), now) for envoy, now in after.items()]
+    known = [one for one in parts if one is not None]
+    if len(known) < len(parts) or before.keys() - after.keys():
         return {}
+    # The edges are those of a Core 2's version; of two versions, those that both have.
+    told = [set(one.buckets) for one in known if one.buckets]
+    edges = sorted(set.intersection(*told)) if told else []
+    steps = [sum(one.buckets.get(edge, 0.0) for one in known) for edge in edges]
+    completed, failed = sum(one.completed for one in known), sum(one.failed for one in known)
     found: dict[str, Estimate] = {}
     if completed >= 1:
         found[FAILED_SHARE] = share(min(round(failed), round(completed)), round(completed))
     for percentile in PERCENTILES:
-        estimate = _percentile(edges, steps, percentile)
+        estimate = _percentile(edges, steps, percentile, method)
         if estimate is not None:
             found[f"latency_p{percentile}_ms"] = estimate
     return found
 
 
-def _percentile(edges: list[float], cumulated: list[float], percentile: int) -> Estimate | None:
+def _since(before: Counted | None, now: Counted) -> Counted | None:
+    """What one Envoy has counted since; None where it was begun anew."""
+    if before is None:
+        return now
+    steps = {edge: count - before.buckets.get(edge, 0.0) for edge, count in now.buckets.items()}
+    completed, failed = now.completed - before.completed, now.failed - before.failed
+    if min(steps.values(), default=0.0) < 0 or completed < 0 or failed < 0:
+        return None
+    return Counted(buckets=steps, completed=completed, failed=failed)
+
+
+def _percentile(edges: list[float], cumulated: list[float], percentile: int, method: str) -> Estimate | None:
     """A percentile (ms) by the buckets; its upper end is the edge that it does not exceed, as far as so many can tell.
 
     See `profiles.measure.early_stopping` for that.
@@ -164,7 +201,7 @@ def _percentile(edges: list[float], cumulated: list[float], percentile: int) -> 
     most = most_over(percentile, count) or 0
     bound = next((edge for edge, up_to in zip(edges, cumulated, strict=True) if count - up_to < max(most, 1)), math.inf)
     upper = bound if math.isfinite(bound) else None
-    return Estimate(value=value, low=low, high=upper, runs=count, method=METHOD, unit="ms")
+    return Estimate(value=value, low=low, high=upper, runs=count, method=method, unit="ms")
 
 
 class Watcher(Protocol):
@@ -190,6 +227,10 @@ class PrometheusProbe:
         matchers: see `counted`.
     """
 
+    who: ClassVar[str] = "Envoy"
+    method: ClassVar[str] = METHOD
+    completed: ClassVar[str] = COMPLETED
+
     prometheus: Prometheus
     production: str
     challenger: str
@@ -201,14 +242,33 @@ class PrometheusProbe:
         """Whether it, or who watches meanwhile, can tell of a metric."""
         return self.meanwhile.sees(metric)
 
+    def envoys(self) -> tuple[str, ...]:
+        """The Envoys (or whoever counts) that know what is in production, whose counts are added up.
+
+        Raises:
+            InputError: they are of several namespaces, and so of several installations of Core 2.
+            UnreachableError: Prometheus does not answer.
+        """
+        where = self._where(self.production)
+        found = self.prometheus.query(f"count by ({','.join(COUNTING)}) ({self.completed}{{{where}}})")
+        spaces = sorted({labels["namespace"] for labels, _ in found if labels.get("namespace")})
+        if len(spaces) > 1:
+            raise InputError(
+                f"the Prometheus at {self.prometheus.url} knows of {self.production} in several namespaces: "
+                f"{', '.join(spaces)}",
+                hint=f"Name the one that is meant: --matchers 'namespace=\"{spaces[0]}\"'.",
+            )
+        return tuple(sorted(named(labels) for labels, _ in found))
+
     def watch(self, step: PromotionStep) -> Observation:
         """Counts before and after; what Envoy does not tell is taken from who watches meanwhile."""
         names = {CHAMPION: self.production, CHALLENGER: self.challenger if step.action != "swap" else self.production}
         before = {who: self._counted(name) for who, name in names.items()}
         observation = self.meanwhile.watch(step)
         self.settle()
-        told = {who: between(before[who], self._counted(name)) for who, name in names.items()}
-        missing = () if told[CHALLENGER] else ("Envoy has counted too little of the challenger, or was restarted",)
+        told = {who: between(before[who], self._counted(name), method=self.method) for who, name in names.items()}
+        little = f"{self.who} has counted too little of the challenger, or one was restarted"
+        missing = () if told[CHALLENGER] else (little,)
         return replace(
             observation,
             challenger=_joined(observation.challenger, told[CHALLENGER]),
@@ -216,8 +276,11 @@ class PrometheusProbe:
             notes=(*observation.notes, *missing),
         )
 
-    def _counted(self, model: str) -> Counted:
-        return counted(self.prometheus, model, matchers=self.matchers)
+    def _counted(self, name: str) -> Mapping[str, Counted]:
+        return counted(self.prometheus, name, matchers=self.matchers)
+
+    def _where(self, name: str) -> str:
+        return _upstreams(name, self.matchers)
 
 
 def _joined(own: Metrics, counted_by_envoy: Metrics) -> Metrics:

@@ -154,6 +154,7 @@ class Plan:
 
     Attributes:
         path: of the document; its own paths are relative to its folder.
+        spec: of the manifest.
         models: step -> what serves it; empty for a bare manifest.
         samples: the path, or None.
         answer: the output to be judged, or None for the only one.
@@ -161,6 +162,7 @@ class Plan:
 
     pipeline: Pipeline
     path: Path
+    spec: dict[str, Any] = field(default_factory=dict)
     models: dict[str, ModelPart] = field(default_factory=dict)
     samples: Path | None = None
     answer: str | None = None
@@ -184,7 +186,7 @@ def load_plan(path: Path) -> Plan:
     """
     if getattr(load_document(path, _Anything), "kind", None) is not None:
         manifest = load_document(path, ManifestPart)
-        return Plan(pipeline=read_spec(manifest.metadata.name, manifest.spec), path=path)
+        return Plan(pipeline=read_spec(manifest.metadata.name, manifest.spec), path=path, spec=_told(manifest.spec))
     document = load_document(path, PlanPart)
     name, spec = (
         document.name or "",
@@ -199,7 +201,18 @@ def load_plan(path: Path) -> Plan:
             f"{path}: models names {unknown[0]!r}, which is no step", hint=f"Steps: {', '.join(pipeline.names)}."
         )
     samples = None if document.samples is None else path.parent / document.samples
-    return Plan(pipeline=pipeline, path=path, models=dict(document.models), samples=samples, answer=document.answer)
+    return Plan(
+        pipeline=pipeline,
+        path=path,
+        spec=_told(spec),
+        models=dict(document.models),
+        samples=samples,
+        answer=document.answer,
+    )
+
+
+def _told(spec: SpecPart) -> dict[str, Any]:
+    return spec.model_dump(mode="json", exclude_none=True, exclude_unset=True)
 
 
 def parse_manifest(text: str, *, name: str = "manifest") -> Pipeline:

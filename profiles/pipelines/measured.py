@@ -39,6 +39,7 @@ class StepNumbers(_Part):
             steps being the first ones; None where it was not measured.
         response_bytes: of one answer, or None.
         by_workers: workers -> saturation with as many, for balancing; that of ``workers`` goes without saying.
+        rates: offered rate, at constant arrivals -> [p50, p90] in ms, of the rates that were sustained.
     """
 
     latency_ms: Annotated[tuple[Positive, ...], Field(min_length=1)]
@@ -51,6 +52,7 @@ class StepNumbers(_Part):
     accuracy_drop: float | None = None
     response_bytes: Annotated[int, Field(ge=0)] | None = None
     by_workers: dict[int, Positive] = {}
+    rates: dict[str, tuple[float, float]] = {}
 
 
 class WholeNumbers(_Part):

@@ -1,7 +1,7 @@
 """Each step of a pipeline measured alone, and the whole, by the same load generator as any model."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -28,12 +28,14 @@ class Found:
         saturation_rps: the highest rate that was sustained.
         cpu_ms: the servers' CPU time for one request at the closed-loop maximum, or None where it is not known.
         memory_mb: their resident memory then, or None.
+        rates: offered rate, as text -> (p50, p90) in ms, of the rates that were sustained on the way to saturation.
     """
 
     latencies_ms: NDArray[np.float64]
     saturation_rps: float
     cpu_ms: float | None
     memory_mb: float | None
+    rates: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
 
 def measure_endpoint(
@@ -92,7 +94,18 @@ def measure_endpoint(
         )
     used = best[0].metrics if best else {}
     cpu_s, memory = used.get("cpu_s_per_1k"), used.get("rss_mb")
-    return Found(latencies_ms=latencies, saturation_rps=capacity.saturation_rps, cpu_ms=cpu_s, memory_mb=memory)
+    rates = {
+        f"{stage.offered_rps:.4g}": (stage.latency_p50_ms, stage.latency_p90_ms)
+        for stage in capacity.stages
+        if stage.sustained and stage.latency_p50_ms is not None and stage.latency_p90_ms is not None
+    }
+    return Found(
+        latencies_ms=latencies,
+        saturation_rps=capacity.saturation_rps,
+        cpu_ms=cpu_s,
+        memory_mb=memory,
+        rates=rates,
+    )
 
 
 def _latencies(raw: Path, record: RunRecord) -> NDArray[np.float64]:
@@ -145,6 +158,7 @@ def as_step(
         busy_cpus=None if found.cpu_ms is None else found.cpu_ms * found.saturation_rps / 1000,
         memory_mb=found.memory_mb,
         accuracy_drop=accuracy_drop,
+        rates=dict(found.rates),
     )
 
 

@@ -7,29 +7,25 @@ resource too; nobody else's Pipeline or caller loses them.
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from profiles.deploy.rollout import Applier, owned
-from profiles.pipelines.documents import ManifestPart
+from pydantic import ValidationError
+
+from profiles.deploy.rollout import Applier, ManifestRollout, challenger_name, experiment_name, owned
+from profiles.pipelines.documents import ManifestPart, SpecPart
 from profiles.serving.core2.manifests import Manifest, as_yaml, render_experiment
 from profiles.serving.naming import check_core2_name
 from registry.codec import canonical
 from registry.documents import parse_document
-from registry.errors import InputError, UnreachableError
-from registry.ledger import write_durably
+from registry.errors import InputError
 from registry.records import RolloutSnapshot
 
-
-def challenger_of(name: str) -> str:
-    """The name of the Pipeline beside a production Pipeline.
-
-    Raises:
-        InputError: Core 2 takes no such name.
-    """
-    check_core2_name(f"{name}-challenger", "Pipeline")
-    return f"{name}-challenger"
+# All of a step's outputs, said at length.
+_WHOLE = re.compile(r"^([^.]+)\.outputs$")
 
 
 def with_models(manifest: Mapping[str, Any], models: Mapping[str, str], *, name: str | None = None) -> Manifest:
@@ -53,6 +49,8 @@ def with_models(manifest: Mapping[str, Any], models: Mapping[str, str], *, name:
             raise InputError(
                 f"the Model {model!r} for the step {step!r} is another step's", hint="Name each Model once."
             )
+    if twice := sorted({model for model in models.values() if list(models.values()).count(model) > 1}):
+        raise InputError(f"the Model {twice[0]!r} is to take the place of two steps", hint="Name each Model once.")
     new = name or old
     names = {**models, old: new} if old not in steps else dict(models)
 
@@ -90,7 +88,7 @@ def experiment_of(
         mirror: percent of requests that it gets copies of.
         labels: of the resource.
     """
-    challenger, name = challenger_of(production), f"{production}-promotion"
+    challenger, name = challenger_name(production, "Pipeline"), experiment_name(production)
     marks = dict(labels or {})
     if mirror is not None:
         weights, copied = {production: 100}, (challenger, mirror)
@@ -102,92 +100,72 @@ def experiment_of(
     return render_experiment(name, weights, labels=marks, default=production, resource_type="pipeline")
 
 
-class PipelineRollout:
+class PipelineRollout(ManifestRollout):
     """The `registry.ports.Rollout` of one production Pipeline.
 
-    The Models that the challenger names are served already: each was promoted, or deployed, by itself.
+    Of the Models that the challenger names, some are served already, each promoted or deployed by itself. Others are
+    brought: served from `load` on, and taken away on the way back, unless another Pipeline has taken them up meanwhile.
     """
 
-    def __init__(self, applier: Applier, *, production: str, models: Mapping[str, str], folder: Path) -> None:
+    kind = "Pipeline"
+
+    def __init__(
+        self,
+        applier: Applier,
+        *,
+        production: str,
+        folder: Path,
+        models: Mapping[str, str] | None = None,
+        brought: Mapping[str, Callable[[], Manifest]] | None = None,
+    ) -> None:
         """Applies nothing yet.
 
         Args:
             applier: has manifests applied; it has to know Pipelines.
             production: the Pipeline that callers ask.
-            models: step -> Model to take its place.
             folder: keeps the manifests that are applied, as text.
+            models: step -> Model to take its place; None where all that is to be done is to go back.
+            brought: those of these Models that are not served yet -> their manifests, with the labels of `owned`. Of a
+                name there is only one such Model ever: who finds it served takes it as it is.
 
         Raises:
             InputError: Core 2 takes no such name.
         """
-        self.production = production
-        self.challenger = challenger_of(production)
-        self.experiment = f"{production}-promotion"
-        self._applier = applier
-        self._models = dict(models)
-        self._folder = folder
-
-    @property
-    def location(self) -> str:
-        """Where it is in production, for people."""
-        return self._applier.location
+        super().__init__(applier, production=production, folder=folder, render=None)
+        self._models = dict(models or {})
+        self._brought = dict(brought or {})
 
     def snapshot(self) -> RolloutSnapshot:
-        """What is applied and in force now.
+        """What is applied and in force now; see `registry.ports.Rollout`.
 
         Raises:
-            InputError: there is no such Pipeline, a Model is not served, or another promotion is under way.
+            InputError: there is no such Pipeline, or it does not have such a step; a Model is not served; or another
+                promotion is under way.
         """
-        found = self._applier.read("Pipeline", self.production)
-        if found is None:
+        taken = super().snapshot()
+        if not taken.serving:
             raise InputError(f"there is no Pipeline {self.production} at {self.location}", hint="Deploy it first.")
-        for kind, name in (("Pipeline", self.challenger), ("Experiment", self.experiment)):
-            if self._applier.read(kind, name) is not None:
-                raise InputError(
-                    f"there is a {kind} {name} at {self.location} already", hint="End that promotion first."
-                )
+        self._swapped(taken)
+        absent = []
         for step, model in self._models.items():
-            if self._applier.read("Model", model) is None:
-                raise InputError(f"there is no Model {model!r} for the step {step!r} at {self.location}")
-        key = f"Pipeline/{self.production}"
-        return RolloutSnapshot(
-            manifests={key: as_yaml(found)},
-            live={key: canonical(found["spec"])},
-            absent=(f"Experiment/{self.experiment}", f"Pipeline/{self.challenger}"),
-            serving=canonical(found["spec"]),
-        )
-
-    def serving(self) -> str:
-        """What the production Pipeline is, as JSON; empty where there is none."""
-        found = self._applier.read("Pipeline", self.production)
-        return "" if found is None else canonical(found["spec"])
-
-    def planned(self, snapshot: RolloutSnapshot) -> str:
-        """What `serving` tells after `swap`."""
-        return canonical(self._swapped(snapshot)["spec"])
+            if self._applier.exists("Model", model):
+                continue
+            if model not in self._brought:
+                raise InputError(
+                    f"there is no Model {model!r} for the step {step!r} at {self.location}",
+                    hint="Deploy it first, or name what it is to serve with --step or --variant.",
+                )
+            absent.append(f"Model/{model}")
+        return replace(taken, absent=(*taken.absent, *absent))
 
     def load(self, snapshot: RolloutSnapshot) -> None:
-        """Deploys the challenger; it gets no requests yet."""
-        made = with_models(self._before(snapshot), self._models, name=self.challenger)
-        made["metadata"] = {"name": self.challenger, "labels": owned(self.production)}
-        self._put(made)
-
-    def mirror(self, percent: int) -> None:
-        """The challenger gets copies of so many percent of the requests."""
-        self._put(experiment_of(self.production, mirror=percent, labels=owned(self.production)))
-
-    def weights(self, percent: int) -> None:
-        """The challenger answers so many percent of the requests."""
-        self._put(experiment_of(self.production, percent=percent, labels=owned(self.production)))
-
-    def swap(self, snapshot: RolloutSnapshot) -> None:
-        """The production Pipeline names the challenger's Models."""
-        self._put(self._swapped(snapshot))
-
-    def unload(self) -> None:
-        """Ends the split, then the challenger; Models stay."""
-        self._drop("Experiment", self.experiment)
-        self._drop("Pipeline", self.challenger)
+        """Serves the Models that are brought, with as many replicas as those in their place; then the challenger."""
+        for step, model in self._models.items():
+            if model in self._brought and (f"Model/{model}" in snapshot.absent):
+                manifest = copy.deepcopy(self._brought[model]())
+                self._put({**manifest, "spec": {**manifest["spec"], "replicas": self._replicas(step)}})
+        made = with_models(_found(self._before(snapshot)), self._models, name=self.challenger)
+        self._put({**made, "metadata": {"name": self.challenger, "labels": owned(self.production)}})
 
     def restore(self, snapshot: RolloutSnapshot) -> None:
         """Makes all as it was: the production Pipeline first, as long as the split goes on.
@@ -195,37 +173,60 @@ class PipelineRollout:
         Raises:
             UnreachableError: it does not come about, or what is in force then is not what was.
         """
-        key = f"Pipeline/{self.production}"
-        if self.serving() != snapshot.live[key]:
-            self._put(self._before(snapshot))
-        self.unload()
-        if (found := self.serving()) != snapshot.live[key]:
-            raise UnreachableError(
-                f"the Pipeline {self.production} is in force otherwise than before: {found or 'gone'}",
-                hint="Something else changes it.",
-            )
+        brought = [key.removeprefix("Model/") for key in snapshot.absent if key.startswith("Model/")]
+        others = tuple(key for key in snapshot.absent if not key.startswith("Model/"))
+        super().restore(replace(snapshot, absent=others))
+        for model in brought:
+            if not self._applier.used_by(model):
+                self._drop("Model", model)
 
     # --- parts of it ---
 
-    def _before(self, snapshot: RolloutSnapshot) -> Manifest:
-        key = f"Pipeline/{self.production}"
-        return parse_document(snapshot.manifests[key], ManifestPart, name=key).model_dump(
-            mode="json", exclude_unset=True
-        )
+    def _served(self, found: Manifest | None) -> str:
+        return "" if found is None else canonical(self._plain(found["spec"]))
+
+    def _plain(self, spec: Mapping[str, Any]) -> Mapping[str, Any]:
+        return plain_spec(spec, self.production)
 
     def _swapped(self, snapshot: RolloutSnapshot) -> Manifest:
-        return with_models(self._before(snapshot), self._models)
+        """The production Pipeline with the challenger's Models."""
+        return with_models(_found(self._before(snapshot)), self._models)
 
-    def _put(self, manifest: Manifest) -> None:
-        write_durably(self._path(str(manifest["kind"]), str(manifest["metadata"]["name"])), as_yaml(manifest))
-        self._applier.apply(manifest)
+    def _replicas(self, step: str) -> int:
+        """Of the Model that a step is now; 1 where it is somebody else's."""
+        try:
+            found = self._applier.read("Model", step)
+        except InputError:
+            return 1
+        return 1 if found is None else int(found["spec"].get("replicas", 1))
 
-    def _drop(self, kind: str, name: str) -> None:
-        self._applier.delete(kind, name)
-        self._path(kind, name).unlink(missing_ok=True)
 
-    def _path(self, kind: str, name: str) -> Path:
-        return self._folder / f"{kind}-{name}.yaml"
+def plain_spec(spec: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A Pipeline's ``spec`` in the one form that all who say the same share: defaults told, ``step.outputs`` as step.
+
+    Raises:
+        InputError: it has a field that is not known.
+    """
+    try:
+        whole = SpecPart.model_validate(spec).model_dump(mode="json", exclude_none=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise InputError(
+            f"the Pipeline {name} cannot be read at spec.{where}: {first['msg']}",
+            hint="burnish promotes what it could restore alone.",
+        ) from error
+    for part in (*whole["steps"], whole.get("input", {}), whole.get("output", {})):
+        for key in ("inputs", "triggers", "externalInputs", "externalTriggers", "steps"):
+            if key in part:
+                part[key] = [_WHOLE.sub(r"\1", text) for text in part[key]]
+    return whole
+
+
+def _found(manifest: Manifest | None) -> Manifest:
+    if manifest is None:
+        raise InputError("there is no Pipeline in production", hint="Deploy it first.")
+    return manifest
 
 
 def stages_of(manifest: Mapping[str, Any], models: Mapping[str, str], shares: Sequence[int]) -> dict[str, Manifest]:
@@ -242,7 +243,10 @@ def stages_of(manifest: Mapping[str, Any], models: Mapping[str, str], shares: Se
     name = str(manifest["metadata"]["name"])
     if not shares or any(not 0 < share < 100 for share in shares) or list(shares) != sorted(set(shares)):
         raise InputError(f"shares of {', '.join(map(str, shares)) or 'nothing'}", hint="They rise, between 1 and 99.")
-    found = {"0-way-back": dict(manifest), "1-challenger": with_models(manifest, models, name=challenger_of(name))}
+    found = {
+        "0-way-back": dict(manifest),
+        "1-challenger": with_models(manifest, models, name=challenger_name(name, "Pipeline")),
+    }
     found["2-mirror"] = experiment_of(name, mirror=100)
     for place, share in enumerate(shares, 3):
         found[f"{place}-share-{share}"] = experiment_of(name, percent=share)

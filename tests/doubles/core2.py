@@ -8,6 +8,7 @@ unless their server has an agent (`core2_agent.AgentDouble`): then they are load
 import contextlib
 import http.client
 import math
+import random
 import re
 import socket
 import threading
@@ -111,9 +112,13 @@ class _Version:
 @dataclass
 class _Pipeline:
     number: int
-    steps: tuple[str, ...]
+    told: pb.Pipeline
     ready_at: float
     gone_at: float | None = None
+
+    @property
+    def steps(self) -> list[str]:
+        return [step.name for step in self.told.steps]
 
 
 class SchedulerDouble:
@@ -124,7 +129,7 @@ class SchedulerDouble:
         load_s: from a load to its outcome.
         unload_s: from an unload to its end.
         stale_answers: how many answers after a load still show what was before.
-        definitions: whether a status says what a model was loaded with.
+        definitions: whether a status says what a model or pipeline was loaded with.
         failures: URI -> why a model from there does not load.
         unload_failures: names of the models that no server can unload.
         refusals: method -> (code, words) for every call of it.
@@ -132,6 +137,7 @@ class SchedulerDouble:
         late_s: method -> how long each call of it takes.
         most_replicas: how many replicas of a model come up.
         mesh_ready: whether the mesh has heard of the models.
+        answers: what a pipeline of these steps answers to a request, over gRPC; None where pipelines answer nothing.
         asked: every call, in order: method and request.
     """
 
@@ -147,12 +153,14 @@ class SchedulerDouble:
         self.late_s: dict[str, float] = {}
         self.most_replicas = 100
         self.mesh_ready = True
+        self.answers: Callable[[list[str], bytes], bytes] | None = None
         self.asked: list[tuple[str, Any]] = []
         self._credentials = credentials
         self._lock = threading.RLock()
         self._models: dict[str, list[_Version]] = {}
         self._stale: dict[str, list[pb.ModelStatusResponse | None]] = {}
         self._experiments: dict[str, pb.Experiment] = {}
+        self._chance = random.Random(0)
         self._pipelines: dict[str, _Pipeline] = {}
 
     def __enter__(self) -> Self:
@@ -204,6 +212,11 @@ class SchedulerDouble:
             versions = self._models.get(name)
             return bool(versions) and versions[-1].state().state.state == State.ModelAvailable
 
+    def pipelines(self) -> dict[str, list[str]]:
+        """The pipelines that are there, with their steps."""
+        with self._lock:
+            return {name: one.steps for name, one in sorted(self._pipelines.items()) if one.gone_at is None}
+
     def restart(self, name: str) -> None:
         """Has the server of a model load it anew, as after a crash; it is ready at once."""
         with self._lock:
@@ -216,6 +229,15 @@ class SchedulerDouble:
                 return None
             version = self._models[name][-1]
             return self.servers[version.server].agent, f"{name}_{version.number}"
+
+    def led_to(self, pipeline: str) -> str:
+        """The pipeline that answers a request to one, which an experiment may have taken over."""
+        with self._lock:
+            for one in self._experiments.values():
+                if one.default == pipeline and one.resourceType == pb.PIPELINE:
+                    weights = [candidate.weight for candidate in one.candidates]
+                    return str(self._chance.choices([each.name for each in one.candidates], weights)[0])
+        return pipeline
 
     def methods(self) -> list[str]:
         """The methods that were called, in order."""
@@ -446,8 +468,9 @@ class SchedulerDouble:
         if experiment is None:
             context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"Experiment not found {request.name}")
         assert experiment is not None
-        missing = [one.name for one in experiment.candidates if not self.available(one.name)]
-        mirrored = not experiment.HasField("mirror") or self.available(experiment.mirror.name)
+        there = self.pipelines().__contains__ if experiment.resourceType == pb.PIPELINE else self.available
+        missing = [one.name for one in experiment.candidates if not there(one.name)]
+        mirrored = not experiment.HasField("mirror") or there(experiment.mirror.name)
         yield pb.ExperimentStatusResponse(
             experimentName=experiment.name,
             active=not missing,
@@ -462,8 +485,7 @@ class SchedulerDouble:
         name = request.pipeline.name
         old = self._pipelines.get(name)
         number = 1 if old is None or old.gone_at is not None else old.number + 1
-        steps = tuple(step.name for step in request.pipeline.steps)
-        self._pipelines[name] = _Pipeline(number, steps, time.monotonic() + self.load_s)
+        self._pipelines[name] = _Pipeline(number, _at_length(request.pipeline), time.monotonic() + self.load_s)
         return pb.LoadPipelineResponse()
 
     def _unload_pipeline(self, request: pb.UnloadPipelineRequest, context: Any) -> pb.UnloadPipelineResponse:
@@ -471,28 +493,46 @@ class SchedulerDouble:
         if pipeline is None:
             context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"pipeline {request.name} not found")
         assert pipeline is not None
-        pipeline.gone_at = time.monotonic() + self.unload_s
+        if pipeline.gone_at is None:
+            pipeline.gone_at = time.monotonic() + self.unload_s
         return pb.UnloadPipelineResponse()
 
     def _pipeline_status(self, request: pb.PipelineStatusRequest, context: Any) -> Iterator[pb.PipelineStatusResponse]:
-        pipeline = self._pipelines.get(request.name)
-        if pipeline is None:
+        if not request.HasField("name"):
+            yield from map(self._pipeline_picture, self._pipelines)
+        elif request.name not in self._pipelines:
             context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"pipeline {request.name} not found")
-        assert pipeline is not None
-        now = time.monotonic()
+        else:
+            yield self._pipeline_picture(request.name)
+
+    def _pipeline_picture(self, name: str) -> pb.PipelineStatusResponse:
+        pipeline, now = self._pipelines[name], time.monotonic()
         state = Status(pipelineVersion=pipeline.number, modelsReady=all(map(self.available, pipeline.steps)))
         if pipeline.gone_at is not None:
             state.status = Status.PipelineTerminated if now >= pipeline.gone_at else Status.PipelineTerminating
         elif now < pipeline.ready_at:
             state.status = Status.PipelineCreating
-        elif request.name in self.failures:
-            state.status, state.reason = Status.PipelineFailed, self.failures[request.name]
+        elif name in self.failures:
+            state.status, state.reason = Status.PipelineFailed, self.failures[name]
         else:
             state.status = Status.PipelineReady
-        yield pb.PipelineStatusResponse(pipelineName=request.name, versions=[pb.PipelineWithState(state=state)])
+        told = pipeline.told if self.definitions else None
+        return pb.PipelineStatusResponse(pipelineName=name, versions=[pb.PipelineWithState(pipeline=told, state=state)])
 
 
 # --- what is around it -----------------------------------------------------------------------------------------------
+
+
+def _at_length(pipeline: pb.Pipeline) -> pb.Pipeline:
+    """As Core 2 tells a pipeline afterwards: all of a step's outputs are said so, and it has an id of its own."""
+    # Field 2, a string, which our messages do not have.
+    told = pb.Pipeline.FromString(pipeline.SerializeToString() + b"\x12\x02id")
+    for part in (*told.steps, told.output):
+        sources = part.steps if isinstance(part, pb.PipelineOutput) else part.inputs
+        sources[:] = [one if "." in one else f"{one}.outputs" for one in sources]
+    if not pipeline.HasField("output"):
+        told.ClearField("output")
+    return told
 
 
 class _Line:
@@ -624,7 +664,15 @@ class _Mesh:
         from tritonclient.grpc import service_pb2
 
         headers = dict(context.invocation_metadata())
-        route = self._double.route(str(headers.get("seldon-model", "")))
+        asked = str(headers.get("seldon-model", ""))
+        if asked.endswith(".pipeline") and self._double.answers is not None:
+            name = self._double.led_to(asked.removesuffix(".pipeline"))
+            steps = self._double.pipelines()[name]
+            # The models on the way first, and then the pipeline, in a header of its own.
+            models = "".join(f":{step}_1:" for step in steps)
+            context.send_initial_metadata((("x-seldon-route", models), ("x-seldon-route", f":{name}.pipeline:")))
+            return self._double.answers(steps, body)
+        route = self._double.route(asked)
         if route is None or route[0] is None:
             context.abort(grpc.StatusCode.UNIMPLEMENTED, "no route")
         assert route is not None

@@ -270,7 +270,10 @@ class KubernetesDouble:
         # Who applies owns what is applied; who updates owns what that changed.
         differs = {path for path, value in told.items() if _value(new.resource, path) != value}
         for path, value in told.items():
-            _set(new.resource, path, value)
+            _set(new.resource, path, copy.deepcopy(value))
+        for step in new.resource["spec"].get("steps", []) if key[1] == "pipelines" else []:
+            # As the schema has it.
+            step.setdefault("inputsJoinType", "inner")
         new.owners[owner] = set(told) if owner[1] == "Apply" else differs | new.owners.get(owner, set())
         metadata = new.resource["metadata"]
         changed = old is None or old.resource["spec"] != new.resource["spec"]
@@ -320,7 +323,7 @@ class KubernetesDouble:
         del self._stored[key]
         if self.agent is not None and key[1] == "models":
             self.agent.unload(_message(key[2], stored.resource["spec"]), 1)
-        self._review_experiments()
+        self._review()
 
     def _record(self, key: Key, event: str) -> None:
         self._version += 1
@@ -418,8 +421,8 @@ class KubernetesDouble:
             self._later(before_s + self.load_s, still(self._finish))
         elif key[1] == "servers":
             self._later(self.load_s, still(self._serve))
-        elif key[1] == "experiments":
-            self._later(0.0, self._review_experiments)
+        elif key[1] in {"experiments", "pipelines"}:
+            self._later(0.0, self._review)
 
     def _finish(self, key: Key) -> None:
         spec = self._stored[key].resource["spec"]
@@ -431,7 +434,7 @@ class KubernetesDouble:
             self._say(key, "ModelFailed", failure)
         else:
             self._say(key, "ModelAvailable")
-        self._review_experiments()
+        self._review()
 
     def _say(self, key: Key, state: str, reason: str = "") -> None:
         """Writes a Model's status as the operator does: the state as message, the words as reason."""
@@ -447,17 +450,29 @@ class KubernetesDouble:
     def _serve(self, key: Key) -> None:
         self._condition(key, {"replicas": 1}, {"Ready": "True", "StatefulSetOrDeploymentReady": "True"})
 
-    def _review_experiments(self) -> None:
-        for key, stored in list(self._stored.items()):
-            if key[1] != "experiments":
-                continue
-            models = {name: one.resource for (_, plural, name), one in self._stored.items() if plural == "models"}
-            names = [one["name"] for one in stored.resource["spec"].get("candidates", [])]
-            lacking = [name for name in names if not _is_ready(models.get(name, {}))]
+    def _review(self) -> None:
+        """Pipelines by their models, then experiments by what they are of."""
+        for key, lacking in self._lacking("pipelines"):
+            truth = "False" if lacking else "True"
+            types = {"PipelineReady": "True", "PipelineGwReady": "True", "ModelsReady": truth, "Ready": truth}
+            self._condition(key, {}, types)
+        for key, lacking in self._lacking("experiments"):
             truth = "False" if lacking else "True"
             words = f"candidates not ready: {', '.join(lacking)}" if lacking else ""
             types = {"ExperimentReady": "True", "CandidatesReady": truth, "Ready": truth}
             self._condition(key, {}, types, message=words)
+
+    def _lacking(self, plural: str) -> list[tuple[Key, list[str]]]:
+        """Each resource of a kind that stands on others, with the names of those that are not ready."""
+        found = []
+        for key, stored in self._stored.items():
+            if key[1] == plural:
+                spec = stored.resource["spec"]
+                of = "pipelines" if spec.get("resourceType") == "pipeline" else "models"
+                names = [one["name"] for one in spec.get("steps" if plural == "pipelines" else "candidates", [])]
+                there = {name: one.resource for (_, kind, name), one in self._stored.items() if kind == of}
+                found.append((key, [name for name in names if not _is_ready(there.get(name, {}))]))
+        return found
 
     def _condition(self, key: Key, status: Json, types: dict[str, str], **words: str) -> None:
         resource = self._stored[key].resource
@@ -546,19 +561,45 @@ class _Server(ThreadingHTTPServer):
         """A caller that hangs up is part of the play."""
 
 
-class _Handler(BaseHTTPRequestHandler):
+class ApiHandler(BaseHTTPRequestHandler):
+    """Calls to a double of the API, read whole."""
+
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
-    double: KubernetesDouble
 
     def log_message(self, *_: Any) -> None:
         pass
 
     def do_GET(self) -> None:
-        self.handle_call("GET")
+        self._call("GET")
 
     def do_PATCH(self) -> None:
-        self.handle_call("PATCH")
+        self._call("PATCH")
+
+    def do_DELETE(self) -> None:
+        self._call("DELETE")
+
+    def _call(self, method: str) -> None:
+        address = urlsplit(self.path)
+        query = {name: values[0] for name, values in parse_qs(address.query).items()}
+        length = int(self.headers.get("Content-Length") or 0)
+        self.handle_call(method, address.path, query, json.loads(self.rfile.read(length)) if length else None)
+
+    def handle_call(self, method: str, path: str, query: dict[str, str], body: Json | None) -> None:
+        raise NotImplementedError
+
+    def send(self, code: int, body: str, headers: dict[str, str] | None = None) -> None:
+        self.send_response(code)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body.encode())))
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body.encode())
+
+
+class _Handler(ApiHandler):
+    double: KubernetesDouble
 
     def do_POST(self) -> None:
         # Only the mesh is posted to.
@@ -567,30 +608,23 @@ class _Handler(BaseHTTPRequestHandler):
         status, answer = self.double.pass_on(name, self.path, body)
         self.send(status, answer.decode(), {"x-seldon-route": f":{name}_1:"})
 
-    def do_DELETE(self) -> None:
-        self.handle_call("DELETE")
-
-    def handle_call(self, method: str) -> None:
-        address = urlsplit(self.path)
-        query = {name: values[0] for name, values in parse_qs(address.query).items()}
-        length = int(self.headers.get("Content-Length") or 0)
-        body = json.loads(self.rfile.read(length)) if length else None
-        if address.path.endswith("/ready"):
-            name = address.path.split("/")[3]
+    def handle_call(self, method: str, path: str, query: dict[str, str], body: Json | None) -> None:
+        if path.endswith("/ready"):
+            name = path.split("/")[3]
             route = self.double.route(name)
             self.send(200 if self.double.ready(name) else 404, "", {"x-seldon-route": route} if route else {})
             return
-        verb = {"PATCH": "patch", "DELETE": "delete"}.get(method, "get" if address.path.count("/") > 6 else "list")
+        verb = {"PATCH": "patch", "DELETE": "delete"}.get(method, "get" if path.count("/") > 6 else "list")
         verb = "watch" if query.get("watch", "").lower() == "true" else verb
         query |= {name: query[name].lower() for name in ("watch", "force") if name in query}
         time.sleep(self.double.late_s.get(verb, 0.0))
         try:
             self.check(verb)
             if verb == "watch":
-                self.stream(self.double.watch(address.path, query))
+                self.stream(self.double.watch(path, query))
                 return
             with self.double._changed:
-                answer = self.double.answer(method, address.path, query, body)
+                answer = self.double.answer(method, path, query, body)
         except RefusalError as refusal:
             self.send(refusal.code, refusal.body, refusal.headers)
             return
@@ -605,15 +639,6 @@ class _Handler(BaseHTTPRequestHandler):
             raise RefusalError(401, "Unauthorized", "Unauthorized")
         if self.double.refusals.get(verb):
             raise self.double.refusals[verb].pop(0)
-
-    def send(self, code: int, body: str, headers: dict[str, str] | None = None) -> None:
-        self.send_response(code)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body.encode())))
-        for name, value in (headers or {}).items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(body.encode())
 
     def stream(self, events: Generator[Json, None, None]) -> None:
         first = next(events)

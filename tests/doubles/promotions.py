@@ -12,6 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from optimize.reporting import write_campaign, write_report
 from profiles.deploy.rollout import ManifestRollout, owned
+from profiles.pipelines.rollout import PipelineRollout
 from profiles.serving.core2.manifests import Manifest, as_yaml
 from registry import codec
 from registry.errors import InputError, UnreachableError
@@ -26,6 +27,7 @@ from registry.records import (
     PromotionStep,
     Reign,
     ServingProfile,
+    Variant,
 )
 from registry.store import FolderStore
 from tests.doubles import campaigns
@@ -118,8 +120,13 @@ class MemoryApplier:
             raise UnreachableError(told)
         if manifest["kind"] == "Experiment":
             named = [one["name"] for one in manifest["spec"]["candidates"]]
-            if missing := [one for one in named if f"Model/{one}" not in self.resources]:
-                raise InputError(f"no model {missing[0]}")
+            kind = manifest["spec"].get("resourceType", "model").capitalize()
+            if missing := [one for one in named if f"{kind}/{one}" not in self.resources]:
+                raise InputError(f"no {kind} {missing[0]}")
+        if manifest["kind"] == "Pipeline":
+            steps = [step["name"] for step in manifest["spec"]["steps"]]
+            if missing := [one for one in steps if f"Model/{one}" not in self.resources]:
+                raise UnreachableError(f"no Model {missing[0]}")
         self.resources[f"{manifest['kind']}/{manifest['metadata']['name']}"] = manifest
 
     def delete(self, kind: str, name: str) -> None:
@@ -128,6 +135,14 @@ class MemoryApplier:
 
     def is_scaled(self, model: str) -> bool:
         return False
+
+    def exists(self, kind: str, name: str) -> bool:
+        return self.read(kind, name) is not None
+
+    def used_by(self, model: str) -> tuple[str, ...]:
+        pipelines = [one for one in self.resources.values() if one["kind"] == "Pipeline"]
+        named = {one["metadata"]["name"]: [step["name"] for step in one["spec"]["steps"]] for one in pipelines}
+        return tuple(name for name, steps in named.items() if model in steps)
 
     def splits(self, model: str) -> tuple[str, ...]:
         return tuple(
@@ -161,6 +176,42 @@ def production(applier: MemoryApplier, folder: Path, uri: str = "gs://models/old
     return text
 
 
+def pipeline_manifest(name: str, *steps: str) -> Manifest:
+    """A Pipeline of these Models, one after the other."""
+    chain = [
+        {"name": step, "inputs": [before] if before else []} for before, step in zip(("", *steps), steps, strict=False)
+    ]
+    return {
+        "apiVersion": "mlops.seldon.io/v1alpha1",
+        "kind": "Pipeline",
+        "metadata": {"name": name, "labels": owned(name)},
+        "spec": {"steps": chain, "output": {"steps": [steps[-1]]}},
+    }
+
+
+def pipeline_production(applier: MemoryApplier, folder: Path) -> str:
+    """Puts a pipeline of ``tokens`` and ``encoder`` into production, and returns the text of its manifest."""
+    manifest = pipeline_manifest("p", "tokens", "encoder")
+    text = f"# by hand\n{as_yaml(manifest)}"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "Pipeline-p.yaml").write_text(text)
+    applier.resources["Pipeline/p"] = manifest
+    for name in ("tokens", "encoder"):
+        applier.resources[f"Model/{name}"] = model_manifest(name, f"gs://models/{name}", replicas=3)
+    return text
+
+
+def pipeline_rollout(applier: Any, folder: Path) -> PipelineRollout:
+    """The rollout of that pipeline with another encoder, which is brought."""
+    return PipelineRollout(
+        applier,
+        production="p",
+        folder=folder,
+        models={"encoder": "encoder-int8"},
+        brought={"encoder-int8": lambda: model_manifest("encoder-int8", "gs://models/encoder-int8")},
+    )
+
+
 def rollout(applier: Any, folder: Path, uri: str = "gs://models/new") -> ManifestRollout:
     """The rollout of a challenger from this URI."""
     return ManifestRollout(
@@ -178,6 +229,7 @@ class StatedProbe:
         answered: in place of the counts that fit the step.
         watched: the steps so far.
         meanwhile: is called during each watch.
+        more: metrics that it sees, too.
     """
 
     p90_ms: float = 10.0
@@ -185,9 +237,10 @@ class StatedProbe:
     answered: dict[str, int] | None = None
     watched: list[str] = field(default_factory=list)
     meanwhile: Callable[[PromotionStep], None] = lambda _: None
+    more: frozenset[str] = frozenset()
 
     def sees(self, metric: str) -> bool:
-        return metric in {"latency_p90_ms", "failed_share"}
+        return metric in {"latency_p90_ms", "failed_share"} | self.more
 
     def watch(self, step: PromotionStep) -> Observation:
         self.watched.append(step.name)
@@ -243,9 +296,26 @@ def chosen_campaign(
         source_digest=artifact.digest,
     )
     serving = ServingProfile(server="mlserver", backend="burnish", protocol="grpc")
+    found = finished_campaign(work, made, serving, level=level, policy=policy, sentence=f"it adds {offset:g}")
+    write_report(found, work)
+    return found
+
+
+def finished_campaign(
+    work: Path,
+    made: Variant,
+    serving: ServingProfile,
+    *,
+    level: str = "standard",
+    policy: Policy | None = None,
+    sentence: str = "it is the best",
+    **changed: Any,
+) -> Campaign:
+    """A finished campaign in a working folder that has a variant's files, and chose it, served in some way."""
+    name, files = made.name, FolderStore(work).path(made.artifact)
     one = replace(
         campaigns.BASELINE,
-        id=campaigns.sha(f"{name}{output} @")[:16],
+        id=campaigns.sha(f"{made.id} @")[:16],
         name=f"{name} @ {serving.key}",
         variant_id=made.id,
         variant_name=name,
@@ -257,16 +327,16 @@ def chosen_campaign(
         policy=policy or parse_policy(["latency_p90_ms <= 60000"], "maximize max_throughput_rps"),
         baseline=one.id,
         selected=one.id,
-        sentence=f"Serve {one.name}: it adds {offset:g}.",
+        sentence=f"Serve {one.name}: {sentence}.",
         rejections=(),
         unknown=(),
         pareto=(one.id,),
     )
+    told: dict[str, Any] = {"model_name": "sums", **changed}
     found = replace(
         whole,
-        id=campaigns.sha(f"campaign {name} {output}")[:16],
+        id=campaigns.sha(f"campaign {made.id}")[:16],
         name=name,
-        model_name="sums",
         variants=(made,),
         candidates=(one,),
         fidelities=(),
@@ -277,11 +347,11 @@ def chosen_campaign(
         comparisons=(),
         failures=(),
         rendered={},
-        artifacts={made.id: str(FolderStore(work).path(artifact))},
+        artifacts={made.id: str(files)},
         verdict=verdict,
+        **told,
     )
     write_campaign(found, work)
-    write_report(found, work)
     return found
 
 

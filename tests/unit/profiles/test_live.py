@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from profiles.measure.live import RequestProbe, made_up, requests_needed, requests_watched, share
+from profiles.measure.live import RequestProbe, made_up, named_by, requests_needed, requests_watched, share
 from profiles.testing import FakeV2Server, Fixed
 from registry.errors import UnreachableError
 from registry.records import PromotionStep, Target, TensorSpec
@@ -65,10 +65,35 @@ def test_somebody_else(servers: dict[str, FakeV2Server]):
     assert seen.answered == {"others": 200}
 
 
-def test_replies_without_a_route_count_for_nobody(servers: dict[str, FakeV2Server]):
+@pytest.mark.parametrize(
+    ("route", "who"),
+    [
+        (":digits_3:", {"digits"}),
+        (":a_1::b_2:", {"a", "b"}),
+        (":a_1::b_2: :digits.pipeline:", {"digits"}),
+        (":digits-challenger.pipeline:", {"digits-challenger"}),
+        (":a_1:, :digits.pipeline:", {"digits"}),
+        ("", set()),
+    ],
+)
+def test_a_route_names_the_model_or_the_pipeline(route: str, who: set[str]):
+    assert named_by(route) == who
+
+
+@pytest.mark.parametrize(("model", "who"), [("encoder", "champion"), ("encoder-int8", "challenger"), ("it", "others")])
+def test_a_pipeline_that_is_not_named_is_told_by_the_models_that_it_alone_has(
+    servers: dict[str, FakeV2Server], model: str, who: str
+):
+    only = {"encoder": "champion", "encoder-int8": "challenger"}
+    with FakeV2Server(model="digits", route=f":tokens_1::{model}_1:") as server:
+        seen = probe({**servers, "digits": server}, only=only).watch(MIRROR)
+    assert seen.answered == {who: 200}
+
+
+def test_replies_without_a_route_are_counted_as_nobodys(servers: dict[str, FakeV2Server]):
     with FakeV2Server(model="digits") as silent:
         seen = probe({**servers, "digits": silent}).watch(MIRROR)
-    assert seen.answered == {}
+    assert seen.answered == {"unnamed": 200}
     assert "no x-seldon-route" in seen.notes[0]
 
 
@@ -101,7 +126,7 @@ def test_in_the_champions_place_without_a_route():
     """Whoever answers there is the challenger; that it does is not known, and is said."""
     with FakeV2Server(Fixed(0.001), model="digits") as silent:
         seen = probe({"digits": silent}).watch(SWAP)
-    assert seen.answered == {}
+    assert seen.answered == {"unnamed": 400}
     assert (seen.challenger["failed_share"].value, seen.challenger["failed_share"].runs) == (0, 400)
     assert seen.challenger["latency_p90_ms"].value >= 1
     assert "no x-seldon-route" in seen.notes[0]

@@ -3,6 +3,7 @@
 import json
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, urlsplit
 
@@ -14,13 +15,14 @@ from registry.records import PromotionStep
 from tests.doubles.promotions import StatedProbe
 
 INF = float("inf")
+ENVOY = {"job": "envoy", "instance": "10.0.0.1:9003"}
 STEP = PromotionStep(name="weights-10", action="weights", percent=10, watch_s=1)
 
 
-def counts(*each: float, completed: float | None = None, failed: float = 0.0) -> Counted:
-    """Requests up to 1, 5, 10, 25 ms and at all."""
+def counts(*each: float, failed: float = 0.0, envoy: str = "one") -> dict[str, Counted]:
+    """Requests up to 1, 5, 10, 25 ms and at all, as one Envoy has counted them."""
     buckets = dict(zip((1.0, 5.0, 10.0, 25.0, INF), each, strict=True))
-    return Counted(buckets=buckets, completed=each[-1] if completed is None else completed, failed=failed)
+    return {envoy: Counted(buckets=buckets, completed=each[-1], failed=failed)}
 
 
 ZERO = counts(0, 0, 0, 0, 0)
@@ -61,6 +63,28 @@ def test_an_envoy_that_began_anew_says_nothing():
     assert between(counts(0, 500, 500, 500, 500), counts(0, 10, 10, 10, 10)) == {}
 
 
+def test_several_envoys_are_added_up():
+    before = {**counts(0, 100, 100, 100, 100), **counts(0, 0, 300, 300, 300, envoy="two")}
+    after = {**counts(0, 600, 600, 600, 600), **counts(0, 0, 800, 800, 800, failed=10, envoy="two")}
+    found = between(before, after)
+    assert (found["latency_p50_ms"].runs, found["latency_p50_ms"].high) == (1000, 10)
+    assert found["failed_share"].value == pytest.approx(0.01)
+    # Its share of what the two had counted before is not known.
+    assert between(before, counts(0, 9000, 9000, 9000, 9000)) == {}
+    # One that was restarted has counted less, however much the other has counted.
+    restarted = {**counts(0, 9000, 9000, 9000, 9000), **counts(0, 0, 5, 5, 5, envoy="two")}
+    assert between(before, restarted) == {}
+    # One that joins in begins at zero.
+    assert between(counts(0, 0, 300, 300, 300, envoy="two"), after)["latency_p50_ms"].runs == 1100
+
+
+def test_envoys_of_two_versions_have_some_edges_in_common():
+    other = {"two": Counted(buckets={5.0: 500, 20.0: 1000, INF: 1000}, completed=1000, failed=0)}
+    found = between({}, {**counts(0, 1000, 1000, 1000, 1000), **other})
+    assert (found["latency_p50_ms"].low, found["latency_p50_ms"].high) == (0, 5)
+    assert "latency_p90_ms" not in found
+
+
 class Answers(BaseHTTPRequestHandler):
     """Counts up at each look, as scrapes do."""
 
@@ -78,9 +102,12 @@ class Answers(BaseHTTPRequestHandler):
 
     def vector(self, expression: str) -> list[dict[str, object]]:
         looks = sum("_bucket" in one for one in self.asked)
-        if "by (le)" in expression:
-            return [{"metric": {"le": le}, "value": [0, str(looks * 500)]} for le in ("5", "10", "+Inf")]
-        return [] if "_retry" in expression else [{"metric": {}, "value": [0, str(looks * 500)]}]
+        if "count by" in expression:
+            spaces = ("seldon",) if 'namespace="seldon"' in expression else ("seldon", "staging")
+            return [{"metric": {**ENVOY, "namespace": space}, "value": [0, "1"]} for space in spaces]
+        if ",le)" in expression:
+            return [{"metric": {**ENVOY, "le": le}, "value": [0, str(looks * 500)]} for le in ("5", "10", "+Inf")]
+        return [] if "_retry" in expression else [{"metric": ENVOY, "value": [0, str(looks * 500)]}]
 
     def reply(self, status: int, content: object) -> None:
         body = json.dumps(content).encode()
@@ -110,15 +137,31 @@ def prometheus(server: ThreadingHTTPServer) -> Prometheus:
 
 
 def test_the_counts_of_a_model(prometheus: Prometheus, server: ThreadingHTTPServer):
-    found = counted(prometheus, "digits-v1", matchers='namespace="seldon"')
+    told = counted(prometheus, "digits-v1", matchers='namespace="seldon"')
+    assert list(told) == ["10.0.0.1:9003 envoy"]
+    [found] = told.values()
     assert found.buckets == {5.0: 500, 10.0: 500, INF: 500}
     assert (found.completed, found.failed) == (500, 500)
     asked = server.RequestHandlerClass.asked
     assert asked[0] == (
-        "sum by (le) (envoy_cluster_upstream_rq_time_bucket"
+        "sum by (namespace,job,instance,le) (envoy_cluster_upstream_rq_time_bucket"
         '{envoy_cluster_name=~"digits\\\\-v1_[0-9]+_(http|grpc)",namespace="seldon"})'
     )
-    assert asked[2].endswith('envoy_response_code_class="5"})')
+    assert asked[3].endswith('envoy_response_code_class="5"})')
+
+
+def test_envoys_of_another_core2_are_not_mixed_in(prometheus: Prometheus):
+    probe = PrometheusProbe(
+        prometheus=prometheus,
+        production="digits",
+        challenger="digits-challenger",
+        meanwhile=StatedProbe(),
+        settle=lambda: None,
+    )
+    with pytest.raises(InputError, match="knows of digits in several namespaces: seldon, staging") as caught:
+        probe.envoys()
+    assert "--matchers 'namespace=\"seldon\"'" in str(caught.value)
+    assert replace(probe, matchers='namespace="seldon"').envoys() == ("10.0.0.1:9003 envoy seldon",)
 
 
 def test_what_envoy_counts_goes_before_our_own(prometheus: Prometheus):

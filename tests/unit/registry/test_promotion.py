@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from profiles.deploy.rollout import ManifestRollout
 from registry.errors import CheckFailedError, InputError, NoVariantError, StorageError, UnreachableError
 from registry.ledger import Ledger
 from registry.policy import parse_policy
@@ -24,9 +25,18 @@ from registry.promotion import (
     limits_watched,
     steps_of,
 )
-from registry.records import Champion, Observation, Promotion, PromotionStep
+from registry.records import Champion, Observation, Promotion, PromotionStep, Watching
 from tests.doubles.campaigns import campaign, no_winner
-from tests.doubles.promotions import MemoryApplier, MemoryRegistry, StatedProbe, production, rollout, version
+from tests.doubles.promotions import (
+    MemoryApplier,
+    MemoryRegistry,
+    StatedProbe,
+    pipeline_production,
+    pipeline_rollout,
+    production,
+    rollout,
+    version,
+)
 
 POLICY = parse_policy(["latency_p90_ms <= 50", "accuracy_drop <= 0.01"], "maximize max_throughput_rps")
 STEPS = steps_of(weights=(10, 50, 100), mirror=100, watch_s=60, beside=True)
@@ -45,10 +55,14 @@ class House:
     applier: MemoryApplier
     probe: StatedProbe
     text: str
+    key = "Model/digits"
 
     @property
     def folder(self) -> Path:
         return self.work / "manifests"
+
+    def rollout(self) -> ManifestRollout:
+        return rollout(self.applier, self.folder)
 
     def promotion(self, journal: Journal, **changed: Any) -> Promotion:
         begun = sum(journal.state(one) in {"completed", "rolled back"} for one in journal.promotions)
@@ -79,7 +93,7 @@ class House:
             journal = Journal(ledger, lambda: f"2026-01-01T00:00:{next(ticks):02}+00:00")
             promoter = Promoter(
                 registry=self.registry,
-                rollout=rollout(self.applier, self.folder),
+                rollout=self.rollout(),
                 probe=self.probe,
                 journal=journal,
                 told=lambda _: None,
@@ -99,7 +113,7 @@ class House:
             journal = Journal(ledger, lambda: f"2026-01-02T00:00:{next(ticks):02}+00:00")
             promoter = Promoter(
                 registry=self.registry,
-                rollout=rollout(self.applier, self.folder),
+                rollout=self.rollout(),
                 probe=None,
                 journal=journal,
                 told=lambda _: None,
@@ -133,11 +147,50 @@ class House:
         )
 
 
+class PipelineHouse(House):
+    """The same of a pipeline, of which one step becomes another Model that is brought."""
+
+    key = "Pipeline/p"
+
+    def rollout(self) -> ManifestRollout:
+        return pipeline_rollout(self.applier, self.folder)
+
+    def promotion(self, journal: Journal, **changed: Any) -> Promotion:
+        names = {"production": "p", "challenger": "p-challenger", "experiment": "p-promotion"}
+        return super().promotion(journal, **{**names, "resource": "pipeline", **changed})
+
+    def is_as_before(self) -> bool:
+        return (
+            {path.name: path.read_text() for path in self.folder.iterdir()} == {"Pipeline-p.yaml": self.text}
+            and set(self.applier.resources) == {"Pipeline/p", "Model/tokens", "Model/encoder"}
+            and self._steps() == ["tokens", "encoder"]
+            and self.registry.named == {"champion": "1"}
+        )
+
+    def is_promoted(self) -> bool:
+        models = {"Model/tokens", "Model/encoder", "Model/encoder-int8"}
+        return (
+            set(self.applier.resources) == {"Pipeline/p"} | models
+            and self._steps() == ["tokens", "encoder-int8"]
+            and self.applier.resources["Model/encoder-int8"]["spec"]["replicas"] == 3
+            and {path.name for path in self.folder.iterdir()} == {"Pipeline-p.yaml", "Model-encoder-int8.yaml"}
+            and self.registry.named == {"champion": "2"}
+        )
+
+    def _steps(self) -> list[str]:
+        return [step["name"] for step in self.applier.resources["Pipeline/p"]["spec"]["steps"]]
+
+
 @pytest.fixture
-def house(tmp_path: Path) -> House:
-    applier = MemoryApplier()
-    text = production(applier, tmp_path / "manifests")
-    return House(tmp_path, MemoryRegistry(), applier, StatedProbe(), text)
+def house(tmp_path: Path, request: pytest.FixtureRequest) -> House:
+    applier, folder = MemoryApplier(), tmp_path / "manifests"
+    if getattr(request, "param", "model") == "pipeline":
+        text = pipeline_production(applier, folder)
+        return PipelineHouse(tmp_path, MemoryRegistry(), applier, StatedProbe(), text)
+    return House(tmp_path, MemoryRegistry(), applier, StatedProbe(), production(applier, folder))
+
+
+of_both = pytest.mark.parametrize("house", ["model", "pipeline"], indirect=True)
 
 
 # --- the plan ------------------------------------------------------------------------------------------------------
@@ -212,6 +265,38 @@ def test_what_cannot_be_watched_is_said():
     assert "relative to the baseline" in told[0]
     assert "`rss_mb <= 9` cannot be watched" in told[1]
     assert limits_watched(policy, None)[0] == ()
+
+
+def test_against_a_champion_that_does_not_answer_beside_it_nothing_is_watched():
+    """It takes the champion's place at once, say: the plan tells it, and no step ends by it."""
+    policy = parse_policy(
+        ["latency_p90_ms <= 110% rel vs champion", "accuracy >= 99% rel vs champion"], "maximize max_throughput_rps"
+    )
+    probe = StatedProbe(more=frozenset({"accuracy"}))
+    assert [one.text for one in limits_watched(policy, probe, compared=False)[0]] == ["failed_share <= 1%"]
+    told = limits_watched(policy, probe, compared=False)[1]
+    assert "`latency_p90_ms <= 110% rel vs champion` cannot be watched: the champion does not answer" in told[0]
+    assert "a limit with a number of its own would be watched" in told[0]
+    # Of the champion no answers are judged.
+    watched, told = limits_watched(policy, probe)
+    assert [one.metric for one in watched] == ["latency_p90_ms", "failed_share"]
+    assert "`accuracy >= 99% rel vs champion` cannot be watched: of the champion only latency is seen" in told[0]
+
+
+@pytest.mark.parametrize(
+    ("step", "held"),
+    [("mirror", True), ("weights-10", True), ("weights-50", True), ("weights-100", False), ("swap", False)],
+)
+def test_a_limit_against_the_champion_holds_where_the_champion_answers_enough(step: str, held: bool):
+    policy = parse_policy(["latency_p90_ms <= 110% rel vs champion"], "maximize max_throughput_rps")
+    (which,) = [one for one in STEPS if one.name == step]
+    probe = StatedProbe(p90_ms=20.0)
+    found = judge_watch(policy, probe, which, probe.watch(which))
+    assert bool(found) is held
+    # Nobody asks it any more.
+    assert judge_watch(policy, probe, which, replace(probe.watch(which), champion={})) == (
+        ("unknown: p90 has a limit relative to the champion, of which that value is not known",) if held else ()
+    )
 
 
 # --- all goes well -------------------------------------------------------------------------------------------------
@@ -317,6 +402,7 @@ def die_before(entries: int) -> Callable[[Promoter], None]:
 LINES = 2 * len(STEPS) + 1
 
 
+@of_both
 @pytest.mark.parametrize("arm", [die_after, die_before])
 @pytest.mark.parametrize("entries", range(1, LINES))
 def test_killed_between_any_two_lines_the_next_try_gets_there(
@@ -325,7 +411,7 @@ def test_killed_between_any_two_lines_the_next_try_gets_there(
     with pytest.raises(KilledError):
         house.promote(arm(entries))
     # Somebody answers at any time.
-    assert "Model/digits" in house.applier.resources
+    assert house.key in house.applier.resources
     if "swap" not in str(house.states()):
         assert house.states() in (["under way"], ["new"])
     house.promote()
@@ -339,6 +425,7 @@ def test_killed_between_any_two_lines_the_next_try_gets_there(
     assert house.is_as_before()
 
 
+@of_both
 @pytest.mark.parametrize("entries", range(1, LINES, 2))
 def test_killed_at_any_line_it_can_be_rolled_back(house: House, entries: int):
     with pytest.raises(KilledError):
@@ -348,6 +435,7 @@ def test_killed_at_any_line_it_can_be_rolled_back(house: House, entries: int):
     assert house.states() == ["rolled back"]
 
 
+@of_both
 @pytest.mark.parametrize("entries", [1, 2])
 def test_a_rollback_that_is_killed_is_completed_by_the_next(house: House, entries: int):
     house.promote()
@@ -357,6 +445,7 @@ def test_a_rollback_that_is_killed_is_completed_by_the_next(house: House, entrie
     assert house.is_as_before()
 
 
+@of_both
 def test_half_rolled_back_the_next_promotion_begins_anew(house: House):
     house.promote()
     with pytest.raises(KilledError):
@@ -369,6 +458,7 @@ def test_half_rolled_back_the_next_promotion_begins_anew(house: House):
 # --- failures ------------------------------------------------------------------------------------------------------
 
 
+@of_both
 @pytest.mark.parametrize("step", ["mirror", "weights-10", "weights-50", "weights-100"])
 def test_a_limit_that_is_missed_leaves_the_old_champion_serving(house: House, step: str):
     def slow(now: PromotionStep) -> None:
@@ -410,6 +500,7 @@ def test_a_challenger_that_does_not_load(house: House, uri_fails_at: str):
     assert house.is_as_before()
 
 
+@of_both
 def test_ctrl_c_leaves_the_old_champion_serving(house: House):
     def interrupt(step: PromotionStep) -> None:
         if step.name == "weights-50":
@@ -434,6 +525,40 @@ def test_a_registry_that_goes_away_promotes_nothing(house: House):
     house.registry.down = False
     house.roll_back()
     assert house.is_as_before()
+
+
+def test_an_alias_that_never_moved_is_no_reign(house: House, monkeypatch: pytest.MonkeyPatch):
+    """The registry refuses the alias champion: nobody was the champion meanwhile, and nobody came back."""
+    given = MemoryRegistry.set_alias
+
+    def refuse(self: MemoryRegistry, model: str, alias: str, version: str | None) -> None:
+        if (alias, version) == ("champion", "2"):
+            raise UnreachableError("no right to do that")
+        given(self, model, alias, version)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MemoryRegistry, "set_alias", refuse)
+        with pytest.raises(UnreachableError, match="no right"):
+            house.promote()
+    assert house.is_as_before()
+    assert house.registry.reigns("digits") == ()
+    house.promote()
+    assert [one.how for one in house.registry.reigns("digits")] == ["promoted"]
+
+
+def test_a_reign_that_ended_is_kept_though_its_rollback_was_killed(house: House, monkeypatch: pytest.MonkeyPatch):
+    house.promote()
+
+    def die(self: MemoryRegistry, reign: Any) -> None:
+        raise KilledError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MemoryRegistry, "crown", die)
+        with pytest.raises(KilledError):
+            house.roll_back()
+    assert house.registry.named == {"champion": "1"}
+    house.roll_back()
+    assert [one.how for one in house.registry.reigns("digits")] == ["promoted", "rolled back"]
 
 
 def test_a_cluster_that_goes_away(house: House):
@@ -538,9 +663,26 @@ def test_what_was_watched_before_a_kill_is_watched_after_it(house: House, monkey
         house.promote(die_after(6))
     with monkeypatch.context() as patch:
         patch.setattr(house.probe, "sees", lambda metric: metric == "failed_share")
-        with pytest.raises(InputError, match="`latency_p90_ms <= 50` was watched before, and cannot be now"):
+        with pytest.raises(InputError, match="begun with `latency_p90_ms <= 50` watched, and it cannot be now"):
             house.promote()
     assert house.states() == ["under way"]
+    house.promote()
+    assert house.is_promoted()
+
+
+@pytest.mark.parametrize("entries", [0, 1, 3])
+def test_killed_before_its_first_watched_step_it_is_watched_as_it_was_to_be(
+    house: House, monkeypatch: pytest.MonkeyPatch, entries: int
+):
+    watching = Watching(metrics=("failed_share", "latency_p90_ms"), rate_rps=25)
+    with pytest.raises(KilledError):
+        house.promote(die_after(entries), watching=watching)
+    with monkeypatch.context() as patch:
+        patch.setattr(house.probe, "sees", lambda metric: metric == "failed_share")
+        with pytest.raises(InputError, match="begun with `latency_p90_ms <= 50` watched") as caught:
+            house.promote()
+    assert "--samples" in str(caught.value)
+    assert house.probe.watched == []
     house.promote()
     assert house.is_promoted()
 
@@ -655,7 +797,13 @@ def test_an_alias_that_was_moved_after_all_is_told_by_history(house: House):
         ("weights-100", {"challenger": 999, "champion": 1}, "answered 999 of 1000 requests, which is not 100 %"),
         ("mirror", {"challenger": 1, "champion": 999}, "answered 1 of 1000 requests, which is not 0 %"),
         ("mirror", {"champion": 999, "others": 1}, "1 of 1000 requests were answered by neither"),
-        ("mirror", {}, None),
+        ("mirror", {}, "no request was answered where callers ask"),
+        ("weights-10", {}, "no request was answered where callers ask"),
+        ("weights-10", {"unnamed": 1000}, "1000 of 1000 replies do not say who answered"),
+        ("weights-10", {"challenger": 100, "champion": 890, "unnamed": 10}, "10 of 1000 replies do not say"),
+        ("mirror", {"champion": 990, "unnamed": 10}, "10 of 1000 replies do not say who answered"),
+        ("swap", {"unnamed": 1000}, None),
+        ("swap", {"challenger": 990, "others": 10}, "10 of 1000 requests were answered by neither"),
     ],
 )
 def test_who_answered_has_to_fit_the_split(step: str, answered: dict[str, int], problem: str | None):
@@ -667,6 +815,6 @@ def test_who_answered_has_to_fit_the_split(step: str, answered: dict[str, int], 
 
 def test_unknown_never_wins():
     probe = StatedProbe()
-    seen = Observation(watched_s=1, challenger={}, champion={}, answered={})
+    seen = Observation(watched_s=1, challenger={}, champion={}, answered={"champion": 100})
     found = judge_watch(POLICY, probe, STEPS[2], seen)
     assert found == ("unknown: p90 is not known", "unknown: failed_share is not known")

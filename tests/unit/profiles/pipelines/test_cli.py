@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from optimize.cli import main
+from optimize.pipeline_promoting import ChosenPart
 from profiles.pipelines.measured import Measured, write_measured
+from registry.documents import load_document
 from tests.doubles.pipelines import numbers
 
 PLAN = """
@@ -91,13 +93,51 @@ def test_promote_writes_the_manifests_in_order(burnish, tmp_path: Path):
         "apiVersion: mlops.seldon.io/v1alpha1\nkind: Pipeline\nmetadata: {name: p}\n"
         "spec: {steps: [{name: a}, {name: b, inputs: [a]}], output: {steps: [b]}}\n"
     )
-    code, out, _ = burnish("promote", "p.yaml", "--model", "b=b-int8", "--share", "20")
+    (tmp_path / "cluster.yaml").write_text(
+        "cluster: {kind: scheduler, address: 'here:9004', mesh: 'here:80', storage: models, storage_uri: /mnt/models}"
+    )
+    code, out, _ = burnish("promote", "p.yaml", "--model", "b=b-int8", "--weights", "20,100", "--out", "promotion")
     assert code == 0
     assert [Path(line).name for line in out.splitlines()] == [
         "0-way-back.yaml", "1-challenger.yaml", "2-mirror.yaml", "3-share-20.yaml", "4-promoted.yaml",
     ]  # fmt: skip
     assert "name: b-int8" in (tmp_path / "promotion" / "4-promoted.yaml").read_text()
-    assert burnish("promote", "p.yaml", "--model", "b")[0] == 2
+    for wrong, says in (
+        (("--model", "b"), "--model 'b' is not step=model"),
+        (("--model", "b=x", "--apply"), "--out goes with --model alone"),
+        (("--model", "b=x", "--model", "b=y"), "names a step twice"),
+        (("--model", "b=x", "--limit", "latency_p99 <= 4"), "latency_p99"),
+        (("--model", "b=x", "--weights", "ten"), "the weights are 'ten'"),
+        (("--model", "b=a"), "is another step's"),
+        ((), "nothing of the pipeline changes"),
+    ):
+        code, _, err = burnish("promote", "p.yaml", "--out", "o", *wrong)
+        assert code == 2
+        assert says in err
+    for wrong, says in (
+        (("--model", "b=x"), "a pipeline is promoted on a Core 2, and none is named"),
+        (("--variant", "b=int8", "--cluster", "cluster.yaml"), "step 'b' has no model"),
+        (("--model", "b=x", "--step", "b=work", "--cluster", "cluster.yaml"), "'b' is to become two Models"),
+    ):
+        code, _, err = burnish("promote", "p.yaml", *wrong)
+        assert code == 2
+        assert says in err
+
+
+def test_what_was_chosen_is_written_for_the_promotion(burnish, tmp_path: Path):
+    budget = ("--rate", "20", "--accuracy-drop", "0.025", "--p99-ms", "90", "--out", "chosen.yaml")
+    code, _, err = burnish("choose", "plan.yaml", "--measured", "m.yaml", *budget)
+    assert code == 0
+    assert "burnish pipeline promote plan.yaml --chosen chosen.yaml" in err
+    chosen = load_document(tmp_path / "chosen.yaml", ChosenPart)
+    assert chosen.variants == {"a": "fp32", "b": "int8"}
+    assert chosen.limits == ["accuracy_drop <= 0.025", "latency_p99_ms <= 90"]
+    (tmp_path / "other.yaml").write_text(PLAN.replace("name: p\n", "name: q\n").replace("p.inputs", "q.inputs"))
+    code, _, err = burnish("promote", "other.yaml", "--chosen", "chosen.yaml", "--cluster", "none.yaml")
+    assert (code, "there is no file none.yaml" in err) == (2, True)
+    code, _, err = burnish("promote", "other.yaml", "--chosen", "chosen.yaml")
+    assert code == 2
+    assert "is of the pipeline 'p'" in err
 
 
 @pytest.mark.parametrize(
