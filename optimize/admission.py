@@ -4,6 +4,7 @@ A file that is let in declares no more bytes than it brings, reads no file outsi
 that the engines here know. Its parts are copied first and checked afterwards, so that what was checked is what is used.
 """
 
+import contextlib
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from math import prod
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from optimize.engines.local import ChildFailure, Limits, run_in_child
 from optimize.protobuf_wire import length_fields, mapped
 from optimize.signature import Described, Signature, describe_signature, read_signature
-from registry.errors import InputError, UntrustedModelError
+from registry.errors import InputError, StorageError, UntrustedModelError
 
 if TYPE_CHECKING:
     import onnx
@@ -65,21 +66,32 @@ def admit(path: Path, folder: Path) -> Signature:
     refuse_other_formats(path)
     copy = folder / ENTRY
     _copy(path, copy)
-    _check_counts(copy, path.name)
-    model = _parse(copy, path.name)
-    _check_sparse(model)
-    tensors = list(_tensors(model))
-    outside = [tensor for tensor in tensors if _is_external(tensor)]
-    for location in sorted(set(map(_location, outside))):
-        _copy_external(location, path.parent, folder)
-    for tensor in tensors:
-        _check_size(tensor, folder)
-    _check_shared(outside, folder)
-    _check_opset(model)
-    _check_operators(model)
-    _check_by_onnx(copy, path.name)
-    _check_written_out(model)
-    return read_signature(copy)
+    with _naming(path):
+        model = parse(copy, path.name)
+        _check_sparse(model)
+        tensors = list(_tensors(model))
+        outside = [tensor for tensor in tensors if _is_external(tensor)]
+        for location in sorted(set(map(_location, outside))):
+            _copy_external(location, path.parent, folder)
+        for tensor in tensors:
+            _check_size(tensor, folder)
+        _check_shared(outside, folder)
+        _check_opset(model)
+        _check_operators(model)
+        _check_by_onnx(copy, path.name)
+        _check_written_out(model)
+        return read_signature(copy)
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Has each refusal say which file it is of."""
+    try:
+        yield
+    except InputError as error:
+        if path.name in error.message:
+            raise
+        raise type(error)(f"{path.name}: {error.message}", hint=error.hint) from error
 
 
 def admit_openvino(path: Path, folder: Path) -> Signature:
@@ -168,10 +180,21 @@ def _is_pickle(head: bytes) -> bool:
     return len(head) >= 2 and head[0] == 0x80 and 2 <= head[1] <= 5
 
 
-def _parse(path: Path, name: str) -> "onnx.ModelProto":
+def parse(path: Path, name: str) -> "onnx.ModelProto":
+    """The model in a file, without weights in other files, after its nodes were counted; a child's work.
+
+    Args:
+        path: the file.
+        name: what messages call it.
+
+    Raises:
+        InputError: it is no ONNX model, or only part of one.
+        UntrustedModelError: it has more nodes than burnish takes.
+    """
     import onnx
     from google.protobuf.message import DecodeError
 
+    _check_counts(path, name)
     try:
         model = onnx.load(str(path), load_external_data=False)
     except (DecodeError, ValueError, RecursionError) as error:
@@ -447,9 +470,13 @@ def _refuse_link_outside(real: Path, location: str, origin: Path) -> None:
 
 def _copy(source: Path, target: Path) -> None:
     """Copies a file that the disk has room for; one with holes may be larger than any disk."""
-    size, free = source.stat().st_size, shutil.disk_usage(target.parent).free
+    stat, free = source.stat(), shutil.disk_usage(target.parent).free
+    size, held = stat.st_size, stat.st_blocks * 512
     if size > free:
-        raise InputError(f"{source} has {size:,} bytes, and the disk of {target.parent} has {free:,} left")
+        told = f"{source} has {size:,} bytes, and the disk of {target.parent} has {free:,} left"
+        if held <= size // 2:
+            raise InputError(f"{told}; of its own, it takes {held:,}", hint="The file is made to exhaust the disk.")
+        raise StorageError(told, hint="Make room there, or name another working folder by --work.")
     shutil.copyfile(source, target)
 
 
@@ -487,5 +514,6 @@ def external_files(path: Path | str) -> list[str]:
         InputError: it cannot be parsed.
         UntrustedModelError: it names a file outside of its folder.
     """
-    tensors = _tensors(_parse(Path(path), Path(path).name))
-    return sorted({str(_inside(_location(tensor))) for tensor in tensors if _is_external(tensor)})
+    with _naming(Path(path)):
+        tensors = _tensors(parse(Path(path), Path(path).name))
+        return sorted({str(_inside(_location(tensor))) for tensor in tensors if _is_external(tensor)})

@@ -5,7 +5,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from optimize.admission import ask_child
+from optimize.admission import ask_child, external_files, parse, refuse_other_formats
 from optimize.signature import describe_signature, read_signature
 from registry.errors import InputError
 
@@ -13,14 +13,21 @@ from registry.errors import InputError
 def describe(model: Path) -> dict[str, Any]:
     """The model as plain values: format, size, inputs, outputs, operators, parameters; opsets of an ONNX model.
 
+    ``beside`` names the files beside it that hold its weights.
+
     Raises:
         InputError: there is no such file, or it is neither ONNX nor OpenVINO IR.
-        UntrustedModelError: reading it broke a limit, or crashed.
+        UntrustedModelError: it is a pickle, keeps weights outside of its folder, or reading it broke a limit.
     """
-    if not model.is_file():
+    if model.suffix != ".xml":
+        refuse_other_formats(model)
+    elif not model.is_file():
         raise InputError(f"no model at {model}", hint="Give the path of an .onnx file or of an OpenVINO .xml.")
-    size_bytes = sum(file.stat().st_size for file in _files(model))
-    return {"path": str(model), "size_bytes": size_bytes, **ask_child("optimize.inspection:describe_here", model)}
+    found: dict[str, Any] = ask_child("optimize.inspection:describe_here", model)
+    # Of weights in other files, those count that are there.
+    beside = [model.parent / name for name in found["beside"]]
+    size_bytes = sum(file.stat().st_size for file in (model, *beside) if file.is_file())
+    return {"path": str(model), "size_bytes": size_bytes, **found}
 
 
 def describe_here(*, path: str) -> dict[str, Any]:
@@ -34,15 +41,8 @@ def describe_here(*, path: str) -> dict[str, Any]:
     return signature | (_describe_openvino(model) if model.suffix == ".xml" else _describe_onnx(model))
 
 
-def _files(model: Path) -> list[Path]:
-    beside = model.with_suffix(".bin")
-    return [model, beside] if model.suffix == ".xml" and beside.is_file() else [model]
-
-
 def _describe_onnx(model: Path) -> dict[str, Any]:
-    import onnx
-
-    proto = onnx.load(str(model), load_external_data=False)
+    proto = parse(model, model.name)
     operators = Counter(node.op_type for node in proto.graph.node)
     return {
         "format": "onnx",
@@ -50,6 +50,7 @@ def _describe_onnx(model: Path) -> dict[str, Any]:
         "opsets": {entry.domain: entry.version for entry in proto.opset_import},
         "parameters": sum(prod(tensor.dims) for tensor in proto.graph.initializer),
         "operators": dict(operators.most_common()),
+        "beside": external_files(model),
     }
 
 
@@ -63,4 +64,5 @@ def _describe_openvino(model: Path) -> dict[str, Any]:
         "format": "openvino",
         "parameters": sum(prod(node.get_output_shape(0)) for node in constants),
         "operators": dict(operators.most_common()),
+        "beside": [model.with_suffix(".bin").name],
     }

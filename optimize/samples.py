@@ -105,7 +105,8 @@ def load_samples(path: Path, expected: tuple[TensorSpec, ...] | None = None) -> 
     labels, slices = arrays.pop(LABELS, None), arrays.pop(SLICES, None)
     if expected is not None:
         check_fit(arrays, expected, where=str(path))
-    return from_arrays(arrays, labels, slices)
+    with _told(path):
+        return from_arrays(arrays, labels, slices)
 
 
 def array_names(path: Path) -> frozenset[str]:
@@ -307,7 +308,8 @@ def open_samples(path: Path, expected: tuple[TensorSpec, ...] | None = None) -> 
     found = SampleFile(path, headers)
     if expected is not None:
         check_fit(found, expected, where=str(path))
-    _check_shapes(found.headers, headers)
+    with _told(path):
+        _check_shapes(found.headers, headers)
     return found
 
 
@@ -359,9 +361,11 @@ def _check_there(path: Path) -> None:
 
 @contextlib.contextmanager
 def _told(path: Path) -> Iterator[None]:
-    """Turns what numpy and zipfile raise for a file that is no ``.npz`` into one message."""
+    """Turns what numpy and zipfile raise for a file that is no ``.npz`` into one message; all name the file."""
     try:
         yield
+    except InputError as error:
+        raise InputError(f"{path}: {error.message}", hint=error.hint) from error
     except _UNREADABLE as error:
         raise InputError(f"{path} is not an .npz file of plain arrays: {error}") from error
 

@@ -223,6 +223,11 @@ def _onnx_files(path: Path) -> dict[str, str]:
     """Digest of the model, and of the external data it names inside of its folder."""
     refuse_other_formats(path)
     locations = ask_child("optimize.admission:external_files", path)
+    if missing := [location for location in locations if not (path.parent / location).is_file()]:
+        raise InputError(
+            f"{path} keeps weights in {missing[0]!r}, which is not beside it",
+            hint="Copy the model together with the files of its weights.",
+        )
     beside = {location: sha256_of(path.parent / location) for location in locations}
     return {ENTRY: sha256_of(path), **beside}
 

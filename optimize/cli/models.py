@@ -31,5 +31,6 @@ def inspect(
         typer.echo(
             "  opset   " + ", ".join(f"{domain or 'ai.onnx'} {v}" for domain, v in description["opsets"].items())
         )
-    typer.echo(f"  weights {description['parameters']:,}")
+    kept = [name if (model.parent / name).is_file() else f"{name} (missing)" for name in description["beside"]]
+    typer.echo(f"  weights {description['parameters']:,}" + (f" in {', '.join(kept)}" if kept else ""))
     typer.echo("  nodes   " + ", ".join(f"{name} {count}" for name, count in description["operators"].items()))

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from optimize.samples import array_names, check_fit, from_arrays, load_samples
+from optimize.samples import array_names, check_fit, from_arrays, load_samples, open_samples
 from registry.errors import InputError
 from registry.records import TensorSpec
 
@@ -68,6 +68,17 @@ def test_digest_of_text_and_take():
 def test_samples_that_make_no_sense(arrays, text):
     with pytest.raises(InputError, match=text):
         from_arrays(arrays)
+
+
+@pytest.mark.parametrize("read", [load_samples, lambda path: open_samples(path).checked()])
+@pytest.mark.parametrize(
+    ("array", "text"),
+    [(np.zeros((0, 2), np.float32), "the samples are empty"), (np.full((3, 2), np.nan, np.float32), "holds NaN")],
+)
+def test_what_is_wrong_is_said_with_the_name_of_the_file(tmp_path, read, array, text):
+    np.savez(tmp_path / "calibration.npz", x=array)
+    with pytest.raises(InputError, match=rf"calibration\.npz: .*{text}"):
+        read(tmp_path / "calibration.npz")
 
 
 def test_a_single_label_is_refused_by_name(tmp_path):

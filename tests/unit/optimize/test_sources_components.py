@@ -111,6 +111,9 @@ def test_an_onnx_file_depends_on_its_external_data(tmp_path):
     assert set(before["files"]) == {"model.onnx", "m.data"}
     (tmp_path / "m.data").write_bytes(b"\1" * 16)
     assert source_components("onnx", str(path)) != before
+    (tmp_path / "m.data").unlink()
+    with pytest.raises(InputError, match=r"m\.onnx keeps weights in 'm\.data', which is not beside it"):
+        source_components("onnx", str(path))
 
 
 def test_external_data_elsewhere_is_not_even_read(tmp_path):

@@ -7,12 +7,13 @@ import pytest
 
 from optimize.admission import ask_child
 from optimize.engines.local import Limits
-from optimize.inspection import describe
+from optimize.inspection import describe, describe_here
 from optimize.serving import _stored
 from optimize.signature import describe_signature, read_signature, signature_of
 from optimize.sources import load_onnx, source_components
 from registry.errors import InputError, UntrustedModelError
 from registry.store import FolderStore
+from tests.doubles import zoo
 from tests.doubles.models import mlp, two_inputs, write_onnx, write_openvino
 
 
@@ -41,6 +42,26 @@ def test_a_model_is_inspected_by_a_child(tmp_path: Path, kind: str, request: pyt
     assert (found["format"], found["inputs"][0]["name"], found["path"]) == (kind, "x", str(model))
     assert found["size_bytes"] > 1000
     assert found["parameters"] > 100
+
+
+def test_weights_in_other_files_count_for_its_size(tmp_path: Path) -> None:
+    path = zoo.write("external-data", tmp_path)
+    found = describe_here(path=str(path))
+    assert found["beside"] == ["weights.bin"]
+    assert describe(path)["size_bytes"] == sum(file.stat().st_size for file in tmp_path.iterdir())
+
+
+def test_what_cannot_be_inspected_is_said(tmp_path: Path) -> None:
+    """Damage behind the signature, and a pickle, which no child is asked to read."""
+    whole = zoo.write("perceptron", tmp_path).read_bytes()
+    # The name of an operator that says it is longer than its node.
+    damaged = whole.replace(b"\x04Gemm", b"\x7fGemm")
+    (tmp_path / "damaged.onnx").write_bytes(damaged)
+    with pytest.raises(InputError, match=r"damaged\.onnx is not an ONNX model"):
+        describe_here(path=str(tmp_path / "damaged.onnx"))
+    (tmp_path / "pickle.onnx").write_bytes(b"\x80\x04\x95" + bytes(20))
+    with pytest.raises(UntrustedModelError, match="a pickle; burnish unpickles nothing"):
+        describe(tmp_path / "pickle.onnx")
 
 
 @pytest.mark.parametrize("kind", ["onnx", "openvino"])
@@ -76,7 +97,7 @@ def test_external_files_of_a_source_are_listed_by_a_child(tmp_path: Path, reques
 
 def test_a_model_that_breaks_a_limit_is_refused(tmp_path: Path) -> None:
     model = write(tmp_path, "onnx")
-    with pytest.raises(UntrustedModelError, match=r"model\.onnx cannot be read: .*timeout"):
+    with pytest.raises(UntrustedModelError, match=r"model\.onnx cannot be read: .* limit"):
         ask_child("optimize.admission:external_files", model, limits=Limits(timeout_s=0.01))
 
 
