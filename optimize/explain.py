@@ -29,6 +29,8 @@ _ALIKE = 0.05  # timings of two processes differ by as much without a cause
 _AT_RUN_TIME = ("ConvInteger", "DynamicQuantizeLinear")
 _QUANTIZERS = ("QuantizeLinear", "DequantizeLinear", "FakeQuantize")
 _CASTS = ("Cast", "Convert")
+# Shown of each graph, however little time they take.
+_ALWAYS_TOLD = frozenset({*_AT_RUN_TIME, "MatMulInteger", *_QUANTIZERS, *_CASTS})
 _REORDERS = ("Reorder", "ReorderInput", "ReorderOutput", "Transpose")
 _CONVOLUTIONS = ("Conv", "ConvTranspose")
 _WEIGHTED = frozenset({*_CONVOLUTIONS, "MatMul", "Gemm", "Attention", "LSTM", "GRU", "RNN"})
@@ -382,7 +384,11 @@ def _unknown(campaign: Campaign, wanted: str, names: Sequence[str]) -> InputErro
 
 
 def as_lines(explanation: Explanation, most: int = 8) -> list[str]:
-    """The explanation for people: the sentence, then both graphs side by side by operator."""
+    """The explanation for people: the sentence, then both graphs by operator.
+
+    The ``most`` operators that take the longest are listed, and, however short, all that quantize, cast, or compute on
+    what was quantized at run time.
+    """
     before, after = explanation.before, explanation.after
     lines = [f"{explanation.name}: {explanation.sentence}"]
     sides = [(explanation.baseline, before)]
@@ -397,8 +403,9 @@ def as_lines(explanation: Explanation, most: int = 8) -> list[str]:
         ]
         if graph.unfused_qdq:
             lines.append(f"    pairs of quantize and dequantize that are not fused: {graph.unfused_qdq}")
-        lines += [f"    {_percent(one.time_share):>5}  {one.operator} x {one.nodes}" for one in graph.operators[:most]]
-        if left := graph.operators[most:]:
+        told = [one for place, one in enumerate(graph.operators) if place < most or one.operator in _ALWAYS_TOLD]
+        lines += [f"    {_percent(one.time_share):>5}  {one.operator} x {one.nodes}" for one in told]
+        if left := [one for one in graph.operators if one not in told]:
             lines.append(f"    {_percent(sum(one.time_share for one in left)):>5}  {len(left)} others")
     return lines
 

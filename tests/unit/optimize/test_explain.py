@@ -149,6 +149,18 @@ def test_an_explanation_survives_json_and_reads_well():
     assert any(">99 %  QLinearConv x 4" in line for line in lines)
 
 
+def test_casts_and_what_quantizes_are_listed_however_little_they_take():
+    many = {f"Op{number}": 0.1 for number in range(9)}
+    after = graph(10.0, {**many, "Cast": 0.06, "DynamicQuantizeLinear": 0.03, "Relu": 0.01}, {"float32": 1000})
+    told = Explanation(
+        name="x", baseline="float32", speedup=compare_times(BEFORE, after), before=BEFORE, after=after, sentence="Is."
+    )
+    lines = [line.strip() for line in as_lines(told)]
+    assert "6 %  Cast x 4" in lines
+    assert "3 %  DynamicQuantizeLinear x 4" in lines
+    assert lines[-1] == "11 %  2 others"
+
+
 # --- predictions -----------------------------------------------------------------------------------------------
 
 DYNAMIC = StageCall(name="quantize.dynamic")
