@@ -3,6 +3,8 @@
 import logging
 import os
 import signal
+import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,12 +27,30 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+# Campaigns of tests that run beside each other do not wait for each other's cores.
+_LOCKS = f"burnish-cores-of-tests-{os.getuid()}-{os.environ.get('PYTEST_XDIST_WORKER', 'alone')}"
+os.environ.setdefault("BURNISH_CORES", str(Path(tempfile.gettempdir(), _LOCKS)))
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests with servers take their turns in one worker; the others run beside them in the next."""
     for item in items:
         if any(item.path.is_relative_to(HERE / folder) for folder in WITH_SERVERS):
             item.add_marker(pytest.mark.xdist_group("servers"))
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An embedded tracking store with nothing in it, to be copied; MLflow takes seconds to lay out its tables."""
+    from registry.tracking import open_tracker
+
+    folder = tmp_path_factory.mktemp("empty-store")
+    with pytest.MonkeyPatch.context() as patched, warnings.catch_warnings():
+        # Of MLflow's own libraries.
+        warnings.simplefilter("ignore")
+        patched.delenv("MLFLOW_TRACKING_URI", raising=False)
+        open_tracker(None, folder).check()
+    return folder / "mlflow.db"
 
 
 @pytest.fixture(autouse=True)

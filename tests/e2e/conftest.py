@@ -1,5 +1,6 @@
 """Campaigns that are small enough for a test, on the real servers."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -47,8 +48,13 @@ levels:
 
 
 @pytest.fixture
-def tiny(tmp_path: Path) -> Path:
-    """A folder with a perceptron that answers its own labels rightly, samples for it, and a campaign file."""
+def tiny(tmp_path: Path, empty_store: Path) -> Path:
+    """A folder with a perceptron that answers its own labels rightly, samples for it, and a campaign file.
+
+    Its tracking store is there already, and empty.
+    """
+    (tmp_path / "burnish-work").mkdir()
+    shutil.copyfile(empty_store, tmp_path / "burnish-work" / "mlflow.db")
     write_onnx(mlp(), tmp_path)
     rng = np.random.default_rng(1)
     for name, count in (("evaluation", 900), ("calibration", 64)):

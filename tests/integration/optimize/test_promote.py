@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -48,22 +47,12 @@ pytest.importorskip("envoy")
 QUICK = Options(watch_s=0.8, rate_rps=800.0, weights=(30, 100))
 
 
-@pytest.fixture(scope="module")
-def mlflow_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An empty store of MLflow's, which takes seconds to make."""
-    folder = tmp_path_factory.mktemp("store")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        open_registry(folder).check()
-    return folder / "mlflow.db"
-
-
 @pytest.fixture
-def work(tmp_path: Path, mlflow_store: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def work(tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     folder = tmp_path / "work"
     folder.mkdir()
-    shutil.copy(mlflow_store, folder / "mlflow.db")
+    shutil.copy(empty_store, folder / "mlflow.db")
     return folder
 
 
@@ -85,19 +74,19 @@ def answer(place: Place) -> float:
 
 @contextmanager
 def prometheus_of(folder: Path, targets: Path) -> Iterator[str]:
-    """A Prometheus that scrapes whatever the file names, twice a second."""
+    """A Prometheus that scrapes whatever the file names, five times a second."""
     binary = shutil.which("prometheus")
     if binary is None:
         message = "there is no prometheus (apt-get install prometheus)"
         pytest.fail(message) if os.environ.get("BURNISH_REQUIRE_ALL") else pytest.skip(message)
     folder.mkdir()
     config = {
-        "global": {"scrape_interval": "500ms", "scrape_timeout": "500ms"},
+        "global": {"scrape_interval": "200ms", "scrape_timeout": "200ms"},
         "scrape_configs": [
             {
                 "job_name": "envoy",
                 "metrics_path": "/stats/prometheus",
-                "file_sd_configs": [{"files": [str(targets)], "refresh_interval": "200ms"}],
+                "file_sd_configs": [{"files": [str(targets)], "refresh_interval": "100ms"}],
             }
         ],
     }
@@ -164,8 +153,8 @@ def test_from_the_first_champion_to_the_next_and_back(work: Path, tmp_path: Path
     targets = tmp_path / "targets.json"
     targets.write_text("[]")
     with prometheus_of(tmp_path / "prometheus", targets) as url, telling_of_envoy(work, targets):
-        # On a busy machine a scrape or two are late.
-        second, told = promoting_of(work, replace(QUICK, prometheus=url, scrape_s=1.5))
+        # On a busy machine some scrapes are late.
+        second, told = promoting_of(work, replace(QUICK, prometheus=url, scrape_s=0.8))
         _wait_for(url)
         assert second.apply(hold=lambda place: served.append(answer(place))).state == "completed"
     # The same again has nothing to do.
@@ -249,7 +238,7 @@ def test_the_plan_by_the_command_changes_nothing(
     assert not (work / "production").exists()
     code, told = burnish(capsys, "promote", str(work), "--watch", "1", "--rate", "50", "--apply")
     assert (code, told["error"]["kind"]) == (2, "input")
-    assert "requests, and the limits take" in told["error"]["message"]
+    assert "and the limits take 299 to decide on: watch for 6 s" in told["error"]["message"]
     assert open_registry(work).aliases("sums") == {}
     code, told = burnish(capsys, "promote", str(work), "--weights", "ten")
     assert (code, told["error"]["message"]) == (2, "the weights are 'ten'")
@@ -387,8 +376,18 @@ def test_a_core2_gets_the_next_champion_by_its_uri(
         chosen_campaign(work, 2000, output="total")
         with pytest.raises(InputError, match="takes or gives other tensors than the champion"):
             promote_on(work, cluster, production="production")
-        changing = parse_policy([], "maximize max_throughput_rps", signature="may_change")
+        against = ["latency_p90_ms <= 110% rel vs champion"]
+        changing = parse_policy(against, "maximize max_throughput_rps", signature="may_change")
         chosen_campaign(work, 2000, output="total", policy=changing)
+        # Beside nobody, nothing can be held against the champion: the plan says so, and no step will end by it.
+        watching = Options(production="production")
+        subject = find_subject(work, work=None, cluster=cluster, options=watching)
+        planned = Promoting(subject, watching, open_registry(work), lambda _: None).plan()
+        assert (
+            f"`{against[0]}` cannot be watched: the champion does not answer beside it" in planned.promotion.notes[-1]
+        )
+        assert planned.promotion.watching is not None
+        assert planned.promotion.watching.metrics == ("failed_share",)
         other = promote_on(work, cluster, production="production")
         assert "weights-100" not in [step.name for step in other.promotion.steps]
         assert any("never by weights" in note for note in other.promotion.notes)

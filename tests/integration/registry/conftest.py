@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from registry import codec
 from registry.records import Artifact, ArtifactFile, Campaign, TensorSpec
-from registry.tracking import embedded_uri, open_tracker
+from registry.tracking import embedded_uri
 from tests.doubles import campaigns
 from tests.doubles.tracking_servers import mlflow_server as served
 from tests.doubles.tracking_servers import sqlite_stores
@@ -30,16 +30,6 @@ def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("mlflow-server")
     with served(folder, *sqlite_stores(folder)) as url:
         yield url
-
-
-@pytest.fixture(scope="session")
-def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An embedded store with nothing in it; MLflow takes seconds to lay out its tables."""
-    folder = tmp_path_factory.mktemp("empty-store")
-    with pytest.MonkeyPatch.context() as patched:
-        patched.delenv("MLFLOW_TRACKING_URI", raising=False)
-        open_tracker(None, folder).check()
-    return folder / "mlflow.db"
 
 
 @pytest.fixture
