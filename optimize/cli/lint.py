@@ -25,6 +25,7 @@ def lint(
     shapes: Annotated[list[str] | None, typer.Option(help="input=min,opt,max of the engine; once an input.")] = None,
     precision: Annotated[str | None, typer.Option(help="float32, float16, bfloat16 or int8.")] = None,
     max_batch_size: Annotated[int | None, typer.Option(help="The server's.")] = None,
+    config: Annotated[Path | None, typer.Option(help="With --tensorrt: the config.pbtxt of a Triton on a GPU.")] = None,
     core2: Annotated[Path | None, typer.Option(help="A folder that storageUri is to point to.")] = None,
     server: Annotated[str | None, typer.Option(help="mlserver or triton, where the folder leaves it open.")] = None,
     uri: Annotated[str | None, typer.Option(help="The storageUri itself.")] = None,
@@ -64,7 +65,8 @@ def lint(
             hint="Name it with --passport.",
         )
     if core2 is not None:
-        given = {"a model": model, "--tensorrt": tensorrt, "--triton": triton, "--shapes": shapes}
+        given = {"a model": model, "--tensorrt": tensorrt, "--triton": triton, "--shapes": shapes,
+                 "--config": config}  # fmt: skip
         if other := next((name for name, value in given.items() if value), None):
             raise InputError(f"--core2 is a check of a folder, and does not go with {other}", hint="Run lint twice.")
         _lint_folder(core2, server, uri, remote, json_output=json_output)
@@ -78,6 +80,7 @@ def lint(
         shapes=shapes or (),
         precision=_precision(precision),
         max_batch_size=max_batch_size,
+        config=config,
     )
     counts = {kind: sum(found["severity"] == kind for found in findings) for kind in ("error", "warning", "info")}
     if json_output:

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from optimize.admission import ENTRY, admit, ask_child
-from optimize.readiness import models, operators, precisions, quantization, shapes
+from optimize.readiness import models, operators, precisions, quantization, serving, shapes
 from optimize.readiness.graph import Graph
 from optimize.readiness.profile import parse_shapes
 from optimize.readiness.releases import tensorrt_version, triton_release
 from optimize.readiness.rules import Finding, Precision, Rule, Target, apply_rules
+from optimize.readiness.serving import parse_config
 from optimize.readiness.triton import check_triton
 from registry.errors import InputError
 
@@ -21,6 +22,7 @@ RULES: tuple[Rule, ...] = (
     *precisions.RULES,
     *quantization.RULES,
     *shapes.RULES,
+    *serving.RULES,
 )
 """All rules for TensorRT, by id."""
 
@@ -33,6 +35,7 @@ def lint(
     shapes: Sequence[str] = (),
     precision: Precision | None = None,
     max_batch_size: int | None = None,
+    config: Path | None = None,
 ) -> list[dict[str, Any]]:
     """Findings in a model file as plain values (see `Finding`), errors first.
 
@@ -42,10 +45,11 @@ def lint(
         triton: the release to check for (``23.03``).
         shapes: ``input=min,opt,max`` of the profile that an engine is to be built for.
         precision: what an engine is to compute in.
-        max_batch_size: of the server; 0 where it does not batch.
+        max_batch_size: of the server; 0 where it does not batch. Where it is left out, that of ``config``.
+        config: Triton's ``config.pbtxt`` that serves the model on a GPU.
 
     Raises:
-        InputError: neither target is given, one is unknown, or the file is no model.
+        InputError: neither target is given, one is unknown, or a file is no model or configuration.
         UntrustedModelError: the model asks for more than a model may.
     """
     if tensorrt is None and triton is None:
@@ -55,6 +59,7 @@ def lint(
     if triton is not None:
         triton_release(triton)
     parse_shapes(shapes)
+    text = None if config is None else _config_text(config, tensorrt)
     found: list[dict[str, Any]] = ask_child(
         "optimize.readiness.lint:lint_here",
         model,
@@ -63,8 +68,20 @@ def lint(
         shapes=list(shapes),
         precision=precision,
         max_batch_size=max_batch_size,
+        config=text,
     )
     return found
+
+
+def _config_text(path: Path, tensorrt: str | None) -> str:
+    if tensorrt is None:
+        raise InputError("a configuration is checked for TensorRT", hint="Give --tensorrt 10 or --tensorrt 11, too.")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read: {error}", hint="Name the config.pbtxt of the model.") from error
+    parse_config(text)
+    return text
 
 
 def lint_here(
@@ -75,8 +92,12 @@ def lint_here(
     shapes: list[str],
     precision: Precision | None,
     max_batch_size: int | None,
+    config: str | None = None,
 ) -> list[dict[str, Any]]:
     """What `lint` finds, in this process, which is a child."""
+    parsed = None if config is None else parse_config(config)
+    if parsed is not None and max_batch_size is None:
+        max_batch_size = parsed.max_batch_size
     with tempfile.TemporaryDirectory(prefix="burnish-lint-") as folder:
         admit(Path(path), Path(folder))
         graph = load_graph(Path(folder) / ENTRY)
@@ -87,6 +108,7 @@ def lint_here(
                 profile=parse_shapes(shapes) if shapes else None,
                 precision=precision,
                 max_batch_size=max_batch_size,
+                config=parsed,
             )
             findings += apply_rules(RULES, graph, target)
         if triton is not None:

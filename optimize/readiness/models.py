@@ -83,6 +83,7 @@ RULES = (
     ),
     Rule(
         id="E104", severity="error", title="operator of another domain", check=foreign_domains,
+        partitions=True,
         fix="Make the TensorRT variant from the model before ONNX Runtime's fusions; Triton's TensorRT execution "
         "provider leaves such nodes to CUDA or the CPU.",
     ),

@@ -55,6 +55,9 @@ def _listed(names: frozenset[str], said: str) -> Callable[[Graph, Target], Itera
     return check
 
 
+unsupported = _listed(_UNSUPPORTED, "is not in TensorRT")
+
+
 def computed_parameters(graph: Graph, target: Target) -> Iterator[Hit]:
     """Parameters that must be known when the engine is built, and are computed at run time."""
     for node in graph.of_type(*_CONSTANT_INPUTS):
@@ -175,12 +178,13 @@ def younger_operators(graph: Graph, target: Target) -> Iterator[Hit]:
 RULES = (
     Rule(
         id="E201", severity="error", title="operator that TensorRT does not have",
-        check=_listed(_UNSUPPORTED, "is not in TensorRT"),
+        check=unsupported, partitions=True,
         fix="Export the model without it, cut it off into a step before or after, or write a plugin.",
     ),
     Rule(
         id="E202", severity="error", title="QOperator or dynamically quantized",
         check=_listed(QUANTIZED, "computes on quantized tensors itself; TensorRT takes Q/DQ pairs only"),
+        partitions=True,
         fix="Quantize the float32 model anew with explicit Q/DQ pairs: the stage quantize.tensorrt.",
     ),
     Rule(

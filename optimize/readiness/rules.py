@@ -1,8 +1,8 @@
 """What a rule is, what it finds, and what a model is checked for."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from optimize.readiness.graph import Graph
 from optimize.readiness.profile import Profile
@@ -21,12 +21,22 @@ class Target:
         profile: the shapes that an engine is to be built for, or None where nothing is said of them.
         precision: what the engine is to compute in, or None where nothing is said of it.
         max_batch_size: of the server, or None where nothing is said of it.
+        config: Triton's configuration of the model (a ``ModelConfig``), or None where nothing is said of it.
     """
 
     tensorrt: Version
     profile: Profile | None = None
     precision: Precision | None = None
     max_batch_size: int | None = None
+    config: Any = None
+
+    @property
+    def provider(self) -> Mapping[str, str] | None:
+        """Settings of ONNX Runtime's TensorRT provider; None where the configuration does not ask for it."""
+        if self.config is None:
+            return None
+        given = self.config.optimization.execution_accelerators.gpu_execution_accelerator
+        return next((dict(one.parameters) for one in given if one.name == "tensorrt"), None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +65,7 @@ class Rule:
         fix: what to do.
         since: the first version of TensorRT that it holds for.
         check: what finds it.
+        partitions: whether ONNX Runtime's TensorRT provider leaves the nodes to another one, which costs speed only.
     """
 
     id: str
@@ -63,6 +74,12 @@ class Rule:
     fix: str
     check: Callable[[Graph, Target], Iterable[Hit]] = field(repr=False)
     since: Version = (10, 0)
+    partitions: bool = False
+
+    def severity_of(self, hit: Hit, target: Target) -> Severity:
+        """How grave a hit is for this target."""
+        severity = hit.severity or self.severity
+        return "warning" if severity == "error" and self.partitions and target.provider is not None else severity
 
     @property
     def versions(self) -> str:
@@ -87,7 +104,7 @@ def apply_rules(rules: Iterable[Rule], graph: Graph, target: Target) -> tuple[Fi
     found = [
         Finding(
             rule=rule.id,
-            severity=hit.severity or rule.severity,
+            severity=rule.severity_of(hit, target),
             versions=rule.versions,
             message=hit.message,
             nodes=hit.nodes,

@@ -11,6 +11,7 @@ from optimize.readiness.graph import Graph
 from optimize.readiness.lint import RULES, load_graph
 from optimize.readiness.profile import Range
 from optimize.readiness.rules import Target, apply_rules
+from optimize.readiness.serving import parse_config
 from registry.errors import InputError
 
 DATA = Path(__file__).parents[2] / "data"
@@ -21,9 +22,10 @@ def parsed(body: str, *, opset: int = 17, ir: int = 8, domains: str = "") -> onn
     return onnx.parser.parse_model(f'<ir_version: {ir}, opset_import: ["": {opset}{domains}]> {body}')
 
 
-def found(model: onnx.ModelProto, *, version=TENSORRT_10, **target) -> dict[str, list]:
+def found(model: onnx.ModelProto, *, version=TENSORRT_10, config: str | None = None, **target) -> dict[str, list]:
     by_rule: dict[str, list] = {}
-    for finding in apply_rules(RULES, Graph(model), Target(tensorrt=version, **target)):
+    parsed_config = None if config is None else parse_config(config)
+    for finding in apply_rules(RULES, Graph(model), Target(tensorrt=version, config=parsed_config, **target)):
         by_rule.setdefault(finding.rule, []).append(finding)
     return by_rule
 
@@ -180,6 +182,17 @@ def branches(names: tuple[str, str]) -> onnx.ModelProto:
     )
 
 
+def on_onnx_runtime(more: str = "", /, *, kind: str = "KIND_GPU", **settings: str) -> str:
+    """A config.pbtxt for ONNX Runtime with its TensorRT provider, set as given."""
+    given = "".join(f'parameters {{ key: "{key}" value: "{value}" }} ' for key, value in settings.items())
+    return (
+        f'backend: "onnxruntime" max_batch_size: 1 instance_group [ {{ kind: {kind} }} ] {more} optimization {{'
+        f' execution_accelerators {{ gpu_execution_accelerator: [ {{ name: "tensorrt" {given} }} ] }} }}'
+    )
+
+
+ON_CPU = 'backend: "onnxruntime" instance_group [ { kind: KIND_CPU } ] '
+FREE = simple("Relu", "float[n,4] x", "float[n,4] y")
 RELU = simple("Relu")
 HALF = simple("Relu", "float16[1,4] x", "float16[1,4] y")
 CASES = [
@@ -274,6 +287,21 @@ CASES = [
      {"profile": {"x": Range(min=(1, 4), opt=(2, 4), max=(4, 4)), "z": Range(min=(1, 4), opt=(2, 4), max=(8, 4))}}),
     ("E504", parsed(RELU), {"max_batch_size": 8}),
     ("E505", parsed(simple("ConstantOfShape", "int64[65] x", "float[n] y")), {}),
+    ("E701", parsed(RELU), {"config": 'platform: "tensorrt_plan" instance_group [ { kind: KIND_CPU } ]'}),
+    ("E701", parsed(RELU), {"config": on_onnx_runtime(kind="KIND_CPU")}),
+    ("E702", parsed(RELU), {"config": on_onnx_runtime(precision_mode="INT4")}),
+    ("E702", parsed(RELU), {"config": on_onnx_runtime().replace('"tensorrt"', '"tensorflow"')}),
+    ("E702", parsed(FREE), {"config": on_onnx_runtime(trt_profile_min_shapes="x:1x4")}),
+    ("E702", parsed(FREE), {"config": on_onnx_runtime(
+        trt_profile_min_shapes="z:1x4", trt_profile_opt_shapes="x:1x4", trt_profile_max_shapes="x:1x4")}),
+    ("E703", quantized_product(), {"config": on_onnx_runtime(precision_mode="FP16")}),
+    ("E703", quantized_product(), {"config": on_onnx_runtime(
+        precision_mode="INT8", int8_calibration_table_name="table")}),
+    ("E704", parsed(RELU), {"config": on_onnx_runtime(trt_engine_cache_path="/mnt/cache")}),
+    ("E705", parsed(simple("Det", "float[2,2] x", "float y")), {"config": on_onnx_runtime()}),
+    ("E706", parsed(RELU), {"config": ON_CPU + "optimization { graph { level: 2 } }"}),
+    ("E706", parsed(RELU), {"config": ON_CPU + "max_batch_size: 8"}),
+    ("E707", parsed(RELU), {"config": ON_CPU}),
 ]  # fmt: skip
 
 
@@ -352,6 +380,43 @@ def test_a_graph_as_deep_as_networks_get_is_looked_at_whole() -> None:
     for node in reversed(chain):
         deep.graph.node.insert(0, node)
     assert found(deep) == {}
+
+
+KEPT = {"trt_engine_cache_enable": "1", "trt_engine_cache_path": "/mnt/cache"}
+WARM = 'model_warmup [ { name: "first" batch_size: 1 } ]'
+
+
+@pytest.mark.parametrize(
+    ("model", "config"),
+    [
+        (parsed(RELU), 'platform: "tensorrt_plan" instance_group [ { kind: KIND_GPU } ]'),
+        (quantized_product(), on_onnx_runtime(WARM, precision_mode="INT8", **KEPT)),
+        (parsed(RELU), ON_CPU + 'max_batch_size: 0 input [ { name: "x" data_type: TYPE_FP32 dims: [ 4 ] } ]'
+         ' parameters { key: "intra_op_thread_count" value: { string_value: "1" } } optimization {'
+         ' execution_accelerators { cpu_execution_accelerator: [ { name: "openvino" } ] } }'),
+    ],
+)  # fmt: skip
+def test_a_configuration_that_fits_sets_off_none(model: onnx.ModelProto, config: str) -> None:
+    assert found(model, config=config) == {}
+
+
+def test_what_onnx_runtime_runs_elsewhere_is_no_error_there() -> None:
+    fused = parsed(simple("com.microsoft.FastGelu"), domains=', "com.microsoft": 1')
+    assert found(fused)["E104"][0].severity == "error"
+    served = found(fused, config=on_onnx_runtime(WARM, **KEPT))
+    assert {rule: hits[0].severity for rule, hits in served.items()} == {"E104": "warning", "E705": "warning"}
+    assert served["E705"][0].message == "1 of 1 nodes (100%) are left to CUDA, and cut the graph there"
+
+
+def test_pairs_need_no_int8_mode_from_tensorrt_11_on() -> None:
+    config = on_onnx_runtime(WARM, **KEPT)
+    assert "E703" in found(quantized_product(), config=config)
+    assert "E703" not in found(quantized_product(), config=config, version=TENSORRT_11)
+
+
+def test_a_configuration_that_is_none_is_the_users_input() -> None:
+    with pytest.raises(InputError, match=r"no config\.pbtxt of Triton"):
+        parse_config("max_batch: 8")
 
 
 def test_rules_hold_from_their_version_on() -> None:
