@@ -24,6 +24,7 @@ ENGINE_FILE = "engine.json"
 # What trtexec may know of this process: no tokens, no passwords.
 _ENVIRONMENT = ("PATH", "HOME", "LANG", "TMPDIR", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES")
 _TAIL = 2000
+_PARTS = ("trtexec", "profile", "triton")  # of build.json that are read
 _ASK_TIMEOUT_S = 60.0
 
 
@@ -42,7 +43,7 @@ def build_engine(folder: Path, out: Path, *, timeout_s: float = 3600.0) -> Path:
         InputError: the folder holds no such model.
         StageError: trtexec failed, took too long, or wrote nothing; the end of its log is in the message.
     """
-    build = _read_build(folder)
+    build = read_build(folder)
     trtexec = shutil.which("trtexec")
     if trtexec is None:
         raise NotApplicableError("no engine was built: no trtexec on PATH", hint="Build where TensorRT is installed.")
@@ -64,14 +65,20 @@ def build_engine(folder: Path, out: Path, *, timeout_s: float = 3600.0) -> Path:
     return out / PLAN
 
 
-def _read_build(folder: Path) -> dict[str, Any]:
+def read_build(folder: Path) -> dict[str, Any]:
+    """What ``tensorrt.prepare`` wrote beside its model: profile, commands, strings for Triton, findings.
+
+    Raises:
+        InputError: the folder is not what the stage makes.
+    """
     try:
         build = json.loads((folder / BUILD_FILE).read_text())
     except (OSError, ValueError) as error:
         raise InputError(f"{folder} holds no {BUILD_FILE} that can be read: {error}") from error
-    if not isinstance(build, dict) or "trtexec" not in build or not (folder / ENTRY).is_file():
+    whole = isinstance(build, dict) and all(isinstance(build.get(key), dict) for key in _PARTS)
+    if not whole or not (folder / ENTRY).is_file():
         raise InputError(f"{folder} is not what the stage tensorrt.prepare makes")
-    return build
+    return dict(build)
 
 
 def _gpu() -> dict[str, str]:

@@ -3,12 +3,15 @@
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import onnx
 import pytest
 
+from optimize.cli import main
 from optimize.engines.trtexec import build_engine
+from optimize.readiness.serving import parse_config
 from optimize.stages import make_stage
 from optimize.stages.base import Context, read_input
 from optimize.stages.tensorrt import Prepare
@@ -103,3 +106,62 @@ def test_int8_made_here_gives_the_rules_nothing_to_say(machine, tmp_path: Path) 
     build_engine(made.folder, tmp_path / "engine")
     command = json.loads((tmp_path / "engine" / "engine.json").read_text())["command"]
     assert command[-2:] == ["--fp16", "--int8"]
+
+
+# --- the command -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tensorrt(monkeypatch, capsys):
+    def run(*arguments: object) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["burnish", "tensorrt", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            main()
+        return caught.value.code, capsys.readouterr().out
+
+    return run
+
+
+def config_of(model: str) -> object:
+    return parse_config((Path(model) / "config.pbtxt").read_text())
+
+
+def test_where_there_is_a_gpu_both_models_are_whole(ready, machine, tensorrt, tmp_path: Path) -> None:
+    machine("trtexec", "nvidia-smi")
+    code, told = tensorrt(ready, "--out", tmp_path / "repository", "--name", "net", "--json")
+    assert code == 0
+    document = json.loads(told)
+    assert document["skipped"] is None
+    assert Path(document["engine"]).read_text() == "a plan\n"
+    plan, served = (config_of(place) for place in document["models"].values())
+    assert (plan.name, plan.platform, plan.max_batch_size) == ("net-plan", "tensorrt_plan", 16)
+    (accelerator,) = served.optimization.execution_accelerators.gpu_execution_accelerator
+    assert (served.name, served.backend, accelerator.name) == ("net-onnx", "onnxruntime", "tensorrt")
+    assert accelerator.parameters["trt_profile_max_shapes"] == "image:16x3x8x8"
+    assert accelerator.parameters["precision_mode"] == "FP32"
+    copied = tmp_path / "repository" / "net-onnx" / "1" / "model.onnx"
+    assert copied.read_bytes() == (ready / "model.onnx").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bin", "repository"]
+
+
+def test_elsewhere_the_engine_is_left_out_with_the_reason_and_the_commands(
+    ready, tensorrt, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    code, told = tensorrt(ready, "--out", tmp_path / "repository", "--max-batch-size", "1")
+    assert code == 0
+    assert "no engine was built: no trtexec on PATH; where the GPU is, run" in told
+    assert "from TensorRT 10.0 on: trtexec --onnx=model.onnx" in told
+    assert "from TensorRT 11.0 on: trtexec --onnx=model.onnx" in told
+    assert config_of(str(tmp_path / "repository" / "ready-plan")).max_batch_size == 0
+    assert list((tmp_path / "repository" / "ready-plan" / "1").iterdir()) == []
+    code, _ = tensorrt(ready, "--out", tmp_path / "repository")
+    assert code == 2
+
+
+def test_a_build_that_fails_writes_nothing_and_is_told(ready, machine, tensorrt, tmp_path: Path) -> None:
+    machine("trtexec", "nvidia-smi", wish="fail 110000")
+    code, told = tensorrt(ready, "--out", tmp_path / "repository", "--json")
+    assert code == 2
+    assert "network is not supported" in json.loads(told)["error"]["message"]
+    assert not (tmp_path / "repository").exists()
