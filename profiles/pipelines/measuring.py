@@ -16,7 +16,7 @@ from profiles.measure.levels import Level
 from profiles.measure.rounds import run_until_valid
 from profiles.pipelines.measured import StepNumbers, WholeNumbers, thin
 from registry.errors import UnreachableError
-from registry.records import ClosedLoop, LoadProfile, OpenLoop, RunRecord, Target
+from registry.records import ClosedLoop, LoadProfile, OpenLoop, RateStage, RunRecord, Target
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,18 +94,22 @@ def measure_endpoint(
         )
     used = best[0].metrics if best else {}
     cpu_s, memory = used.get("cpu_s_per_1k"), used.get("rss_mb")
-    rates = {
-        f"{stage.offered_rps:.4g}": (stage.latency_p50_ms, stage.latency_p90_ms)
-        for stage in capacity.stages
-        if stage.sustained and stage.latency_p50_ms is not None and stage.latency_p90_ms is not None
-    }
     return Found(
         latencies_ms=latencies,
         saturation_rps=capacity.saturation_rps,
         cpu_ms=cpu_s,
         memory_mb=memory,
-        rates=rates,
+        rates=rates_of(capacity.stages),
     )
+
+
+def rates_of(stages: Sequence[RateStage]) -> dict[str, tuple[float, float]]:
+    """Offered rate, as text -> (p50, p90) in ms, of the stages that were sustained and earned both."""
+    return {
+        f"{stage.offered_rps:.4g}": (stage.latency_p50_ms, stage.latency_p90_ms)
+        for stage in stages
+        if stage.sustained and stage.latency_p50_ms is not None and stage.latency_p90_ms is not None
+    }
 
 
 def _latencies(raw: Path, record: RunRecord) -> NDArray[np.float64]:

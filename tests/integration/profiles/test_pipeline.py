@@ -81,8 +81,6 @@ def test_a_step_and_the_whole_are_measured(plan: Plan, tmp_path: Path):
     level = replace(find_level("quick"), **TINY)
     measured = measure_plan(plan, level=level, work=tmp_path / "work", variants=False, workers=(1, 2))
     assert list(measured.of("left").by_workers) == [2]
-    assert all(0 < p50 <= p90 for p50, p90 in measured.of("left").rates.values())
-    assert len(measured.of("left").rates) >= 1
     write_measured(measured, tmp_path / "m.yaml")
     assert load_measured(tmp_path / "m.yaml", plan.pipeline) == measured
     assert list(measured.steps["left"]) == ["one"]
