@@ -45,7 +45,7 @@ def judge_served(
     """
     plan = workspace.plan
     path = workspace.folder("outputs") / f"served-{candidate.id}-{digest([samples_digest])}.npz"
-    save_outputs(path, answers_of(target, inputs))
+    save_outputs(path, answers_of(target, inputs, limit_s=limits_of(workspace).timeout_s))
     return judge_answers(
         candidate.variant_id,
         candidate.engine,

@@ -23,7 +23,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from registry.errors import BurnishError, GeneratorLostError, InputError, StorageError
+from registry.errors import BudgetUsedUpError, BurnishError, GeneratorLostError, InputError, StorageError
 from registry.records import Estimate, Screening, ServingPoint, ServingProfile, ServingSearch
 
 Floats = NDArray[np.float64]
@@ -366,7 +366,7 @@ class _Walk:
     def _measured(profile: ServingProfile, measure: Measure) -> tuple[Estimate | None, str]:
         try:
             score = measure(profile)
-        except (StorageError, GeneratorLostError):
+        except (StorageError, GeneratorLostError, BudgetUsedUpError):
             raise  # no fault of the profile
         except BurnishError as error:
             return None, error.message

@@ -63,6 +63,7 @@ _FAILED_TO = {
     "measure": "could not be measured",
 }
 
+_PROVISIONAL = "Provisional: the level of proof is too low to promote on."
 OTHER_SIGNATURE = (
     "its inputs or outputs are not the baseline's, which the policy allows only with `signature: may_change`"
 )
@@ -79,6 +80,7 @@ def select(
     baseline_id: str | None,
     provisional: bool,
     champion_id: str | None = None,
+    cut_short: str = "",
 ) -> Verdict:
     """The verdict: what to serve, why each other candidate is not it, and if none may be, what came closest.
 
@@ -88,11 +90,12 @@ def select(
         variants: those of the candidates.
         metrics: as `metric_table` gives them.
         comparisons: of candidates in interleaved rounds.
-        failures: those whose subject is a candidate's name rule it out.
+        failures: those whose subject is a candidate's name rule it out; of kind ``budget`` they leave it unknown.
         baseline_id: the candidate that relative limits refer to; where it has failed they are unknown.
         provisional: whether the level of proof is too low for promotion.
         champion_id: the candidate that serves now, which limits with ``vs champion`` refer to; without it, or where it
             has failed, they are unknown. Comparisons with it judge them where there are any.
+        cut_short: what ended the measuring before its time, in a sentence; or empty.
     """
     failed = {failure.subject: failure for failure in failures}
     variant_of = {variant.id: variant for variant in variants}
@@ -133,13 +136,14 @@ def select(
         policy=policy,
         baseline=baseline_id,
         selected=selected.candidate.id if selected else None,
-        sentence=sentence + (" Provisional: the level of proof is too low to promote on." if provisional else ""),
+        sentence=" ".join(part for part in (sentence, cut_short, _PROVISIONAL if provisional else "") if part),
         provisional=provisional,
         pareto=_pareto(policy, standings),
         rejections=tuple(_rejection(one, selected, lost) for one in standings if one is not selected),
         unknown=tuple(one.candidate.id for one in standings if one.outcome == "unknown"),
         closest=closest,
         champion=champion_id,
+        cut_short=cut_short,
     )
 
 
@@ -181,12 +185,13 @@ def _standing(
     other_signature = variant.signature_changed and policy.signature == "same"
     outcomes = {judgement.outcome for judgement in judgements}
     outcome: Literal["failed", "fail", "unknown", "pass"]
-    if failure is not None:
+    unmeasured = failure is not None and failure.kind == "budget"
+    if failure is not None and not unmeasured:
         outcome = "failed"
     elif "fail" in outcomes or other_signature:
         outcome = "fail"
     else:
-        outcome = "unknown" if "unknown" in outcomes or missing else "pass"
+        outcome = "unknown" if "unknown" in outcomes or missing or unmeasured else "pass"
     return Standing(
         candidate=candidate,
         variant=variant,
@@ -297,7 +302,9 @@ def _rejection(one: Standing, selected: Standing | None, lost: Mapping[str, Loss
 
 
 def _why_not(one: Standing, selected: Standing | None, lost: Mapping[str, Loss]) -> str:
-    if one.failure is not None:
+    if one.failure is not None and one.outcome == "unknown":
+        return f"unknown: {one.failure.reason}"
+    if one.failure is not None and one.outcome == "failed":
         return f"{_FAILED_TO[one.failure.phase]}: {one.failure.reason}"
     if one.outcome == "fail":
         missed = [judgement.reason for judgement in one.judgements if judgement.outcome == "fail"]

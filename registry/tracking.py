@@ -21,6 +21,11 @@ SECRET_VARIABLES = (
     "AZURE_STORAGE_CONNECTION_STRING",
 )
 """Environment variables whose values no message shows."""
+SECRET_NAME = re.compile(r"(?i)secret|password|passwd|token|credential|_key$|^AWS_ACCESS_KEY_ID$")
+"""What the names of environment variables with secrets look like."""
+_URL_IN_TEXT = re.compile(r"(?<=://)[^/\s@'\"]+@")
+_QUERY_IN_TEXT = re.compile(r"([?&][^=&\s]*(?:password|passwd|pwd|secret|token|key)[^=&\s]*=)[^&#\s]*", re.IGNORECASE)
+_SHORTEST_SECRET = 6  # "true" and "0" are no secrets, and would take parts of words away
 
 
 def open_tracker(uri: str | None, work: Path) -> Tracker:
@@ -91,6 +96,15 @@ def without_secrets(text: str, uri: str) -> str:
     for secret in sorted((secret for secret in secrets if secret), key=len, reverse=True):
         shown = shown.replace(secret, HIDDEN)
     return shown
+
+
+def hide_secrets(text: str) -> str:
+    """Any text, fit for a log: without credentials in URLs, and without the values of variables named like secrets."""
+    shown = without_secrets(text, os.environ.get("MLFLOW_TRACKING_URI") or "\0")
+    for name, value in os.environ.items():
+        if len(value) >= _SHORTEST_SECRET and value in shown and SECRET_NAME.search(name):
+            shown = shown.replace(value, HIDDEN)
+    return _QUERY_IN_TEXT.sub(rf"\g<1>{HIDDEN}", _URL_IN_TEXT.sub(f"{HIDDEN}@", shown))
 
 
 def holds_secret(uri: str) -> bool:

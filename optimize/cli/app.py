@@ -19,7 +19,7 @@ from optimize.cli import (
     reports,
     select,
     serving,
-    tensorrt,
+    status,
 )
 
 # Rich markup in help doubles the start-up time; plain help reads as well.
@@ -36,6 +36,7 @@ app.command("init")(campaigns.init)
 app.command("inspect")(models.inspect)
 app.command("make")(campaigns.make)
 app.command("run")(campaigns.run)
+app.command("status")(status.status)
 app.command("render")(render.render)
 app.command("serve")(serving.serve)
 app.command("bench")(serving.bench)
@@ -52,5 +53,4 @@ app.add_typer(cache.app, name="cache")
 app.add_typer(job.app, name="job")
 app.add_typer(pipeline.app, name="pipeline")
 app.command("lint")(lint.lint)
-app.command("tensorrt")(tensorrt.tensorrt)
 app.command("doctor")(hosts.doctor)

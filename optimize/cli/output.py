@@ -3,6 +3,7 @@
 import json
 import logging
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
     from optimize.plan import Observer
+
+_REFRESHES_PER_S = 4.0
+_BAR_WIDTH = 30
+_MOST_LINES = 12
+"""Of work that runs; the rest is counted."""
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout; all else on stderr.")]
 
@@ -42,66 +50,127 @@ def say(text: str) -> None:
 
 @contextmanager
 def progress() -> Iterator["Observer"]:
-    """An observer of a campaign: a progress bar on a terminal, plain lines elsewhere; logs go the same way."""
+    """An observer of a campaign: what runs, and how far it is, on a terminal; plain lines elsewhere. Logs go along."""
     _quiet_logs()
     if not sys.stderr.isatty():
-        logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+        shown = logging.StreamHandler()
+        shown.setLevel(logging.WARNING)
+        logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", handlers=[shown])
         yield LineObserver()
         return
     from rich.console import Console
+    from rich.live import Live
     from rich.logging import RichHandler
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     console = Console(stderr=True)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=console)])
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=console, transient=True) as bar:
-        yield BarObserver(bar)
+    rich_shown = RichHandler(console=console, level=logging.WARNING)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[rich_shown])
+    observer = LiveObserver(console)
+    with Live(observer, console=console, refresh_per_second=_REFRESHES_PER_S, transient=True):
+        yield observer
 
 
 class LineObserver:
-    """One plain line for each thing that is done."""
+    """One plain line for each thing that is done, with how far the phase is."""
+
+    def __init__(self) -> None:
+        from optimize.progress import Progress
+
+        self._progress = Progress()
 
     def phase(self, name: str, total: int) -> None:
         """Says that a phase of ``total`` units begins."""
+        self._progress.phase(name, total)
         say(f"{name}: {total}")
+
+    def begun(self, kind: str, subject: str, where: str = "") -> None:
+        """Says that a piece of work begins, where that is on another machine."""
+        self._progress.begun(kind, subject, where)
+        if where:
+            say(f"  {subject} begins on {where}")
+
+    def ended(self, kind: str, subject: str) -> None:
+        """Keeps how long a piece of work took."""
+        self._progress.ended(kind, subject)
 
     def done(self, subject: str, outcome: str) -> None:
         """Says what became of one unit."""
-        say(f"  {subject}: {outcome}")
+        self._progress.done(subject, outcome)
+        say(f"  {subject}: {outcome}{self._far()}")
 
     def note(self, text: str) -> None:
         """Says something that is no unit of a phase."""
         say(f"  {text}")
 
+    def _far(self) -> str:
+        """How far the phase is, once that says something."""
+        from optimize.progress import remaining
 
-class BarObserver:
-    """A bar for each phase, with a line above it for each thing that is done."""
+        phase, left_s = self._progress.current, self._progress.left_s
+        return f" ({phase.done} of {phase.total}, {remaining(left_s)})" if phase is not None and left_s else ""
 
-    def __init__(self, bar: Any) -> None:
-        self._bar = bar
-        self._task: Any = None
+
+class LiveObserver:
+    """A bar for the phase and a line for each piece of work that runs, below a line for each thing that is done."""
+
+    def __init__(self, console: "Console") -> None:
+        from rich.spinner import Spinner
+
+        from optimize.progress import Progress
+
+        self._console = console
+        self._progress = Progress()
+        self._spinner = Spinner("dots")
 
     def phase(self, name: str, total: int) -> None:
         """Begins the bar of a phase; the last one's goes."""
-        if self._task is not None:
-            self._bar.remove_task(self._task)
-        self._task = self._bar.add_task(name, total=total)
+        self._progress.phase(name, total)
+
+    def begun(self, kind: str, subject: str, where: str = "") -> None:
+        """Shows a piece of work."""
+        self._progress.begun(kind, subject, where)
+
+    def ended(self, kind: str, subject: str) -> None:
+        """Takes it away."""
+        self._progress.ended(kind, subject)
 
     def done(self, subject: str, outcome: str) -> None:
         """Moves the bar on, and says what became of one unit."""
-        self._bar.console.print(f"[green]·[/] {_escaped(subject)}: {_escaped(outcome)}", highlight=False)
-        self._bar.advance(self._task)
+        self._progress.done(subject, outcome)
+        self._console.print(f"[green]·[/] {_escaped(subject)}: {_escaped(outcome)}", highlight=False)
 
     def note(self, text: str) -> None:
         """Says something above the bar."""
-        self._bar.console.print(f"[dim]{_escaped(text)}[/]", highlight=False)
+        self._console.print(f"[dim]{_escaped(text)}[/]", highlight=False)
+
+    def __rich__(self) -> "RenderableType":
+        """What the terminal shows now."""
+        from rich.console import Group
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+        from rich.text import Text
+
+        from optimize.progress import duration, remaining
+
+        phase = self._progress.current
+        if phase is None:
+            return Text("")
+        bar = Table.grid(padding=(0, 1))
+        total = max(phase.total, 1)
+        bar.add_row(
+            self._spinner,
+            Text(phase.name, style="bold"),
+            ProgressBar(total=total, completed=min(phase.done, total), width=_BAR_WIDTH),
+            Text(f"{phase.done}/{phase.total}"),
+            Text(duration(time.time() - phase.began), style="dim"),
+            Text(remaining(self._progress.left_s), style="dim"),
+        )
+        lines = [
+            Text(f"  {one.words}  ").append(duration(time.time() - one.since), style="dim")
+            for one in self._progress.running
+        ]
+        more = len(lines) - _MOST_LINES
+        return Group(bar, *lines[:_MOST_LINES], *([Text(f"  and {more} more", style="dim")] if more > 0 else []))
 
 
 def _quiet_logs() -> None:

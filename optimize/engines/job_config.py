@@ -9,13 +9,13 @@ from pydantic_core import PydanticCustomError
 
 from registry.errors import InputError
 from registry.filesystems import destination_of
+from registry.tracking import SECRET_NAME
 
 GRACE_S = 60
 """From SIGTERM to SIGKILL, where the file says nothing."""
 LEAST_GRACE_S = 30
 """What the command line may need after SIGTERM: to unload models (10 s), end its servers (5 s) and reap them (5 s)."""
 
-_SECRET = re.compile(r"(?i)secret|password|passwd|token|credential|_key$|^AWS_ACCESS_KEY_ID$")
 _OURS = frozenset({"BURNISH_STORE", "BURNISH_INDEX", "MLFLOW_TRACKING_URI"})
 
 Name = Annotated[str, Field(pattern=r"^[a-z]([-a-z0-9]*[a-z0-9])?$", max_length=50)]
@@ -172,7 +172,7 @@ class JobConfig(PodConfig):
         for name in value:
             if name in _OURS:
                 raise ValueError(f"{name} is set by burnish itself, from a key of its own in this file")
-            if _SECRET.search(name):
+            if SECRET_NAME.search(name):
                 raise _unshown(f"{name} looks like a secret: put it into a Secret and name that under `secrets:`")
         return value
 

@@ -18,7 +18,7 @@ _TIMEOUT_S = 30.0
 
 
 def answers_of(
-    target: Target, inputs: Mapping[str, NDArray[Any]], *, timeout_s: float = _TIMEOUT_S
+    target: Target, inputs: Mapping[str, NDArray[Any]], *, timeout_s: float = _TIMEOUT_S, limit_s: float | None = None
 ) -> dict[str, NDArray[Any]]:
     """Every sample's answer: output -> (samples, ...) array, in the samples' order.
 
@@ -26,12 +26,27 @@ def answers_of(
         target: any V2 endpoint.
         inputs: input -> (samples, ...) array.
         timeout_s: of each request.
+        limit_s: of all of them together; None for none.
 
     Raises:
-        UnreachableError: the server cannot be reached, or does not answer a sample.
+        UnreachableError: the server cannot be reached, or does not answer a sample, or not all in time.
         InputError: an answer does not have one row for the one sample that was sent.
     """
-    return asyncio.run(_ask(target, inputs, timeout_s))
+    return asyncio.run(_ask_within(target, inputs, timeout_s, limit_s))
+
+
+async def _ask_within(
+    target: Target, inputs: Mapping[str, NDArray[Any]], timeout_s: float, limit_s: float | None
+) -> dict[str, NDArray[Any]]:
+    if limit_s is None:
+        return await _ask(target, inputs, timeout_s)
+    try:
+        async with asyncio.timeout(limit_s):
+            return await _ask(target, inputs, timeout_s)
+    except TimeoutError:
+        raise UnreachableError(
+            f"{target.model} at {target.url} did not answer {sample_count(inputs)} samples within {limit_s:g} s"
+        ) from None
 
 
 async def _ask(target: Target, inputs: Mapping[str, NDArray[Any]], timeout_s: float) -> dict[str, NDArray[Any]]:

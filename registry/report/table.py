@@ -64,12 +64,22 @@ def outcome(campaign: Campaign, candidate: Candidate) -> tuple[Outcome, str]:
     if candidate.id == verdict.selected:
         return "selected", ""
     for failure in campaign.failures:
-        if failure.subject == candidate.name:
+        if failure.subject == candidate.name and failure.kind != "budget":
             return "failed", failure.reason
     reasons = [rejection.reason for rejection in verdict.rejections if rejection.candidate_id == candidate.id]
     if candidate.id in verdict.unknown or not reasons:
         return "unknown", reasons[0] if reasons else "nothing was measured that could judge it"
     return "rejected", reasons[0]
+
+
+def provisional_words(campaign: Campaign) -> str:
+    """Why the verdict earns no promotion; empty where it does."""
+    verdict = campaign.verdict
+    if not verdict.provisional:
+        return ""
+    if verdict.cut_short:
+        return f"What was measured before the budget was used up does not earn a promotion at level {campaign.level}."
+    return f"Level {campaign.level} does not earn a promotion."
 
 
 def latency_limit(campaign: Campaign) -> Constraint | None:

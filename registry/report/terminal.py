@@ -12,7 +12,7 @@ from rich.text import Text
 from registry.records import Campaign, Failure
 from registry.report import numbers
 from registry.report.champions import champion_sentence
-from registry.report.table import Row, engine_words, latency_name, printable, rows
+from registry.report.table import Row, engine_words, latency_name, printable, provisional_words, rows
 from registry.report.waterfall import TITLE, waterfall
 
 # Every outcome has a word beside its colour: colour alone says nothing on a plain stream or to the colour-blind.
@@ -108,8 +108,8 @@ def _sentence(campaign: Campaign, console: Console) -> None:
     selected = campaign.verdict.selected is not None
     console.print()
     console.print(Text(printable(campaign.verdict.sentence), style="bold green" if selected else "bold yellow"))
-    if campaign.verdict.provisional:
-        console.print(Text(f"Provisional: level {campaign.level} does not earn a promotion.", style="yellow"))
+    if words := provisional_words(campaign):
+        console.print(Text(f"Provisional: {words[0].lower()}{words[1:]}", style="yellow"))
     if against := champion_sentence(campaign):
         console.print(Text(printable(against)))
 
