@@ -1,6 +1,7 @@
 """Campaigns in which something goes wrong, and campaigns of other kinds than one ONNX file."""
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -118,7 +119,9 @@ def test_a_server_that_is_never_ready_is_a_failed_candidate_and_exit_3(tiny: Pat
 
 
 @pytest.fixture
-def torch_folder(tmp_path: Path) -> Path:
+def torch_folder(tmp_path: Path, empty_store: Path) -> Path:
+    (tmp_path / "burnish-work").mkdir()
+    shutil.copyfile(empty_store, tmp_path / "burnish-work" / "mlflow.db")
     (tmp_path / "tiny_networks.py").write_text(FACTORIES)
     (tmp_path / "levels.yaml").write_text(LEVELS)
     rng = np.random.default_rng(3)
