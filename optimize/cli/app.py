@@ -20,6 +20,7 @@ from optimize.cli import (
     select,
     serving,
     status,
+    tensorrt,
 )
 
 # Rich markup in help doubles the start-up time; plain help reads as well.
@@ -53,4 +54,5 @@ app.add_typer(cache.app, name="cache")
 app.add_typer(job.app, name="job")
 app.add_typer(pipeline.app, name="pipeline")
 app.command("lint")(lint.lint)
+app.command("tensorrt")(tensorrt.tensorrt)
 app.command("doctor")(hosts.doctor)

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from optimize.cli import main
+from tests.doubles import zoo
 from tests.doubles.models import mlp, write_onnx
 
 COMMANDS = (
@@ -27,6 +28,7 @@ COMMANDS = (
     "history",
     "rebuild",
     "lint",
+    "tensorrt",
     "doctor",
     "cache why",
     "job render",
@@ -99,6 +101,13 @@ def test_inspect_shows_the_tensors(monkeypatch, capsys, tmp_path: Path):
     assert described["format"] == "onnx"
     assert described["inputs"][0]["dtype"] == "float32"
     assert described["parameters"] > 0
+
+
+def test_inspect_says_which_weights_are_missing(monkeypatch, capsys, tmp_path: Path):
+    model = zoo.write("external-data", tmp_path)
+    (tmp_path / "weights.bin").unlink()
+    assert burnish(monkeypatch, "inspect", str(model)) == 0
+    assert "in weights.bin (missing)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("content", [b"", b"not a model", b"\x80\x04\x95"])
