@@ -272,12 +272,13 @@ def _kind(run: Run) -> str:
     return str(run.data.tags.get("burnish.kind", "candidate"))
 
 
-def _content(run: Run) -> str | None:
-    return run.data.tags.get("burnish.content")
+def _content(run: Run) -> str:
+    return str(run.data.tags.get("burnish.content", ""))
 
 
-def _parent(run: Run) -> str | None:
-    return run.data.tags.get(MLFLOW_PARENT_RUN_ID)
+def _parent(run: Run) -> str:
+    """The id of its campaign's run; empty for that itself."""
+    return str(run.data.tags.get(MLFLOW_PARENT_RUN_ID, ""))
 
 
 def _ended(run: Run) -> bool:
