@@ -8,7 +8,7 @@ that build objects, merge keys, duplicate keys and numbers that are not finite a
 import difflib
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import NoneType, UnionType
@@ -52,10 +52,99 @@ def parse_document(text: str, model: type[M], *, name: str) -> M:
         what = "empty" if tree.value is None else f"{_kind(tree.value)}, not a mapping of keys to values"
         keys = ", ".join(_names(model))
         raise DocumentError(f"{tree.at(())}: the document is {what}; its keys may be: {keys}")
+    return _fitted(tree, model)
+
+
+def _fitted(tree: "_Tree", model: type[M]) -> M:
     try:
         return model.model_validate(tree.value)
     except ValidationError as error:
         raise _refusal(_explain(tree, model, error)) from error
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Document:
+    """A document, or a part of one, that was read and not checked yet; it knows on which line each of its keys stands.
+
+    Attributes:
+        name: of the file, for messages.
+        value: plain values.
+        lines: key path, from this part on -> line.
+    """
+
+    name: str
+    value: Any
+    lines: Mapping[KeyPath, int]
+
+    @property
+    def place(self) -> str:
+        """``file:line``."""
+        return f"{self.name}:{self.lines.get((), 1)}"
+
+    def part(self, *path: str | int) -> "Document":
+        """The part at a key path, which is there."""
+        value = self.value
+        for key in path:
+            value = value[key]
+        lines = {inner: self.lines[(*path, *inner)] for inner in _paths(value) if (*path, *inner) in self.lines}
+        return Document(name=self.name, value=value, lines=lines)
+
+    def only(self, keys: Iterable[str]) -> "Document":
+        """The same mapping with these of its keys alone."""
+        value = {key: self.value[key] for key in keys if key in self.value}
+        return Document(name=self.name, value=value, lines={path: self.lines[path] for path in _paths(value)})
+
+    def over(self, lower: "Document") -> "Document":
+        """This one laid over another: mappings key by key; whatever else stands here is taken whole.
+
+        A mapping of another ``kind`` than the one below is taken whole, too.
+        """
+        lines: dict[KeyPath, int] = {}
+        return Document(name=self.name, value=_laid(self, lower, (), lines), lines=lines)
+
+    def as_model(self, model: type[M]) -> M:
+        """The model that it is.
+
+        Raises:
+            DocumentError: it does not fit; as `load_document`.
+        """
+        return _fitted(_Tree(name=self.name, value=self.value, lines=dict(self.lines)), model)
+
+
+def read_document(path: Path) -> Document:
+    """The document at ``path``, a mapping of keys to values, before it is held against a model.
+
+    Raises:
+        DocumentError: the file is missing, unreadable or too large, or is not YAML.
+    """
+    tree = _parse(_read(path), str(path))
+    if not isinstance(tree.value, dict):
+        what = "empty" if tree.value is None else f"{_kind(tree.value)}, not a mapping of keys to values"
+        raise DocumentError(f"{tree.at(())}: the document is {what}")
+    return Document(name=tree.name, value=tree.value, lines=tree.lines)
+
+
+def _paths(value: Any, path: KeyPath = ()) -> Iterator[KeyPath]:
+    """The key paths of a value, its own first."""
+    yield path
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in inner:
+        yield from _paths(item, (*path, key))
+
+
+def _laid(upper: Document, lower: Document, path: KeyPath, lines: dict[KeyPath, int]) -> Any:
+    """The value at a path of one document over another; notes the lines of what it takes from either."""
+    above, below = upper.value, lower.value
+    both = isinstance(above, dict) and isinstance(below, dict)
+    if both and above.get("kind", below.get("kind")) == below.get("kind"):
+        lines[path] = upper.lines.get((), 1)
+        laid = {}
+        for key in {**below, **above}:
+            sides = [side.part(key) for side in (upper, lower) if key in side.value]
+            laid[key] = _laid(sides[0], sides[-1], (*path, key), lines)
+        return laid
+    lines.update({(*path, *inner): line for inner, line in upper.lines.items()})
+    return above
 
 
 # --- text to values --------------------------------------------------------------------------------------------

@@ -5,11 +5,12 @@ from typing import Annotated
 
 import typer
 
+from optimize.cli.fleet import report_fleet
 from optimize.cli.output import Json, TrustConfigOption, emit_json
 
 
 def report(
-    work: Annotated[Path, typer.Argument(help="The campaign's working folder.")] = Path("burnish-work"),
+    work: Annotated[Path, typer.Argument(help="Working folder of a campaign or fleet.")] = Path("burnish-work"),
     sync: Annotated[bool, typer.Option("--sync", help="Send the results to MLflow again.")] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown instead of the table.")] = False,
     passport: Annotated[str | None, typer.Option(help="Issue the signed passport of this variant instead.")] = None,
@@ -28,9 +29,17 @@ def report(
     Example: burnish report burnish-work --sync
     """
     from optimize import reporting
+    from optimize.fleet import is_fleet
     from registry.codec import to_jsonable
     from registry.errors import InputError
 
+    if is_fleet(work):
+        if sync or passport is not None:
+            raise InputError(
+                f"{work} is a fleet's", hint="Name the working folder of one of its models, under models/."
+            )
+        report_fleet(work, markdown=markdown, json_output=json_output)
+        return
     if passport is None and (key or keyless or trust_config or licence):
         raise InputError(
             "--key, --keyless, --trust-config and --licence are for a passport",

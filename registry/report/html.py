@@ -31,14 +31,14 @@ _SHOWN_DIGITS = 12
 def render_html(campaign: Campaign) -> str:
     """One self-contained HTML page; the same text for the same campaign."""
     shown = rows(campaign)
-    page = _environment().get_template("page.html")
+    page = page_environment().get_template("page.html")
     return page.render(
         campaign=campaign,
         verdict=campaign.verdict,
         tiles=_tiles(shown, _latency_heading(campaign)),
         latency_heading=_latency_heading(campaign),
         rows=[_cells(row) for row in shown],
-        tables=[{"table": one, "numeric": _numeric(one)} for one in all_tables(campaign, shown)],
+        tables=[{"table": one, "numeric": numeric_columns(one)} for one in all_tables(campaign, shown)],
         champion=champion_sentence(campaign),
         policy=_policy(campaign),
         started=_started(campaign),
@@ -64,7 +64,8 @@ def render_html(campaign: Campaign) -> str:
     )
 
 
-def _environment() -> Environment:
+def page_environment() -> Environment:
+    """What pages are made with: all text is escaped, and a name that is not given is an error."""
     # The loader reads from inside the package, also from a zipped one.
     environment = Environment(
         loader=PackageLoader("registry.report", "."),
@@ -156,7 +157,7 @@ def _cells(row: Row) -> dict[str, Any]:
     }
 
 
-def _numeric(table: Table) -> list[bool]:
+def numeric_columns(table: Table) -> list[bool]:
     """Which columns hold numbers, and so are set to the right."""
     return [
         all(not cell or cell == numbers.NOT_KNOWN or cell[0].isdigit() or cell[0] == "-" for cell in column)

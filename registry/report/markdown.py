@@ -1,13 +1,14 @@
 """The verdict as Markdown, for a pull request or a wiki."""
 
 import re
+from collections.abc import Sequence
 
 from registry.records import Campaign, Failure
 from registry.report import numbers
 from registry.report.champions import champion_sentence
 from registry.report.resources import Table
 from registry.report.sections import all_tables
-from registry.report.table import Row, engine_words, latency_name, printable, rows
+from registry.report.table import Row, engine_words, latency_name, printable, provisional_words, rows
 
 _HEADINGS = (
     ("#", "variant", "engine", "server", "protocol", "accuracy", "drop"),
@@ -20,21 +21,21 @@ _SPECIAL = re.compile(r"([\\`*_{}\[\]<>#|~!&$@])")
 def render_markdown(campaign: Campaign) -> str:
     """The verdict, the table of candidates, and a reason for each that lost or failed; the same text each time."""
     verdict = campaign.verdict
-    parts = [f"# {_text(campaign.name)}: the verdict", f"**{_text(verdict.sentence)}**"]
-    if verdict.provisional:
-        parts.append(f"> **Provisional.** Level `{campaign.level}` does not earn a promotion.")
+    parts = [f"# {escaped(campaign.name)}: the verdict", f"**{escaped(verdict.sentence)}**"]
+    if words := provisional_words(campaign):
+        parts.append(f"> **Provisional.** {escaped(words)}")
     if against := champion_sentence(campaign):
-        parts.append(_text(against))
+        parts.append(escaped(against))
     shown = rows(campaign)
     if shown:
         parts.append(_table(campaign, shown))
-    parts += [part for table in all_tables(campaign, shown) for part in _small_table(table)]
+    parts += [part for table in all_tables(campaign, shown) for part in small_table(table)]
     parts += _section("Why not the others", [_loser(row) for row in shown if row.outcome != "selected"])
     parts += _section(
         "Closest misses",
         [
-            f"{_text(miss.constraint.text)}: {_text(miss.candidate_name)}, {_text(numbers.text(miss.observed))}. "
-            f"{_text(miss.relaxation)}"
+            f"{escaped(miss.constraint.text)}: {escaped(miss.candidate_name)}, {escaped(numbers.text(miss.observed))}. "
+            f"{escaped(miss.relaxation)}"
             for miss in verdict.closest
         ],
     )
@@ -45,17 +46,18 @@ def render_markdown(campaign: Campaign) -> str:
 
 def _table(campaign: Campaign, shown: tuple[Row, ...]) -> str:
     metric, load = latency_name(campaign)
-    latency = _text(metric if load is None else f"{metric} at {load}")
+    latency = escaped(metric if load is None else f"{metric} at {load}")
     head = [*_HEADINGS[0], latency, *_HEADINGS[1]]
-    lines = [_line(head), _line(["---"] * len(head))]
-    lines += [_line(_cells(row)) for row in shown]
+    lines = [table_line(head), table_line(["---"] * len(head))]
+    lines += [table_line(_cells(row)) for row in shown]
     return "\n".join(lines)
 
 
-def _small_table(table: Table) -> list[str]:
-    lines = [_line([_text(cell) for cell in table.headings]), _line(["---"] * len(table.headings))]
-    lines += [_line([_text(cell) for cell in row]) for row in table.rows]
-    return [f"## {_text(table.title)}", "\n".join(lines), *(_text(note) for note in table.notes)]
+def small_table(table: Table) -> list[str]:
+    """A table with its title above and its notes below, a part each."""
+    lines = [table_line([escaped(cell) for cell in table.headings]), table_line(["---"] * len(table.headings))]
+    lines += [table_line([escaped(cell) for cell in row]) for row in table.rows]
+    return [f"## {escaped(table.title)}", "\n".join(lines), *(escaped(note) for note in table.notes)]
 
 
 def _cells(row: Row) -> list[str]:
@@ -67,31 +69,32 @@ def _cells(row: Row) -> list[str]:
     mark += ", champion" if row.champion else ""
     return [
         str(row.number),
-        _text(row.candidate.variant_name),
-        _text(engine_words(row.candidate.engine)),
+        escaped(row.candidate.variant_name),
+        escaped(engine_words(row.candidate.engine)),
         serving.server,
         serving.protocol,
-        _text(numbers.number(row.accuracy)),
-        _text(numbers.text(row.drop)),
-        _text(numbers.text(row.latency)),
-        _text(numbers.text(row.throughput)),
+        escaped(numbers.number(row.accuracy)),
+        escaped(numbers.text(row.drop)),
+        escaped(numbers.text(row.latency)),
+        escaped(numbers.text(row.throughput)),
         against,
-        _text(numbers.number(row.size_mb)),
+        escaped(numbers.number(row.size_mb)),
         mark,
     ]
 
 
-def _line(cells: list[str]) -> str:
+def table_line(cells: Sequence[str]) -> str:
+    """A line of a table."""
     return "| " + " | ".join(cells) + " |"
 
 
 def _loser(row: Row) -> str:
-    return f"{_text(row.candidate.name)} ({row.outcome}): {_text(row.reason)}"
+    return f"{escaped(row.candidate.name)} ({row.outcome}): {escaped(row.reason)}"
 
 
 def _failure(failure: Failure) -> str:
     kind = failure.kind.replace("_", " ")
-    return f"{_text(failure.subject)} ({kind}, {failure.phase}): {_text(failure.reason)}"
+    return f"{escaped(failure.subject)} ({kind}, {failure.phase}): {escaped(failure.reason)}"
 
 
 def _method(campaign: Campaign) -> list[str]:
@@ -99,10 +102,10 @@ def _method(campaign: Campaign) -> list[str]:
     versions = ", ".join(f"{name} {version}" for name, version in sorted(campaign.versions.items()))
     clusters = sorted({one.cluster for one in campaign.candidates if one.cluster})
     return [
-        f"campaign {campaign.id}, level {campaign.level}, seed {campaign.seed}, started {_text(campaign.started_at)}",
-        f"host {host.fingerprint}: {_text(host.cpu_model)}, {host.cores} cores; {_text(host.pinning)}",
-        *(f"served by {_text(cluster)}; the load came from that host" for cluster in clusters),
-        f"versions: {_text(versions)}",
+        f"campaign {campaign.id}, level {campaign.level}, seed {campaign.seed}, started {escaped(campaign.started_at)}",
+        f"host {host.fingerprint}: {escaped(host.cpu_model)}, {host.cores} cores; {escaped(host.pinning)}",
+        *(f"served by {escaped(cluster)}; the load came from that host" for cluster in clusters),
+        f"versions: {escaped(versions)}",
     ]
 
 
@@ -110,5 +113,6 @@ def _section(title: str, items: list[str]) -> list[str]:
     return [f"## {title}", "\n".join(f"- {item}" for item in items)] if items else []
 
 
-def _text(text: str) -> str:
+def escaped(text: str) -> str:
+    """The text on one line, without anything that Markdown or HTML would act on."""
     return _SPECIAL.sub(r"\\\1", " ".join(printable(text).split()))

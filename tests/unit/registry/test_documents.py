@@ -255,3 +255,68 @@ def test_any_text_gives_a_model_or_a_document_error(text):
     else:
         message = "campaign.yaml:1: fits"
     assert message.startswith("campaign.yaml:")
+
+
+LAYERS = """
+below:
+  name: digits
+  load: {duration_s: 2, arrivals: constant}
+  stages:
+    - {kind: prune, ratio: 0.5}
+    - {kind: quantize}
+  choice: {kind: prune, ratio: 0.5}
+above:
+  - load: {duration_s: 3}
+    stages: [{kind: quantize, scheme: static}]
+    choice: {kind: quantize}
+  - seed: -1
+  - seed: 1
+    sede: 2
+  - load: {arrivals: never}
+"""
+
+
+def laid(folder: Path, number: int) -> documents.Document:
+    (folder / "layers.yaml").write_text(LAYERS)
+    document = documents.read_document(folder / "layers.yaml")
+    return document.part("above", number).over(document.part("below"))
+
+
+def test_a_part_laid_over_another_takes_mappings_key_by_key_and_the_rest_whole(tmp_path: Path):
+    made = laid(tmp_path, 0).as_model(Document)
+    assert made.name == "digits"
+    assert made.load == Load(duration_s=3, arrivals="constant")
+    assert made.stages == (Quantize(kind="quantize", scheme="static"),)
+    assert made.choice == Quantize(kind="quantize")
+
+
+@pytest.mark.parametrize(
+    ("number", "line", "words"),
+    [
+        (1, 13, "seed: -1: a seed is not negative"),
+        (2, 15, "sede: unknown key 'sede'; did you mean 'seed'?"),
+        (3, 16, "load.arrivals: 'never': must be 'poisson' or 'constant'"),
+    ],
+)
+def test_what_does_not_fit_in_layers_is_told_with_the_line_of_its_own_layer(
+    tmp_path: Path, number: int, line: int, words: str
+):
+    with pytest.raises(DocumentError) as caught:
+        laid(tmp_path, number).as_model(Document)
+    assert f"layers.yaml:{line}: {words}" in str(caught.value)
+
+
+def test_lines_of_what_was_replaced_are_gone(tmp_path: Path):
+    made = laid(tmp_path, 0)
+    assert made.lines[("stages", 0, "scheme")] == 11
+    assert ("stages", 1) not in made.lines
+    assert made.place.endswith("layers.yaml:10")
+    assert made.only(["name", "other"]).value == {"name": "digits"}
+
+
+def test_a_document_that_is_read_is_a_mapping(tmp_path: Path):
+    (tmp_path / "list.yaml").write_text("[1, 2]")
+    with pytest.raises(DocumentError, match="not a mapping"):
+        documents.read_document(tmp_path / "list.yaml")
+    (tmp_path / "good.yaml").write_text("a: {b: 1}")
+    assert documents.read_document(tmp_path / "good.yaml").part("a", "b").value == 1
