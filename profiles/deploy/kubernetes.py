@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Self
 
+from profiles.deploy.cluster import Usage
 from profiles.deploy.core2_candidates import UNKNOWN_VERSION, Core2Options, Mesh, look_again, place_folder
 from profiles.deploy.kubernetes_client import KubernetesClient
 from profiles.deploy.kubernetes_resources import (
@@ -14,6 +15,7 @@ from profiles.deploy.kubernetes_resources import (
     Applied,
     Change,
     ResourceState,
+    conditions_of,
     image_of,
     labels_on,
     lacking_in,
@@ -68,15 +70,18 @@ class KubernetesDeployment:
     def statistics(self) -> None:
         """Nothing: the mesh leads to the model alone, not to what its server tells of itself."""
 
-    def usage(self) -> None:
-        """Returns where it is still served as it was; what it uses, its Model does not say.
+    def usage(self) -> Usage | None:
+        """Which life of its server this is; what it uses, its Model does not say.
 
-        An API server that does not answer is no reason to end a measurement: the mesh serves without it.
+        A Model whose server was restarted, or that had to be loaded again, was not ready in between, and its condition
+        says since when it is. An API server that does not answer is no reason to end a measurement: the mesh serves
+        without it.
 
         Raises:
             ServerDiedError: it is not available any more, or somebody changed or replaced its Model.
         """
-        look_again(self.target.model, lambda: self._cluster.check(self))
+        instance = look_again(self.target.model, lambda: self._cluster.check(self))
+        return Usage(instance=instance) if instance else None
 
     def undeploy(self) -> None:
         """Deletes its Model and returns when that is gone; a second call does nothing.
@@ -264,8 +269,8 @@ class KubernetesCluster:
         for kind, name in reversed(self._ours.copy()):
             self._clean_up(kind, name)
 
-    def check(self, deployment: KubernetesDeployment) -> None:
-        """Returns where a deployment is still served as it was.
+    def check(self, deployment: KubernetesDeployment) -> str:
+        """What tells this life of a deployment from the next, where it is still served as it was; empty where unknown.
 
         Raises:
             ServerDiedError: it is not available any more, or somebody changed or replaced its Model.
@@ -285,6 +290,8 @@ class KubernetesCluster:
         state = read_state(found)
         if not state.ready:
             raise ServerDiedError(f"{name} is not available on Core 2 any more: {state.state} {state.reason}".rstrip())
+        since = conditions_of(found).get("Ready", {}).get("lastTransitionTime")
+        return f"{state.server or 'its server'}, ready since {since}" if since else ""
 
     def take_away(self, kind: str, name: str) -> None:
         """Deletes what was applied here and returns when it is gone; what somebody has put in its place is left.

@@ -5,7 +5,7 @@ import json
 import re
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import psutil
@@ -17,7 +17,7 @@ from profiles.deploy.local_ports import LOOPBACK, Ports, is_open
 from profiles.deploy.model_control import ModelControl, ModelRefusedError
 from profiles.deploy.supervise import start_ticks
 from profiles.serving.roundtrip import Server
-from registry.errors import BurnishError, ServerDiedError, UnreachableError
+from registry.errors import BurnishError, InputError, ServerDiedError, UnreachableError
 
 GRACE_S: Mapping[Server, float] = {"mlserver": 5.0, "triton": 0.3}
 """How long a server may take to end by itself before it is killed, where nobody waits for an answer any more.
@@ -46,6 +46,52 @@ def peak_rss_bytes(pid: int) -> int | None:
         return None
     found = (line.split() for line in lines if line.startswith("VmHWM:"))
     return next((int(words[1]) * 1024 for words in found), None)
+
+
+def usage_of(processes: Iterable[psutil.Process]) -> Usage:
+    """What processes have used so far, together; one that ends meanwhile, or may not be looked at, counts nothing."""
+    cpu_s = rss = 0.0
+    pids, peaks = [], []
+    for process in processes:
+        pids.append(process.pid)
+        with contextlib.suppress(psutil.Error), process.oneshot():
+            # Children that have ended count with the parent that waited for them.
+            cpu_s += sum(process.cpu_times()[:4])
+            rss += process.memory_info().rss
+        if (peak := peak_rss_bytes(process.pid)) is not None:
+            peaks.append(peak)
+    return Usage(cpu_s=cpu_s, rss_mb=rss / 1e6, peak_rss_mb=sum(peaks) / 1e6 if peaks else None, pids=tuple(pids))
+
+
+def watch_process(pid: int) -> Callable[[], Usage]:
+    """What gives the use of a process that somebody else has started, and of its children.
+
+    Args:
+        pid: of the process.
+
+    Returns:
+        What asks anew each time; it raises `ServerDiedError` once the process has ended.
+
+    Raises:
+        InputError: there is no such process, or this user may not look at it.
+    """
+    try:
+        process = psutil.Process(pid)
+        process.memory_info()
+    except (psutil.Error, ValueError, OverflowError) as error:
+        told = "may not be looked at by this user" if isinstance(error, psutil.AccessDenied) else "is not there"
+        raise InputError(
+            f"the process {pid} {told}", hint="Give the id of the server's process on this machine."
+        ) from error
+
+    def use() -> Usage:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            # A process that has ended and was not waited for is still listed.
+            if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+                return usage_of([process, *process.children(recursive=True)])
+        raise ServerDiedError(f"the server's process {pid} has ended")
+
+    return use
 
 
 class PortTakenError(BurnishError):
@@ -186,19 +232,7 @@ class ServerProcess:
         if not processes or start_ticks(self._pid) is None:
             self._child.wait(_NOTICE_S)
             raise self._error(ServerDiedError, f"{self.server} has ended with status {self._child.status}")
-        cpu_s = rss = 0.0
-        for process in processes:
-            with contextlib.suppress(psutil.Error), process.oneshot():
-                # Children that have ended count with the parent that waited for them.
-                cpu_s += sum(process.cpu_times()[:4])
-                rss += process.memory_info().rss
-        peaks = [peak for process in processes if (peak := peak_rss_bytes(process.pid)) is not None]
-        return Usage(
-            cpu_s=cpu_s,
-            rss_mb=rss / 1e6,
-            peak_rss_mb=sum(peaks) / 1e6 if peaks else None,
-            pids=tuple(process.pid for process in processes),
-        )
+        return usage_of(processes)
 
     def tell_to_end(self) -> None:
         """Tells the server to end; does not wait."""

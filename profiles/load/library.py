@@ -11,8 +11,13 @@ from registry.errors import InputError
 FOLDER = Path(__file__).parents[1] / "library"
 PREFIX = "load-"
 
-Rate = Annotated[float, Field(gt=0)]
-Concurrency = Annotated[int, Field(ge=1)]
+# No client of one machine goes beyond these, and no run is meant to.
+MOST_RPS, MOST_CONCURRENCY, LONGEST_S = 1e6, 100_000, 86_400.0
+
+Rate = Annotated[float, Field(gt=0, le=MOST_RPS)]
+Concurrency = Annotated[int, Field(ge=1, le=MOST_CONCURRENCY)]
+Seconds = Annotated[float, Field(ge=0, le=LONGEST_S)]
+SomeSeconds = Annotated[float, Field(gt=0, le=LONGEST_S)]
 
 
 class _Model(BaseModel):
@@ -51,7 +56,7 @@ class StagedPlan(_Model):
     arrivals: Literal["poisson", "constant"] = "constant"
     rates_rps: tuple[Rate, ...] = ()
     shares: tuple[Rate, ...] = ()
-    ramp_s: float = Field(ge=0, default=2.0)
+    ramp_s: Seconds = 2.0
 
     @model_validator(mode="after")
     def _rises(self) -> Self:
@@ -75,7 +80,7 @@ class SloPlan(_Model):
 
     kind: Literal["slo"]
     percentile: Literal[50, 90, 95, 99]
-    limit_ms: float = Field(gt=0)
+    limit_ms: float = Field(gt=0, le=1000 * LONGEST_S)
 
 
 class ReplayPlan(_Model):
@@ -83,7 +88,7 @@ class ReplayPlan(_Model):
 
     kind: Literal["replay"]
     file: str | None = None
-    speed: float = Field(gt=0, default=1.0)
+    speed: float = Field(gt=0, le=MOST_RPS, default=1.0)
 
 
 class LoadPlan(_Model):
@@ -100,12 +105,12 @@ class LoadPlan(_Model):
     """
 
     load: Annotated[ClosedPlan | OpenPlan | StagedPlan | SweepPlan | SloPlan | ReplayPlan, Field(discriminator="kind")]
-    warmup_s: float = Field(ge=0, default=1.0)
-    duration_s: float = Field(gt=0, default=5.0)
-    timeout_s: float = Field(gt=0, default=10.0)
-    max_in_flight: int = Field(ge=1, default=1024)
-    runs: int = Field(ge=1, default=3)
-    reruns: int = Field(ge=0, default=2)
+    warmup_s: Seconds = 1.0
+    duration_s: SomeSeconds = 5.0
+    timeout_s: SomeSeconds = 10.0
+    max_in_flight: Concurrency = 1024
+    runs: int = Field(ge=1, le=1000, default=3)
+    reruns: int = Field(ge=0, le=100, default=2)
 
 
 def shipped_plans() -> dict[str, Path]:

@@ -233,18 +233,22 @@ class Window:
             load, profile.warmup_s, profile.duration_s, seed=profile.seed, lane=self._lane, lanes=self._lanes
         )
         for due_ns in (due for block in blocks for due in (block + begin_ns).tolist()):
-            if due_ns > time.perf_counter_ns():
+            behind_ns = time.perf_counter_ns() - due_ns
+            if behind_ns < 0:
                 await self._alarm.until(due_ns)
                 unread = 0
             elif (unread := unread + 1) >= SENDS_WITHOUT_READING:
                 await asyncio.sleep(0)
                 unread = 0
-            self._arrive(due_ns)
+            self._arrive(due_ns, behind_ns)
             self._check_hope()
 
-    def _arrive(self, due_ns: int) -> None:
-        """Sends what is due, or books it as dropped: it is never delayed in silence."""
-        if self._in_flight >= self._profile.max_in_flight:
+    def _arrive(self, due_ns: int, behind_ns: int) -> None:
+        """Sends what is due, or books it as dropped: it is never delayed in silence, nor sent when it is a miss anyway.
+
+        So a client that is far too weak for the rate is done with it a timeout after the window, at the latest.
+        """
+        if self._in_flight >= self._profile.max_in_flight or behind_ns > self._timeout_ns:
             self._log.append(due_ns, next(self._rotation), Status.DROPPED)
             return
         self._send(due_ns)

@@ -2,13 +2,13 @@
 
 import http.client
 import json
-import ssl
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from profiles.load.engine import LoadGenerator
 from profiles.load.payloads import Payload
+from profiles.measure.asking import ask
 from profiles.measure.capacity import find_capacity
 from profiles.measure.levels import Level, find_level
 from profiles.measure.rounds import CLOSED, reduce_rounds, run_until_valid, window_profile
@@ -119,22 +119,18 @@ def _runs(
 def takes_binary(target: Target) -> bool:
     """Whether a REST endpoint says that it takes binary tensors (Triton does, MLServer does not).
 
+    One that refuses to say, as a gateway may that knows nothing but models, is taken not to.
+
     Raises:
         UnreachableError: it does not answer as a V2 endpoint.
     """
-    host, _, prefix = target.url.rstrip("/").partition("/")
-    if target.tls:
-        context = ssl.create_default_context()
-        connection: http.client.HTTPConnection = http.client.HTTPSConnection(host, timeout=_PROBE_S, context=context)
-    else:
-        connection = http.client.HTTPConnection(host, timeout=_PROBE_S)
     try:
-        connection.request("GET", f"/{prefix}/v2" if prefix else "/v2", headers=dict(target.headers))
-        return "binary_tensor_data" in json.loads(connection.getresponse().read()).get("extensions", [])
+        status, body = ask(target.url, "/v2", timeout_s=_PROBE_S, tls=target.tls, headers=target.headers)
+        if status != http.client.OK:
+            return False
+        return "binary_tensor_data" in json.loads(body).get("extensions", [])
     except (OSError, http.client.HTTPException, ValueError, AttributeError, TypeError) as error:
         raise UnreachableError(
             f"no V2 endpoint answers at {target.url}: {error}",
             hint="Give host:port of a REST endpoint, or take --protocol grpc.",
         ) from error
-    finally:
-        connection.close()

@@ -21,12 +21,14 @@ from typing import Any, Literal, NamedTuple, Self
 import numpy as np
 
 from profiles.deploy.cluster import Statistics
+from profiles.load import gates
 from profiles.load.engine import LoadGenerator
 from profiles.load.recording import NS_PER_MS, NS_PER_S, load_arrays
 from profiles.load.transports import Status
+from profiles.measure.asking import ask
 from profiles.measure.percentiles import estimate_over_runs
 from registry.errors import InputError
-from registry.records import Breakdown, Depth, Estimate, LoadProfile, RunRecord, Target
+from registry.records import Breakdown, Depth, Estimate, GateFinding, LoadProfile, RunRecord, Target
 
 logger = logging.getLogger(__name__)
 
@@ -104,16 +106,12 @@ def read_counts(statistics: Statistics | None) -> Counts | None:
         return None
     triton = statistics.server == "triton"
     path = f"/v2/models/{statistics.model}/stats" if triton else "/metrics"
-    connection = http.client.HTTPConnection(statistics.address, timeout=_ASK_S)
     try:
-        connection.request("GET", path)
-        text = connection.getresponse().read().decode()
+        text = ask(statistics.address, path, timeout_s=_ASK_S)[1].decode()
         return parse_triton(text, statistics.model) if triton else parse_mlserver(text, statistics.model)
     except (OSError, http.client.HTTPException, ValueError) as error:
         logger.warning("%s does not tell of its times: %s", statistics.address, error)
         return None
-    finally:
-        connection.close()
 
 
 def parse_triton(text: str, model: str) -> Counts | None:
@@ -185,7 +183,8 @@ def with_breakdown(record: RunRecord, before: Counts | None, after: Counts | Non
     """The record of a window, with where the time of its requests went.
 
     Args:
-        record: of the window; without one answer it is returned as it is.
+        record: of the window; without one answer it is returned as it is. One in which the server began to count
+            anew, because it was restarted or had to load the model again, becomes invalid.
         before: what the server had counted before the load began.
         after: the same when all of it had been answered.
         raw_root: the folder that the record names the file of its times relative to.
@@ -199,7 +198,18 @@ def with_breakdown(record: RunRecord, before: Counts | None, after: Counts | Non
         return record
     lateness_ms = float(np.mean((arrays["sent_ns"] - arrays["intended_ns"])[ok])) / NS_PER_MS
     service_ms = float(np.mean((arrays["done_ns"] - arrays["sent_ns"])[ok])) / NS_PER_MS
-    return replace(record, breakdown=break_down(before, after, lateness_ms=lateness_ms, service_ms=service_ms))
+    found = break_down(before, after, lateness_ms=lateness_ms, service_ms=service_ms)
+    return replace(record, breakdown=found, findings=(*record.findings, *_restarted(record, before, after)))
+
+
+def _restarted(record: RunRecord, before: Counts | None, after: Counts | None) -> Iterable[GateFinding]:
+    """A finding where the server has counted less after a window than before it, unless somebody else has seen it."""
+    if before is None or after is None or not after.since(before).gone_back:
+        return
+    told = (f"{before.requests.times:.0f} requests counted", f"{after.requests.times:.0f} after it")
+    finding = gates.restarts(told)
+    if finding is not None and finding.gate not in {one.gate for one in record.findings}:
+        yield finding
 
 
 def break_down(before: Counts | None, after: Counts | None, *, lateness_ms: float, service_ms: float) -> Breakdown:

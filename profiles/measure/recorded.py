@@ -11,7 +11,7 @@ from typing import Any
 
 from registry.codec import digest, from_jsonable, to_jsonable
 from registry.errors import InputError
-from registry.records import Capacity, Host, Round, Target
+from registry.records import Capacity, Host, Round, RunRecord, Target
 
 FILE = "bench.json"
 SCHEMA = 1
@@ -31,6 +31,7 @@ class Recorded:
         settings: seed, level and whatever else was chosen.
         capacity: None where it was not looked for.
         rounds: their runs name arrays relative to the folder.
+        searched: the windows of searches for a load, which belong to no round.
     """
 
     session: str
@@ -41,6 +42,7 @@ class Recorded:
     settings: Mapping[str, Any]
     capacity: Capacity | None
     rounds: tuple[Round, ...]
+    searched: tuple[RunRecord, ...] = ()
 
 
 def endpoint_of(target: Target) -> dict[str, Any]:
@@ -104,6 +106,7 @@ def write_recorded(recorded: Recorded, folder: Path) -> Path:
         "settings": dict(recorded.settings),
         "capacity": None if recorded.capacity is None else to_jsonable(recorded.capacity),
         "rounds": [to_jsonable(one) for one in recorded.rounds],
+        "searched": [to_jsonable(one) for one in recorded.searched],
     }
     path = folder / FILE
     temporary = path.with_name(f".{FILE}.{os.getpid()}")
@@ -134,6 +137,7 @@ def read_recorded(folder: Path) -> Recorded:
             settings=dict(content["settings"]),
             capacity=None if capacity is None else from_jsonable(Capacity, capacity),
             rounds=tuple(_placed(from_jsonable(Round, one), folder.resolve()) for one in content["rounds"]),
+            searched=tuple(from_jsonable(RunRecord, one) for one in content.get("searched", ())),
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(

@@ -485,7 +485,8 @@ def test_a_candidate_is_served_and_taken_away(
         assert first.target.headers == {"seldon-model": first.target.model}
         assert second.target.protocol == "rest"
         assert first.load_time_s >= 0.05
-        assert first.usage() is None
+        assert first.usage() == first.usage()
+        assert first.usage().cpu_s is None
         stored = double.get(second.target.model)
         first.undeploy()
         first.undeploy()
@@ -585,6 +586,25 @@ def test_a_model_that_somebody_changed_or_replaced_is_told_and_a_replaced_one_le
                 deployment.usage()
     assert double.names() == [replaced.target.model]
     assert f"the Model {replaced.target.model} is somebody else's by now" in caplog.text
+
+
+def test_a_model_that_was_not_ready_in_between_is_another_life(
+    double: KubernetesDouble, client: KubernetesClient, artifact: Artifacts
+) -> None:
+    with cluster_of(double, client) as cluster:
+        deployment = cluster.deploy(candidate(), *artifact, timeout_s=WAIT_S)
+        before = deployment.usage()
+        status = double.get(deployment.target.model)["status"]
+        conditions = [{**one, "lastTransitionTime": "2031-01-01T00:00:00Z"} for one in status["conditions"]]
+        double.set_status(deployment.target.model, {**status, "conditions": conditions})
+        after = deployment.usage()
+        assert before is not None
+        assert after is not None
+        assert after.instance != before.instance
+        assert after.instance.endswith("ready since 2031-01-01T00:00:00Z")
+        double.set_status(deployment.target.model, {**status, "conditions": []})
+        with pytest.raises(ServerDiedError):
+            deployment.usage()
 
 
 def test_a_model_that_fails_later_is_told(

@@ -213,6 +213,19 @@ def test_a_window_gets_its_breakdown_and_keeps_it_in_json(tmp_path: Path) -> Non
     assert loads(dumps(record)) == record
 
 
+def test_a_server_that_counts_anew_makes_its_window_invalid(tmp_path: Path) -> None:
+    profile = LoadProfile(name="100 rps", load=OpenLoop(rate_rps=100), warmup_s=0.0, duration_s=3.0)
+    recording = simulate(Fixed(0.012), profile)
+    save_arrays(tmp_path / "r.npz", recording)
+    record = summarize(recording, profile, raw="r.npz", raw_sha256=file_sha256(tmp_path / "r.npz"))
+    before, after = parse_triton(triton(300, 300), "m"), parse_triton(triton(90, 90), "m")
+    found = with_breakdown(record, before, after, raw_root=tmp_path)
+    assert [one.gate for one in found.findings] == ["restarted"]
+    assert found.findings[0].observed == "300 requests counted, then 90 after it"
+    assert with_breakdown(found, before, after, raw_root=tmp_path).findings == found.findings
+    assert with_breakdown(record, after, before, raw_root=tmp_path).valid
+
+
 def run(**parts: float) -> RunRecord:
     whole = Breakdown(requests=1, **{"lateness_ms": 0.0, "service_ms": 1.0, **parts})  # type: ignore[arg-type]
     profile = LoadProfile(name="n", load=ClosedLoop(concurrency=1), warmup_s=0, duration_s=1)

@@ -424,3 +424,13 @@ def test_a_client_too_weak_for_the_rate_says_so(generator: LoadGenerator, tmp_pa
         record = run(generator, server, window, tmp_path)
     assert gates(record) & {"client_cpu", "lateness"}
     assert not record.valid
+
+
+def test_what_the_client_is_too_late_for_is_dropped(generator: LoadGenerator, tmp_path: Path) -> None:
+    with FakeV2Server(Fixed(0.0)) as server:
+        load = OpenLoop(rate_rps=500_000, arrivals="constant")
+        window = profile(load, duration_s=0.3, warmup_s=0.0, timeout_s=0.1, max_in_flight=1_000_000)
+        record = run(generator, server, window, tmp_path)
+    assert record.scheduled == 150_000
+    assert record.errors["dropped"] > 0
+    assert "offered" in gates(record)

@@ -61,6 +61,8 @@ def test_what_ships_is_valid_and_each_of_its_own_kind() -> None:
         ("load:\n  kind: staged\n  shares: [0.5, 0.4]\n", "shares have to rise"),
         ("load:\n  kind: open\n", "and not both"),
         ("load:\n  kind: closed\n  concurrency: [0]\n", r"my.yaml:3: load.concurrency\[0\]: 0: must be greater"),
+        ("load:\n  kind: open\n  rates_rps: [.inf]\n", r"my.yaml:3: load.rates_rps\[0\]"),
+        ("load:\n  kind: closed\n  concurrency: [1]\nduration_s: .inf\n", "my.yaml:4: duration_s"),
     ],
 )
 def test_a_file_that_is_no_load_profile_is_told_where(tmp_path: Path, text: str, problem: str) -> None:

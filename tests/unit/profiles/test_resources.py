@@ -1,15 +1,19 @@
 """Resources of a server, from counters of this machine and of GPUs that are not there."""
 
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from profiles.deploy.cluster import Usage
-from profiles.deploy.local_process import peak_rss_bytes
+from profiles.deploy.local_process import peak_rss_bytes, watch_process
 from profiles.load.payloads import encode_payloads
 from profiles.measure.resources import NvmlProbe, PackageEnergy, ResourceMeter, first_request_ms, peak_over_runs
 from profiles.testing import FakeV2Server, Fixed
+from registry.errors import InputError, ServerDiedError
 from registry.records import ClosedLoop, LoadProfile, RunRecord, Target
 from tests.doubles.gpus import FakeGpu, FakeNvml, FakeProcess
 
@@ -29,6 +33,29 @@ def test_the_peak_of_this_process_is_no_less_than_what_it_has_now() -> None:
     assert peak is not None
     assert peak >= psutil.Process().memory_info().rss * 0.9
     assert peak_rss_bytes(2**30) is None
+
+
+def test_a_process_of_somebody_elses_is_watched_with_its_children() -> None:
+    child = "import time; print(1, flush=True); time.sleep(60)"
+    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, start_new_session=True) as process:
+        assert process.stdout is not None
+        process.stdout.readline()  # its child is there
+        use = watch_process(process.pid)
+        found = use()
+        assert found.pids[0] == process.pid
+        assert len(found.pids) == 2
+        assert found.rss_mb is not None
+        assert found.peak_rss_mb is not None
+        assert found.peak_rss_mb >= 0.9 * found.rss_mb > 1
+        os.killpg(process.pid, signal.SIGKILL)
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # it is listed all the same
+        with pytest.raises(ServerDiedError, match=f"process {process.pid} has ended"):
+            use()
+    with pytest.raises(InputError, match=f"the process {process.pid} is not there"):
+        watch_process(process.pid)
+    with pytest.raises(InputError, match="is not there"):
+        watch_process(-1)
 
 
 def test_gpus_of_other_processes_do_not_count() -> None:
