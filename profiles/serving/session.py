@@ -158,7 +158,8 @@ def open_session(
         graph_level: ONNX Runtime's graph optimization: ``disable``, ``basic``, ``extended`` or ``all``.
         threads: that work on one run, 1 or more.
         providers: of ONNX Runtime, best first: ``cpu``, ``cuda``, ``tensorrt``; ``cpu`` where none are given. One
-            that is asked for and not there is an error, never a silent fall back to the CPU.
+            that is asked for and not there is an error, never a silent fall back to the CPU. ``tensorrt:/folder``
+            keeps the engines that TensorRT builds in that folder, so that only the first start takes minutes.
 
     Raises:
         SessionError: a setting is unknown, the engine or a provider is not installed, the file cannot be opened, or
@@ -321,15 +322,26 @@ def _engine_module(name: str) -> Any:
         raise SessionError(f"the engine {name} is not installed here: {error}") from error
 
 
-def _ort_providers(asked: Sequence[str] | None, available: Sequence[str]) -> list[str]:
-    chosen = []
-    for name in asked or ("cpu",):
+def _ort_providers(asked: Sequence[str] | None, available: Sequence[str]) -> list[str | tuple[str, dict[str, str]]]:
+    """ONNX Runtime's names of the providers, TensorRT's with the folder that its engines are kept in.
+
+    Source: ONNX Runtime, "TensorRT Execution Provider": an engine is kept for each model, shape profile and GPU.
+    """
+    chosen: list[str | tuple[str, dict[str, str]]] = []
+    for entry in asked or ("cpu",):
+        name, colon, folder = entry.partition(":")
         if name not in _PROVIDERS:
             raise SessionError(f"no provider {name!r}; there are {', '.join(_PROVIDERS)}")
         provider = _PROVIDERS[name]
         if provider not in available:
             raise SessionError(f"this onnxruntime has no {provider}; it has {', '.join(available)}")
-        chosen.append(provider)
+        if not colon:
+            chosen.append(provider)
+        elif name == "tensorrt" and folder.startswith("/"):
+            kept = {"trt_engine_cache_enable": "1", "trt_engine_cache_path": folder}
+            chosen.append((provider, {**kept, "trt_timing_cache_enable": "1", "trt_timing_cache_path": folder}))
+        else:
+            raise SessionError(f"{entry!r} is no provider: only tensorrt takes a folder, and that begins with /")
     return chosen
 
 

@@ -1,6 +1,6 @@
 """Candidate to Triton's files."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -32,7 +32,8 @@ def render_triton(
 
     The artifact's files belong into ``<model_name>/1``. ``max_batch_size`` counts rows in Triton, so a request of more
     rows than that is refused. With 1, batching is off: Triton is told of no batch dimension, and a request of any
-    number of rows is run as it comes.
+    number of rows is run as it comes. Before it counts as ready, each instance runs zeros, where all sizes beside the
+    batch are known.
 
     Args:
         candidate: what is served, and how.
@@ -71,10 +72,36 @@ def render_triton(
         config.optimization.graph.level = level
     for key, value in _parameters(candidate, artifact).items():
         config.parameters[key].string_value = value
+    _warm_up(config, sorted({1, config.max_batch_size or 1}))
     files = {f"{model_name}/config.pbtxt": text_format.MessageToString(config)}
     if serving.backend == "python":
         files[f"{model_name}/1/model.py"] = MODEL_PY if bundle is None else bundle.text
     return files
+
+
+def _warm_up(config: Any, batches: Sequence[int]) -> None:
+    """Has each instance run zeros before it counts as ready: its first run allocates, and may compile.
+
+    So a model that cannot run is found when it is loaded, and no user's request is the first. Where a size beside the
+    batch is free nothing is asked: what would be made up the model may refuse, and would then not load. Each batch is a
+    sample of its own, since Core 2 knows no ``count``.
+
+    Args:
+        config: the ``ModelConfig``, with its inputs.
+        batches: numbers of rows.
+    """
+    shapes = {tensor.name: list(tensor.dims) for tensor in config.input}
+    if not config.max_batch_size:
+        # The batch is the first of the dimensions, if it is free.
+        shapes = {name: [1 if dims[:1] == [-1] else dims[0], *dims[1:]] for name, dims in shapes.items() if dims}
+    if any(size < 0 for dims in shapes.values() for size in dims):
+        return
+    for rows in batches:
+        sample = config.model_warmup.add(name=f"{rows} rows of zeros" if rows > 1 else "zeros", batch_size=rows)
+        for tensor in config.input:
+            sample.inputs[tensor.name].data_type = tensor.data_type
+            sample.inputs[tensor.name].dims.extend(shapes[tensor.name])
+            sample.inputs[tensor.name].zero_data = True
 
 
 def _check(candidate: Candidate) -> None:
@@ -233,6 +260,9 @@ def _gpu_config(artifact: Artifact, model_name: str, serving: GpuServing) -> Any
         config.dynamic_batching.max_queue_delay_microseconds = round(serving.max_batch_delay_ms * 1000)
         config.dynamic_batching.SetInParent()
     config.instance_group.add(count=serving.instances, kind=model_config_pb2.ModelInstanceGroup.KIND_GPU)
+    if batched:
+        # Fewer rows may be below what the engine's profile begins with.
+        _warm_up(config, [serving.max_batch_size])
     return config
 
 

@@ -107,6 +107,9 @@ def test_concurrent_requests_of_mixed_sizes_each_get_their_own_answer(
     served = candidate(server=server, engine=engine, max_batch_size=8, max_batch_delay_ms=5.0)
     deployment = cluster.deploy(served, artifact, tmp_path / "files", timeout_s=LIMIT_S)
     assert 0 < deployment.load_time_s < LIMIT_S
+    # Triton counts the rows of its own warm-up too: one, and as many as a batch holds.
+    warm = executions(deployment) if server == "triton" else (0, 0)
+    assert warm in {(0, 0), (1 + 8, 2)}
 
     def one(number: int) -> None:
         rng = np.random.default_rng(number)
@@ -118,8 +121,8 @@ def test_concurrent_requests_of_mixed_sizes_each_get_their_own_answer(
         list(pool.map(one, range(64)))
     if server == "triton":
         requests, runs = executions(deployment)
-        assert requests == 64
-        assert runs < 64
+        assert requests - warm[0] == 64
+        assert runs - warm[1] < 64
 
 
 @pytest.mark.parametrize("server", SERVERS)

@@ -139,6 +139,20 @@ def test_providers_keep_the_order_they_are_asked_in() -> None:
     assert _ort_providers(None, available) == ["CPUExecutionProvider"]
 
 
+def test_tensorrt_keeps_its_engines_where_it_is_told() -> None:
+    available = ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
+    first, second = _ort_providers(["tensorrt:/mnt/cache", "cuda"], available)
+    name, options = first
+    assert name == "TensorrtExecutionProvider"
+    assert {key for key, value in options.items() if value == "/mnt/cache"} == {
+        "trt_engine_cache_path", "trt_timing_cache_path",
+    }  # fmt: skip
+    assert second == "CUDAExecutionProvider"
+    for wrong in ("cuda:/mnt/cache", "tensorrt:cache", "tensorrt:"):
+        with pytest.raises(SessionError, match="only tensorrt takes a folder"):
+            _ort_providers([wrong], available)
+
+
 def test_strings_are_refused(tmp_path: Path) -> None:
     graph = helper.make_graph(
         [helper.make_node("Identity", ["s"], ["t"])],

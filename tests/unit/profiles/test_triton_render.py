@@ -65,6 +65,34 @@ def test_batches_of_zero_delay_are_still_batches() -> None:
     assert list(config.input[0].dims) == [3, -1]
 
 
+FIXED = TensorSpec(name="x", dtype="float32", shape=("batch", 3, 8))
+
+
+@pytest.mark.parametrize("backend", ["python", "onnxruntime"])
+def test_zeros_are_run_before_the_model_counts_as_ready(backend: str) -> None:
+    config = config_of(
+        render_triton(candidate(server="triton", backend=backend, max_batch_size=8), artifact(FIXED), model_name="m")
+    )
+    assert [sample.batch_size for sample in config.model_warmup] == [1, 8]
+    assert len({sample.name for sample in config.model_warmup}) == 2
+    assert all(sample.count == 0 for sample in config.model_warmup)  # Core 2 could not read one
+    for sample in config.model_warmup:
+        assert list(sample.inputs["x"].dims) == [3, 8]
+        assert sample.inputs["x"].zero_data
+        assert sample.inputs["x"].data_type == model_config_pb2.TYPE_FP32
+
+
+def test_without_batches_one_row_of_zeros_is_run() -> None:
+    config = config_of(render_triton(candidate(server="triton"), artifact(FIXED), model_name="m"))
+    (sample,) = config.model_warmup
+    assert (sample.batch_size, list(sample.inputs["x"].dims)) == (1, [1, 3, 8])
+
+
+def test_nothing_is_made_up_for_a_size_that_is_free() -> None:
+    config = config_of(render_triton(candidate(server="triton", max_batch_size=8), artifact(), model_name="m"))
+    assert not config.model_warmup
+
+
 def test_no_batching_tells_triton_of_no_batch_dimension() -> None:
     config = config_of(render_triton(candidate(server="triton"), artifact(), model_name="m"))
     assert config.max_batch_size == 0
