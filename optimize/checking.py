@@ -6,9 +6,7 @@ the model answers in process.
 
 import http.client
 import json
-import ssl
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,17 +18,17 @@ from numpy.typing import NDArray
 from optimize.adaptation import adapt
 from optimize.cluster_config import load_cluster
 from optimize.clusters import open_file
-from optimize.engines.local import ChildFailure
-from optimize.in_process import answer_in_process
+from optimize.endpoints import endpoint
+from optimize.in_process import answers_of_file, answers_or_refusal, check_reference
 from optimize.rendering import find_candidate
 from optimize.reporting import read_campaign
 from optimize.samples import load_samples
-from optimize.serving import endpoint
-from profiles.measure.equivalence import MOST_ROWS, Reference, check_equivalence
+from profiles.measure.asking import ask
+from profiles.measure.equivalence import MOST_ROWS, check_equivalence
 from profiles.measure.host import split_cpus
 from registry.codec import to_jsonable
-from registry.errors import InputError, StageError, UnreachableError
-from registry.records import EngineSpec, Equivalence, Target, TensorSpec
+from registry.errors import InputError, UnreachableError
+from registry.records import Equivalence, Target, TensorSpec
 from registry.store import FolderStore
 
 Arrays = Mapping[str, NDArray[Any]]
@@ -47,7 +45,7 @@ def check_endpoint(
     model: str | None,
     samples: Path | None,
     reference: Path | None,
-    protocol: str,
+    protocol: str | None,
     headers: Sequence[str] = (),
     tls: bool = False,
     **how: Any,
@@ -60,7 +58,7 @@ def check_endpoint(
         samples: an ``.npz`` with one array per input; None for random ones that fit the endpoint's metadata.
         reference: the model that is served, as an ``.onnx`` or OpenVINO ``.xml`` file, to be run in process; None for
             what the server itself answers to one sample at a time.
-        protocol: ``grpc`` or ``rest``.
+        protocol: ``grpc`` or ``rest``; None for the address's (``http://``), or gRPC.
         headers: ``name=value``, sent with each request.
         tls: whether to encrypt.
         how: ``requests``, ``concurrency``, ``tolerance``, ``seed``.
@@ -75,17 +73,15 @@ def check_endpoint(
     _check_amounts(**how)
     if model is None:
         raise InputError("--model is missing", hint="Give the model's name on the server.")
-    if reference is not None and not reference.is_file():
-        raise InputError(f"there is no model file {reference}")
+    check_reference(reference)
     target = endpoint(url, model, protocol, headers, tls)
     specs = None if samples is not None else describe_inputs(target)
     inputs = _inputs(samples, specs, seed=how["seed"])
     one_row = specs is not None and any(spec.shape[0] == 1 for spec in specs)
     known = None
     if reference is not None:
-        engine = EngineSpec(name="openvino" if reference.suffix == ".xml" else "onnxruntime")
         inputs = _first(inputs, how["requests"])
-        known = _in_process(reference, engine, inputs, batch_size=how["concurrency"], seed=how["seed"])
+        known = answers_of_file(reference, inputs, batch_size=how["concurrency"], seed=how["seed"])
     found = check_equivalence(target, inputs, reference=known, most_rows=1 if one_row else MOST_ROWS, **how)
     return _plain(target, found, against="the server itself, asked alone" if known is None else str(reference))
 
@@ -126,7 +122,7 @@ def check_candidate(
         inputs = _first(adapt(load_samples(samples).inputs, variant.adaptation), how["requests"])
     most = candidate.serving.max_batch_size
     entry, threads = files / variant.artifact.entry, candidate.serving.threads
-    known = _in_process(entry, candidate.engine, inputs, batch_size=most, seed=how["seed"], threads=threads)
+    known = answers_or_refusal(entry, candidate.engine, inputs, batch_size=most, seed=how["seed"], threads=threads)
     with (
         TemporaryDirectory(prefix="burnish-check-") as name,
         open_file(cluster, work=Path(name), purpose="check", server_cpus=split_cpus()[0]) as site,
@@ -208,36 +204,12 @@ def _first(inputs: Arrays, count: int) -> dict[str, NDArray[Any]]:
     return {name: array[: max(count, SAMPLES)] for name, array in inputs.items()}
 
 
-def _in_process(entry: Path, engine: EngineSpec, inputs: Arrays, **how: Any) -> Reference:
-    try:
-        return answer_in_process(entry, engine, inputs, **how)
-    except (StageError, ChildFailure) as error:
-        raise InputError(error.message, hint="Does the model fit the samples, and this machine?") from error
-
-
 def _rest_metadata(target: Target) -> list[tuple[str, str, list[int]]]:
-    with _connection(target) as connection:
-        connection.request("GET", f"/v2/models/{target.model}", headers=dict(target.headers))
-        response = connection.getresponse()
-        body = response.read()
-    if response.status != http.client.OK:
-        raise ValueError(f"HTTP {response.status}: {body[:200].decode(errors='replace')}")
+    path = f"/v2/models/{target.model}"
+    status, body = ask(target.url, path, timeout_s=_METADATA_S, tls=target.tls, headers=target.headers)
+    if status != http.client.OK:
+        raise ValueError(f"HTTP {status}: {body[:200].decode(errors='replace')}")
     return [(one["name"], one["datatype"], one["shape"]) for one in json.loads(body).get("inputs") or []]
-
-
-@contextmanager
-def _connection(target: Target) -> Iterator[http.client.HTTPConnection]:
-    if target.tls:
-        secured = ssl.create_default_context()
-        connection: http.client.HTTPConnection = http.client.HTTPSConnection(
-            target.url, timeout=_METADATA_S, context=secured
-        )
-    else:
-        connection = http.client.HTTPConnection(target.url, timeout=_METADATA_S)
-    try:
-        yield connection
-    finally:
-        connection.close()
 
 
 def _grpc_metadata(target: Target) -> list[tuple[str, str, list[int]]]:

@@ -10,9 +10,10 @@ from typing import Any, Literal
 
 from numpy.typing import NDArray
 
+from optimize.across_hosts import names_campaign
+from optimize.endpoints import check_amounts, endpoint
 from optimize.reporting import read_campaign
 from optimize.samples import load_samples
-from optimize.serving import endpoint
 from profiles.load.engine import LoadGenerator
 from profiles.load.payloads import encode_payloads
 from profiles.measure.compare import turned
@@ -28,7 +29,7 @@ from registry.records import Campaign, Candidate, Capacity, Comparison, Estimate
 from registry.report import numbers
 from registry.selection import metric_table
 
-Kind = Literal["campaign", "recorded", "live"]
+Kind = Literal["campaign", "campaigns", "recorded", "live"]
 Key = tuple[str, str | None]
 
 _ENDPOINT = re.compile(r"(?:(?P<scheme>grpcs?|https?)://)?(?P<address>[^/\s]+:\d+)/(?P<model>[^/\s]+)")
@@ -105,23 +106,31 @@ def ratio_text(comparison: Comparison) -> str:
 # --- what is asked for -----------------------------------------------------------------------------------------
 
 
-def kind_of(first: str, second: str) -> Kind:
-    """What two words name: folders of recorded runs, live endpoints, or else candidates of a campaign.
+def kind_of(*words: str) -> Kind:
+    """What words name: folders of recorded runs, live endpoints, several campaigns, or else candidates of one campaign.
 
     Raises:
-        InputError: each names something else.
+        InputError: each names something else, or there are more than two of what is compared in pairs.
     """
-    kinds = {_kind(word) for word in (first, second)}
+    kinds = {_kind(word) for word in words}
     if len(kinds) > 1:
         raise InputError(
-            f"{first!r} and {second!r} are of two kinds",
-            hint="Give two candidates of a campaign, two folders that `burnish bench --out` wrote, or two endpoints "
-            "host:port/model.",
+            f"{' and '.join(map(repr, words))} are of two kinds",
+            hint="Give two candidates of a campaign, the working folders of several campaigns, two folders that "
+            "`burnish bench --out` wrote, or two endpoints host:port/model.",
         )
-    return kinds.pop()
+    kind = kinds.pop()
+    if len(words) > 2 and kind != "campaigns":
+        raise InputError(
+            f"{len(words)} are named, and these are compared in pairs",
+            hint="Only campaigns, by their working folders, stand side by side in any number.",
+        )
+    return kind
 
 
 def _kind(word: str) -> Kind:
+    if names_campaign(word):
+        return "campaigns"
     if Path(word, FILE).is_file() or ("/" in word and Path(word).is_dir()):
         return "recorded"
     return "live" if _ENDPOINT.fullmatch(word) else "campaign"
@@ -429,12 +438,7 @@ def compare_live(first: str, second: str, asked: Asked, *, told: Callable[[str],
 
 
 def _level(asked: Asked) -> Level:
-    for name, amount in (
-        ("--concurrency", asked.concurrency), ("--rate", asked.rate_rps),
-        ("--rounds", asked.rounds), ("--duration-s", asked.duration_s),
-    ):  # fmt: skip
-        if amount is not None and not 0 < amount < float("inf"):
-            raise InputError(f"{name} is above 0, not {amount:g}")
+    check_amounts(concurrency=asked.concurrency, rate=asked.rate_rps, rounds=asked.rounds, duration_s=asked.duration_s)
     level = find_level(asked.level)
     if asked.rounds is not None:
         level = replace(level, rounds=asked.rounds, most_rounds=2 * asked.rounds)
@@ -448,8 +452,8 @@ def _side(name: str, word: str, inputs: Mapping[str, NDArray[Any]], asked: Asked
     found = _ENDPOINT.fullmatch(word)
     if found is None:
         raise InputError(f"{word!r} is no endpoint", hint="An endpoint is host:port/model.")
-    url = f"{found['scheme']}://{found['address']}" if found["scheme"] else found["address"]
-    protocol = "rest" if (found["scheme"] or "").startswith("http") else asked.protocol
+    scheme = found["scheme"]
+    url, protocol = (f"{scheme}://{found['address']}", None) if scheme else (found["address"], asked.protocol)
     headers = [header.replace("{model}", found["model"]) for header in asked.headers]
     target = endpoint(url, found["model"], protocol, headers, asked.tls)
     return Side(id=name, target=target, payloads=encode_payloads(inputs, target=target, seed=asked.seed))

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from optimize.engines.local import Limits, run_in_child
+from optimize.engines.local import ChildFailure, Limits, run_in_child
 from profiles.measure.equivalence import Reference
 from profiles.serving.session import open_session
-from registry.errors import StageError
+from registry.errors import InputError, StageError
 from registry.records import EngineSpec
 
 Arrays = Mapping[str, NDArray[Any]]
@@ -66,6 +66,45 @@ def answer_in_process(
         with np.load(out, allow_pickle=False) as archive:
             outputs = {name.removeprefix("_"): archive[name] for name in archive.files}
     return Reference(outputs=outputs, allowance=allowance)
+
+
+def check_reference(reference: Path | None) -> None:
+    """Returns where a model's file that a user names is there, or none is named.
+
+    Raises:
+        InputError: it is not there.
+    """
+    if reference is not None and not reference.is_file():
+        raise InputError(f"there is no model file {reference}", hint="Name an .onnx file, or an .xml one of OpenVINO.")
+
+
+def answers_of_file(reference: Path, inputs: Arrays, *, batch_size: int, seed: int = 0) -> Reference:
+    """What a model's file answers, as the user names it; see `answer_in_process`.
+
+    Args:
+        reference: an ``.onnx`` file, run in ONNX Runtime, or an ``.xml`` one of OpenVINO.
+        inputs: as for `answer_in_process`.
+        batch_size: the same.
+        seed: the same.
+
+    Raises:
+        InputError: there is no such file, or it cannot be run on these inputs here.
+    """
+    check_reference(reference)
+    engine = EngineSpec(name="openvino" if reference.suffix == ".xml" else "onnxruntime")
+    return answers_or_refusal(reference, engine, inputs, batch_size=batch_size, seed=seed)
+
+
+def answers_or_refusal(entry: Path, engine: EngineSpec, inputs: Arrays, **how: Any) -> Reference:
+    """As `answer_in_process`, for samples that a user has given.
+
+    Raises:
+        InputError: the model cannot be run on them here.
+    """
+    try:
+        return answer_in_process(entry, engine, inputs, **how)
+    except (StageError, ChildFailure) as error:
+        raise InputError(error.message, hint="Does the model fit the samples, and this machine?") from error
 
 
 def answer_here(

@@ -15,7 +15,7 @@ def check(
     work: Annotated[Path | None, typer.Option(help="A campaign's working folder: serve its candidate here.")] = None,
     samples: Annotated[Path | None, typer.Option(help="An .npz with one array per input; else random ones.")] = None,
     reference: Annotated[Path | None, typer.Option(help="The model's .onnx or .xml, to be run in process.")] = None,
-    protocol: Annotated[str | None, typer.Option(help="grpc (if not given) or rest.")] = None,
+    protocol: Annotated[str | None, typer.Option(help="grpc or rest; that of http:// or grpc://, else grpc.")] = None,
     requests: Annotated[int, typer.Option(help="How many are sent.")] = 64,
     concurrency: Annotated[int, typer.Option(help="How many at once; at least the batch size.")] = 16,
     tolerance: Annotated[float, typer.Option(help="Largest deviation, as a share of an output's largest.")] = 0.05,
@@ -41,7 +41,7 @@ def check(
             if cluster is not None:
                 raise InputError("--cluster is for a candidate", hint="Name its campaign's folder with --work.")
             told = check_endpoint(
-                target, model=model, samples=samples, reference=reference, protocol=protocol or "grpc",
+                target, model=model, samples=samples, reference=reference, protocol=protocol,
                 headers=header or [], tls=tls, **how,
             )  # fmt: skip
         elif model or reference or header or tls:

@@ -1,4 +1,4 @@
-"""``burnish compare``: two candidates, recorded runs or live endpoints held against each other."""
+"""``burnish compare``: candidates, recorded runs or live endpoints held against each other, or several campaigns."""
 
 from pathlib import Path
 from typing import Annotated
@@ -10,8 +10,14 @@ from optimize.cli.output import Json, emit_json, say
 
 
 def compare(
-    a: Annotated[str, typer.Argument(help="A candidate or variant, a folder of `bench --out`, or host:port/model.")],
+    a: Annotated[
+        str,
+        typer.Argument(
+            help="A candidate or variant, a folder of `bench --out`, host:port/model, or a campaign's folder."
+        ),
+    ],
     b: Annotated[str, typer.Argument(help="What is held against it.")],
+    more: Annotated[list[str] | None, typer.Argument(help="Further campaigns' folders.")] = None,
     work: Annotated[Path, typer.Option(help="The campaign's working folder, for candidates.")] = Path("burnish-work"),
     samples: Annotated[Path | None, typer.Option(help="Endpoints: an .npz file with one array per input.")] = None,
     protocol: Annotated[str, typer.Option(help="Endpoints: grpc or rest.")] = "grpc",
@@ -31,18 +37,26 @@ def compare(
     """Say whether B is faster than A, by how much and how surely, and what differs between them.
 
     Live endpoints are measured in interleaved rounds, with more of them while it is undecided. Across hosts numbers
-    stand side by side, without ratios.
+    stand side by side, without ratios: also what several campaigns selected, by their working folders (FOLDER:NAME for
+    another candidate).
 
     Example: burnish compare 127.0.0.1:8001/float32 127.0.0.1:9001/int8 --samples evaluation.npz
     """
-    from optimize import comparing
+    from optimize import across_hosts, comparing
     from registry.errors import InputError
 
-    kind = comparing.kind_of(a, b)
+    kind = comparing.kind_of(a, b, *(more or ()))
     if kind != "live" and (samples or concurrency or rate or rounds or duration_s or header or tls or out):
         raise InputError(
             "options for live endpoints do not fit what was measured before", hint="Give endpoints as host:port/model."
         )
+    if kind == "campaigns":
+        found = across_hosts.side_by_side([a, b, *(more or ())])
+        if json_output:
+            emit_json(across_hosts.document(found))
+        else:
+            across_hosts.show(found)
+        return
     with terminable():
         if kind == "campaign":
             pairs = comparing.compare_candidates(work, a, b)

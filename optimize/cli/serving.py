@@ -1,7 +1,7 @@
 """``burnish serve`` and ``burnish bench``: one model on a real server, and load on any V2 endpoint."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -61,10 +61,12 @@ def serve(
 
 
 def bench(
-    url: Annotated[str, typer.Argument(help="host:port of a V2 endpoint.")],
+    url: Annotated[str, typer.Argument(help="host:port of a V2 endpoint, with http:// or grpc:// before it or not.")],
     model: Annotated[str, typer.Option(help="The model's name there.")],
     samples: Annotated[Path, typer.Option(help="An .npz file with one array per input.")],
-    protocol: Annotated[str | None, typer.Option(help="grpc or rest; that of --encoding, else grpc.")] = None,
+    protocol: Annotated[
+        str | None, typer.Option(help="grpc or rest; else that of --encoding or http://, or grpc.")
+    ] = None,
     encoding: Annotated[str | None, typer.Option(help="gRPC: raw or packed; REST: binary or json.")] = None,
     load: Annotated[str | None, typer.Option(help="A load profile by name, or your own YAML file.")] = None,
     arrivals: Annotated[Path | None, typer.Option(help="Recorded arrivals for --load replay.")] = None,
@@ -79,6 +81,19 @@ def bench(
         str | None,
         typer.Option(help="Ask the server where time goes: triton=HOST:PORT (REST) or mlserver=HOST:PORT (metrics)."),
     ] = None,
+    reference: Annotated[
+        Path | None, typer.Option(help="The model's .onnx or .xml: replies under load have to be its answers.")
+    ] = None,
+    server_pid: Annotated[
+        int | None, typer.Option(help="The server's process on this machine: tell CPU time, memory and energy.")
+    ] = None,
+    agent: Annotated[
+        str | None, typer.Option(help="host:port of a Core 2 agent's proxy: tell what the mesh adds to it.")
+    ] = None,
+    server: Annotated[
+        str | None, typer.Option(help="host:port of the server behind it: tell what the way there adds.")
+    ] = None,
+    internal: Annotated[str | None, typer.Option(help="The model's name on that server; MODEL_1.")] = None,
     for_rate: Annotated[
         float | None, typer.Option(help="Say how many replicas take so many requests a second.")
     ] = None,
@@ -94,12 +109,27 @@ def bench(
     """Measure any V2 endpoint: capacity in a closed loop, or latency at a rate in an open loop.
 
     With none of --load, --concurrency and --rate it finds the closed-loop maximum and the saturation point first, then
-    measures latency at 0.8 of it. Load profiles: closed, poisson, staged, sweep, slo, replay.
+    measures latency at 0.8 of it. Load profiles: closed, poisson, staged, sweep, slo, replay. With --agent or --server
+    it measures what the places on the way to a model on a Core 2 add, URL being the mesh.
 
     Example: burnish bench 127.0.0.1:8001 --model digits --samples evaluation.npz --load staged
     """
-    from optimize.serving import bench_endpoint, show_bench
+    from optimize.benching import bench_endpoint, show_bench
 
+    if agent or server or internal:
+        _bench_depths(
+            url,
+            json_output=json_output,
+            unfitting={
+                "--load": load, "--arrivals": arrivals, "--statistics": statistics, "--for-rate": for_rate,
+                "--pictures": pictures, "--reference": reference, "--server-pid": server_pid,
+                "--workers": workers - 1,
+            },
+            model=model, samples=samples, agent=agent, server=server, internal=internal, protocol=protocol,
+            encoding=encoding, concurrency=concurrency, rate_rps=rate, duration_s=duration_s, rounds=runs,
+            headers=header or [], tls=tls, out=out, seed=seed, told=say,
+        )  # fmt: skip
+        return
     with terminable():
         result = bench_endpoint(
             url,
@@ -121,9 +151,25 @@ def bench(
             statistics=statistics,
             for_rate_rps=for_rate,
             pictures=pictures,
+            reference=reference,
+            server_pid=server_pid,
             told=say,
         )
     if json_output:
         emit_json(result)
     else:
         show_bench(result)
+
+
+def _bench_depths(url: str, *, json_output: bool, unfitting: dict[str, object], **asked: Any) -> None:
+    from optimize.depths import bench_depths, show_depths
+    from registry.errors import InputError
+
+    if other := next((name for name, value in unfitting.items() if value), None):
+        raise InputError(f"{other} does not go with --agent and --server", hint="They take --concurrency or --rate.")
+    with terminable():
+        result = bench_depths(url, **asked)
+    if json_output:
+        emit_json(result)
+    else:
+        show_depths(result)
