@@ -15,6 +15,9 @@ from optimize.cli.output import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from profiles.serving.roundtrip import Finding
     from registry.keyless import SignerIdentity
 
 
@@ -28,7 +31,9 @@ def lint(
     config: Annotated[Path | None, typer.Option(help="With --tensorrt: the config.pbtxt of a Triton on a GPU.")] = None,
     core2: Annotated[Path | None, typer.Option(help="A folder that storageUri is to point to.")] = None,
     server: Annotated[str | None, typer.Option(help="mlserver or triton, where the folder leaves it open.")] = None,
-    uri: Annotated[str | None, typer.Option(help="The storageUri itself.")] = None,
+    uri: Annotated[
+        str | None, typer.Option(help="The storageUri itself; alone, also what MLflow keeps: models:/digits/3.")
+    ] = None,
     remote: Annotated[list[str] | None, typer.Option(help="An rclone remote of the cluster; once each.")] = None,
     passport: Annotated[Path | None, typer.Option(help="A variant's passport; not with a model.")] = None,
     public_key: PublicKeyOption = None,
@@ -41,8 +46,9 @@ def lint(
 ) -> None:
     """Check a model by static rules: what TensorRT or Triton would refuse, run badly, or never fuse.
 
-    With --core2, check a folder instead: which settings Seldon Core 2 would lose, overwrite or refuse. With --passport,
-    check what a passport says: its signature, a variant's files, a campaign's record.
+    With --core2, check a folder instead: which settings Seldon Core 2 would lose, overwrite or refuse. With --uri
+    alone, check whether Core 2 can fetch from it, and say where an artifact of MLflow's is. With --passport, check what
+    a passport says: its signature, a variant's files, a campaign's record.
 
     Exit code 5 where a rule finds an error; warnings and remarks leave it at 0.
 
@@ -71,6 +77,9 @@ def lint(
             raise InputError(f"--core2 is a check of a folder, and does not go with {other}", hint="Run lint twice.")
         _lint_folder(core2, server, uri, remote, json_output=json_output)
         return
+    if uri is not None and model is None:
+        _lint_uri(uri, remote, json_output=json_output)
+        return
     if model is None:
         raise InputError("there is nothing to check", hint="Name an ONNX file, or a folder with --core2.")
     findings = find(
@@ -95,19 +104,38 @@ def lint(
 def _lint_folder(
     folder: Path, server: str | None, uri: str | None, remotes: list[str] | None, *, json_output: bool
 ) -> None:
-    from dataclasses import asdict
-
     from profiles.serving.roundtrip import check_roundtrip, guess_server
-    from registry.errors import CheckFailedError, InputError
+    from registry.errors import InputError
 
     if server not in {None, "mlserver", "triton"}:
         raise InputError(f"Core 2 has no server {server!r}", hint="It is mlserver or triton.")
     kind: Any = server or guess_server(folder)
     findings = check_roundtrip(folder, kind, uri=uri, remotes=remotes)
+    _tell(findings, {"folder": str(folder), "server": kind, "uri": uri}, json_output=json_output)
+
+
+def _lint_uri(uri: str, remotes: list[str] | None, *, json_output: bool) -> None:
+    from profiles.deploy.storage_uris import resolve
+    from profiles.serving.roundtrip import check_uri
+    from registry.filesystems import MLFLOW_SCHEMES, scheme_of
+
+    storage = uri
+    if scheme_of(uri) in MLFLOW_SCHEMES:
+        storage = resolve(uri, remotes=dict.fromkeys(("s3", "gs"), remotes[0]) if remotes else None)
+        if not json_output:
+            typer.echo(f"{uri} is {storage} to the cluster's rclone")
+    _tell(check_uri(storage, remotes=remotes), {"uri": uri, "storage_uri": storage}, json_output=json_output)
+
+
+def _tell(findings: "Sequence[Finding]", about: dict[str, Any], *, json_output: bool) -> None:
+    """Shows what Core 2 would do, and ends with exit code 5 where a finding is an error."""
+    from dataclasses import asdict
+
+    from registry.errors import CheckFailedError
+
     counts = {level: sum(found.severity == level for found in findings) for level in ("error", "warning", "info")}
     if json_output:
-        listed = [asdict(found) for found in findings]
-        emit_json({"folder": str(folder), "server": kind, "uri": uri, **counts, "findings": listed})
+        emit_json({**about, **counts, "findings": [asdict(found) for found in findings]})
     else:
         for found in findings:
             where = f"{found.file} {found.key}".rstrip()

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tritonclient.grpc import model_config_pb2
 
 from optimize.cli import main
+from profiles.deploy import storage_uris
 from profiles.serving.mlserver import IMPLEMENTATION, render_mlserver
 from profiles.serving.model_config_2022 import ConfigError, parse
 from profiles.serving.roundtrip import Finding, agent_rewrite, check_roundtrip, check_uri, guess_server
@@ -792,6 +793,18 @@ def test_lint_is_content_with_what_comes_through(monkeypatch, capsys, tmp_path):
 def test_lint_of_a_uri_that_cannot_be_fetched(monkeypatch, capsys, tmp_path):
     assert lint(monkeypatch, "--core2", str(settings(tmp_path)), "--uri", "models:/digits/3", "--json") == 5
     assert [found["rule"] for found in json.loads(capsys.readouterr().out)["findings"]] == ["C401"]
+
+
+def test_lint_of_a_uri_alone_says_where_an_artifact_of_mlflow_is(monkeypatch, capsys):
+    monkeypatch.setattr(storage_uris, "artifact_location", lambda uri, tracking_uri: "s3://mlflow/1/artifacts/model")
+    assert lint(monkeypatch, "--uri", "models:/digits/3", "--remote", "minio", "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["storage_uri"], told["findings"]) == ("minio://mlflow/1/artifacts/model", [])
+    assert lint(monkeypatch, "--uri", "models:/digits/3", "--remote", "minio") == 0
+    assert "models:/digits/3 is minio://mlflow/1/artifacts/model to the cluster's rclone" in capsys.readouterr().out
+    assert lint(monkeypatch, "--uri", "models:/digits/3") == 2  # what the cluster calls the bucket, nobody knows
+    assert lint(monkeypatch, "--uri", "https://host/model") == 5
+    assert "C402" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
