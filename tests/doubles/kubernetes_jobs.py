@@ -9,12 +9,11 @@ import copy
 import json
 import threading
 import uuid
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Self
-from urllib.parse import parse_qs, urlsplit
 
-from tests.doubles.kubernetes_api import RefusalError
+from tests.doubles.kubernetes_api import ApiHandler, RefusalError
 
 Json = dict[str, Any]
 INDEX = "batch.kubernetes.io/job-completion-index"
@@ -154,39 +153,14 @@ class JobsDouble:
         return resource
 
 
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
+class _Handler(ApiHandler):
     double: JobsDouble
 
-    def log_message(self, *_: Any) -> None:
-        pass
-
-    def do_GET(self) -> None:
-        self.handle_call("GET")
-
-    def do_PATCH(self) -> None:
-        self.handle_call("PATCH")
-
-    def do_DELETE(self) -> None:
-        self.handle_call("DELETE")
-
-    def handle_call(self, method: str) -> None:
-        address = urlsplit(self.path)
-        query = {name: values[0] for name, values in parse_qs(address.query).items()}
-        length = int(self.headers.get("Content-Length") or 0)
-        body = json.loads(self.rfile.read(length)) if length else None
+    def handle_call(self, method: str, path: str, query: dict[str, str], body: Json | None) -> None:
         try:
             with self.double._lock:
-                answer = self.double.answer(method, address.path, query, body)
+                answer = self.double.answer(method, path, query, body)
         except RefusalError as refusal:
             self.send(refusal.code, refusal.body)
             return
         self.send(200, answer if isinstance(answer, str) else json.dumps(answer))
-
-    def send(self, code: int, body: str) -> None:
-        content = body.encode()
-        self.send_response(code)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
