@@ -32,6 +32,7 @@ _DOING = {
     "Capacity": "finding the capacity of {}",
     "Round": "measuring {}",
     "Published": "recording in {}",
+    "Campaign": "running the campaign of {}",
 }
 
 
