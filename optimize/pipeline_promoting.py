@@ -442,7 +442,7 @@ class PipelinePromoting(BasePromoting):
                 weights=options.weights, mirror=options.mirror, watch_s=options.watch_s, beside=True
             ),
             reason=subject.reason,
-            notes=(*subject.notes, *_notes(subject, options)),
+            notes=(*subject.notes, *_first(model, aliases), *_notes(subject, options)),
             resource="pipeline",
         )
 
@@ -531,6 +531,12 @@ def _made_up(subject: PipelineSubject) -> Mapping[str, Any]:
     return made_up([replace(takers[0][1], name=name) for name, takers in wanted.items()])
 
 
+def _first(model: str, aliases: Mapping[str, str]) -> tuple[str, ...]:
+    if CHAMPION in aliases:
+        return ()
+    return (f"What is in production is no version of {model}: the way back restores it from what is in force.",)
+
+
 def _notes(subject: PipelineSubject, options: Options) -> tuple[str, ...]:
     """What can be watched on a pipeline and what cannot, and what its promotion does to others."""
     shared = [name for name in subject.plan.pipeline.names if name not in subject.models]
@@ -541,8 +547,8 @@ def _notes(subject: PipelineSubject, options: Options) -> tuple[str, ...]:
             "spares them."
         )
     told.append(
-        f"{', '.join(subject.models)} stay served, so that the way back is one resource. Delete them once nobody wants "
-        "to go back."
+        f"The Models of before ({', '.join(subject.models)}) stay served, so that the way back is one resource. Delete "
+        "them once nobody wants to go back."
     )
     if not options.watch_s:
         return (*told, "Nothing is watched: --watch 0.")

@@ -242,6 +242,7 @@ def measure_plan(
     variants: bool = True,
     workers: Sequence[int] = (),
     mesh: str | None = None,
+    mesh_tls: bool = False,
     told: Told = lambda line: None,
     seed: int = 0,
 ) -> Measured:
@@ -256,6 +257,7 @@ def measure_plan(
         workers: numbers of worker processes (Triton: instances) to measure each first variant with besides, for
             balancing.
         mesh: ``host:port`` of a Core 2 where the pipeline is deployed; the whole is then measured there.
+        mesh_tls: whether it speaks TLS.
         told: takes a line for each that is measured.
         seed: of arrivals and payloads.
 
@@ -304,7 +306,7 @@ def measure_plan(
             targets = {step: [one.deployment.target for one in ones] for step, ones in first.items()}
             target = stack.enter_context(local_pipeline(pipeline, targets, work, cpus=client_cpus))
         else:
-            target = core2_target(pipeline, mesh)
+            target = core2_target(pipeline, mesh, tls=mesh_tls)
         whole = bench.whole(target, plan, samples, without=WITHOUT if mesh is None else "")
         told(f"{pipeline.name}: saturates at {whole.saturation_rps or 0:.4g} a second")
     cpus = None if mesh else float(len(server_cpus))

@@ -64,6 +64,7 @@ def measure(
     variants: Annotated[bool, typer.Option("--variants/--first-only", help="Every variant, or the first.")] = True,
     workers: Annotated[list[int] | None, typer.Option(help="Measure first variants with so many, too.")] = None,
     mesh: Annotated[str | None, typer.Option(help="host:port of a Core 2 that has the pipeline.")] = None,
+    mesh_tls: Annotated[bool, typer.Option("--mesh-tls", help="It speaks TLS.")] = False,
     seed: Seed = 0,
     json_output: Json = False,
 ) -> None:
@@ -91,6 +92,7 @@ def measure(
             variants=variants,
             workers=workers or (),
             mesh=mesh,
+            mesh_tls=mesh_tls,
             told=say,
             seed=seed,
         )

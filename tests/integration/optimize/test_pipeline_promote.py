@@ -171,10 +171,14 @@ def test_a_plan_changes_nothing_and_says_what_can_be_watched(world: World):
     ]  # fmt: skip
     notes = " ".join(told["notes"])
     for said in (
-        "is brought for left: its variant two", "Both pipelines have right", "left stay served",
-        "end to end: Kafka and the gateways are in it", "`rss_mb <= 9` cannot be watched",
-        "Watched on live traffic: `failed_share <= 1%`",
-    ):  # fmt: skip
+        "is brought for left: its variant two",
+        "is no version of both.pipeline",
+        "Both pipelines have right",
+        "(left) stay served",
+        "end to end: Kafka and the gateways are in it",
+        "`rss_mb <= 9` cannot be watched",
+        "`failed_share <= 1%`.",
+    ):
         assert said in notes
     assert (told["reason"], told["resource"], told["version"]) == ("It is new.", "pipeline", "(not registered yet)")
     assert (world.models(), world.applier.read("Pipeline", "both")) == (before, live)
