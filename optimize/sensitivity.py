@@ -20,8 +20,8 @@ method for detecting all defective members in a population by group testing", 19
 tried.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 
 from optimize.profiling import multiply_adds
 from optimize.stages import onnx_files
+from optimize.stages.openvino import WITHOUT_BIASES
 from optimize.stages.preparation import write
 from registry.records import NodeGroup, SearchTrial
 
@@ -208,8 +209,8 @@ def rank_groups(
 
     Args:
         prepared: the float model (an ``onnx.ModelProto``) that was quantized, with every node named.
-        quantized: what was made of it, with QuantizeLinear and DequantizeLinear; or with MatMulInteger and
-            DynamicQuantizeLinear.
+        quantized: what was made of it, with QuantizeLinear and DequantizeLinear, around weights, too, or with int8
+            weights; or with MatMulInteger and DynamicQuantizeLinear.
         operators: types of the operators that were quantized.
         batches: input name -> array (rows, ...), which the outputs are compared on.
         scratch: a folder for the graph with switches.
@@ -233,6 +234,29 @@ def rank_groups(
         if names
     ]
     return sorted(ranked, key=lambda group: (-group.noise, group.nodes))
+
+
+def named_in_ir(groups: Sequence[NodeGroup], known: Collection[str], outputs: Mapping[str, str]) -> list[NodeGroup]:
+    """The groups by the names that OpenVINO's IR has for their nodes; a node that it has none for is left out.
+
+    It calls a node by its output where it has no name, or where that is an output of the model. What ONNX Runtime fused
+    has a ``/`` and more behind the name of the first of what it was.
+
+    Args:
+        groups: of nodes of the prepared ONNX graph.
+        known: names of the nodes of the IR.
+        outputs: node of the prepared graph -> its first output.
+    """
+
+    def in_ir(name: str) -> str | None:
+        candidates = (name, outputs.get(name, ""), name.rpartition("/")[0])
+        return next((one for one in candidates if one in known or f"{one}{WITHOUT_BIASES}" in known), None)
+
+    named = [
+        replace(group, nodes=tuple(dict.fromkeys(found for name in group.nodes if (found := in_ir(name)))))
+        for group in groups
+    ]
+    return [group for group in named if group.nodes]
 
 
 def _own_nodes(model: Any, operators: set[str], left_out: set[str]) -> list[Any]:
@@ -341,14 +365,15 @@ class _Rounding:
 
         node = self._activations[name]
         middle = [f"{name}::{part}" for part in ("int8", "scale", "zero")]
+        along = {attribute.name: attribute.i for attribute in node.attribute if attribute.name == "axis"}
         if node.op_type == "QuantizeLinear":
             scales = list(node.input[1:])
             self._take(scales)
-            one = onnx.helper.make_node("QuantizeLinear", [source, *scales], middle[:1])
+            one = onnx.helper.make_node("QuantizeLinear", [source, *scales], middle[:1], **along)
         else:
             scales = middle[1:]
             one = onnx.helper.make_node("DynamicQuantizeLinear", [source], middle)
-        return [one, onnx.helper.make_node("DequantizeLinear", [middle[0], *scales], [rounded])]
+        return [one, onnx.helper.make_node("DequantizeLinear", [middle[0], *scales], [rounded], **along)]
 
     def _take(self, names: Iterable[str]) -> None:
         for name in names:

@@ -26,13 +26,17 @@ from optimize.metrics import find_metric
 from optimize.packages import version
 from optimize.plan import Workspace
 from optimize.samples import SampleFile, Samples, load_samples, open_samples
-from optimize.sensitivity import RANKED_ROWS, Found, rank_groups, search_float_nodes
+from optimize.sensitivity import RANKED_ROWS, Found, named_in_ir, rank_groups, search_float_nodes
 from optimize.sources import code_digests
 from optimize.stages import make_stage
 from optimize.stages.base import Context, StageInput, StageResult, TorchOrigin, input_of
+from optimize.stages.onnx_files import load_graph
+from optimize.stages.openvino import OpenVinoInt8
 from optimize.stages.preparation import PREPARED, load, prepare
 from optimize.stages.quantize import DynamicInt8, StaticInt8
+from optimize.stages.tensorrt_int8 import TensorRtInt8
 from profiles.measure.host import widest_instruction_set
+from profiles.serving.session import import_engine
 from registry import codec
 from registry.errors import BurnishError, NotApplicableError, StorageError
 from registry.records import (
@@ -53,8 +57,14 @@ from registry.report import numbers
 from registry.selection import Key, judge
 
 Arrays = Mapping[str, NDArray[Any]]
+Quantizer = DynamicInt8 | StaticInt8 | TensorRtInt8 | OpenVinoInt8
+"""Stages that can leave nodes in float32."""
+
+# What nncf rounds is not seen in an ONNX graph. Where int8 hurts is much the same, and the trials are of nncf's own.
+_LIKE_NNCF = StageCall(name="quantize.static")
 
 METHOD = 1  # raised when ranking or judging of trials changes, so that earlier ones do not count
+_PREPARED = "prepared"
 _NAMED_NODES = 3
 _RANKED_AT_ONCE = 8
 
@@ -72,17 +82,20 @@ class _Subject:
 
     @property
     def name(self) -> str:
-        return f"{self.one.variant.name}-tuned"
+        return tuned_name(self.one.variant.name)
 
     @property
     def call(self) -> StageCall:
-        return self.one.variant.recipe.stages[-1]
+        recipe = self.one.variant.recipe
+        return recipe.stages[_place(recipe)]
 
     def recipe(self, float_nodes: Sequence[str]) -> Recipe:
         """The variant's recipe with these nodes in float32, beside those that it leaves there itself."""
         recipe = self.one.variant.recipe
+        place = _place(recipe)
         params = {**self.call.params, "float_nodes": (*_left_out(self.call), *float_nodes)}
-        stages = (*recipe.stages[:-1], StageCall(name=self.call.name, params=params))
+        call = StageCall(name=self.call.name, params=params)
+        stages = (*recipe.stages[:place], call, *recipe.stages[place + 1 :])
         return Recipe(name=f"{recipe.name}-tuned", stages=stages, engines=recipe.engines)
 
     @property
@@ -110,9 +123,10 @@ def tune_variants(
 ) -> tuple[list[Variant], list[Failure]]:
     """For each quantized variant that misses the limit on ``accuracy_drop``, the best that the search made of it.
 
-    A variant is searched for where the campaign file asks for it (``search.accuracy``) and the last stage of its recipe
-    is ``quantize.static`` or ``quantize.dynamic``. What still misses the limit, but by less, is kept, too; where
-    nothing is better than the variant itself, a failure says why. ``judged`` begins with the baseline.
+    A variant is searched for where the campaign file asks for it (``search.accuracy``) and its recipe has the stage
+    ``quantize.static``, ``quantize.dynamic``, ``quantize.tensorrt`` or ``quantize.openvino``. What still misses the
+    limit, but by less, is kept, too; where nothing is better than the variant itself, a failure says why. ``judged``
+    begins with the baseline.
     """
     budget = workspace.plan.config.search.accuracy
     limits = tuple(one for one in workspace.plan.policy.constraints if one.metric == "accuracy_drop")
@@ -150,13 +164,22 @@ def tune_variants(
 
 
 def _quantized(judged: Sequence[Judged]) -> list[Judged]:
-    """One of each variant whose last stage can leave nodes in float32."""
+    """One of each variant with a stage that can leave nodes in float32."""
     found: dict[str, Judged] = {}
     for one in judged[1:]:
-        stages = one.variant.recipe.stages
-        if stages and isinstance(make_stage(stages[-1]), DynamicInt8 | StaticInt8):
+        if any(isinstance(make_stage(call), Quantizer) for call in one.variant.recipe.stages):
             found.setdefault(one.variant.id, one)
     return list(found.values())
+
+
+def tuned_name(variant: str) -> str:
+    """What the outcome of a variant's search is called."""
+    return f"{variant}-tuned"
+
+
+def _place(recipe: Recipe) -> int:
+    """Where the last stage stands that can leave nodes in float32; there is one."""
+    return max(place for place, call in enumerate(recipe.stages) if isinstance(make_stage(call), Quantizer))
 
 
 def _tune(workspace: Workspace, subject: _Subject, budget: AccuracySearchConfig) -> Variant | Failure:
@@ -283,7 +306,7 @@ def rank_here(
     metric: str,
     origin: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Ranks the nodes of a recipe's last stage in this process; the child's side, with records as plain JSON values.
+    """Ranks the nodes of a recipe's quantizing stage in this process; the child's side, records as plain JSON values.
 
     The samples that calibrate also rank, where there are any: those held out are for judging.
 
@@ -292,16 +315,28 @@ def rank_here(
     """
     held_out = load_samples(Path(samples))
     ranking: Arrays = held_out.inputs if calibration is None else open_samples(Path(calibration))
-    *before, last = codec.from_jsonable(Recipe, recipe).stages
+    whole = codec.from_jsonable(Recipe, recipe)
+    place = _place(whole)
     module = None if origin is None else TorchOrigin(**origin)
     given = input_of(codec.from_jsonable(Source, source).artifact, Path(files), module)
-    for position, call in enumerate(before):
-        made = _made(call, given, ranking, Path(work) / str(position), seed=seed, threads=threads)
+    call, in_onnx = whole.stages[place], given
+    for position, earlier in enumerate(whole.stages[:place]):
+        made = _made(earlier, given, ranking, Path(work) / str(position), seed=seed, threads=threads)
         ranking = adapt_calibration(ranking, made.adaptation) or ranking
         given = StageInput(
             folder=made.folder, entry=made.entry, format=made.format, inputs=made.inputs, outputs=made.outputs
         )
-    groups = _rank(given, last, ranking, Path(work), seed=seed, threads=threads)
+        in_onnx = given if given.format == "onnx" else in_onnx
+    if given.format == "openvino":
+        groups = _rank(in_onnx, _LIKE_NNCF, ranking, Path(work), seed=seed, threads=threads)
+        prepared = load_graph(Path(work) / _PREPARED / PREPARED)
+        outputs = {node.name: node.output[0] for node in prepared.graph.node}
+        left_out = {*_left_out(call)}
+        groups = [
+            one for one in named_in_ir(groups, _names_in_ir(given), outputs) if not left_out.issuperset(one.nodes)
+        ]
+    else:
+        groups = _rank(given, call, ranking, Path(work), seed=seed, threads=threads)
     answers = load_outputs(Path(reference))
     floor = compare_outputs(answers, answers, held_out.labels, find_metric(metric))["accuracy_drop"]
     return {"groups": [codec.to_jsonable(group) for group in groups], "floor": codec.to_jsonable(floor)}
@@ -316,7 +351,7 @@ def _rank(
     params = {**call.params, "format": "qdq"} if "format" in call.params else call.params
     explicit = StageCall(name=call.name, params=params)
     quantized = _made(explicit, given, samples, work / "quantized", seed=seed, threads=threads)
-    scratch = work / "prepared"
+    scratch = work / _PREPARED
     scratch.mkdir()
     prepare(given, scratch)
     prepared = load(scratch / PREPARED)
@@ -334,9 +369,14 @@ def _rank(
     )
 
 
-def _quantizer(call: StageCall) -> DynamicInt8 | StaticInt8:
+def _names_in_ir(given: StageInput) -> set[str]:
+    model = import_engine("openvino").Core().read_model(str(given.path))
+    return {op.get_friendly_name() for op in model.get_ops()}
+
+
+def _quantizer(call: StageCall) -> DynamicInt8 | StaticInt8 | TensorRtInt8:
     stage = make_stage(call)
-    assert isinstance(stage, DynamicInt8 | StaticInt8)  # others are not searched
+    assert isinstance(stage, DynamicInt8 | StaticInt8 | TensorRtInt8)  # others are ranked as one of them
     return stage
 
 

@@ -6,13 +6,16 @@ from typing import Any
 import numpy as np
 from pydantic import Field, field_validator
 
+from optimize.readiness.releases import tensorrt_release, tensorrt_version, triton_release
 from optimize.stages import onnx_files
 from optimize.stages.base import Context, Stage, StageInput, StageParams, StageResult
 from optimize.stages.checking import Runner, alike, first_line, runs_on, with_same_answers
-from registry.errors import NotApplicableError
+from registry.errors import InputError, NotApplicableError
 
 # Initializers that are no inputs came with IR version 4; functions inside a model with 8.
 _LEAST_IR = 4
+_LEAST_OPSET = 7
+_ANY = (_LEAST_OPSET, 99, 99)
 _LEAST_IR_WITH_FUNCTIONS = 8
 _NO_ADAPTER = re.compile(r"No (?:Adapter From Version \$?\d+ for|Previous Version of) (\w+)")
 _SIZE = re.compile(r"^(?P<name>.+?)(?:\[(?P<axis>\d+)\])?=(?P<size>\d+)$")
@@ -22,13 +25,29 @@ class OpsetParams(StageParams):
     """Parameters of ``convert.opset``.
 
     Attributes:
-        opset: the version of the standard operators to convert to, up or down.
+        opset: the version of the standard operators to convert to, up or down; 0 for the model's own.
         ir_version: the version of the file's format; 0 for the lowest that goes with the opset, so that engines of
             its time read the file.
+        target: what the model is for, ``triton 23.03`` or ``tensorrt 10``: the opset is then moved to the nearest that
+            this takes. Empty for anything.
     """
 
-    opset: int = Field(default=17, ge=7, le=28)
+    opset: int = Field(default=17, ge=0, le=28)
     ir_version: int = Field(default=0, ge=0, le=13)
+    target: str = ""
+
+    @field_validator("opset")
+    @classmethod
+    def _is_one(cls, opset: int) -> int:
+        if 0 < opset < _LEAST_OPSET:
+            raise ValueError(f"it is {_LEAST_OPSET} or more, or 0 for the model's own")
+        return opset
+
+    @field_validator("target")
+    @classmethod
+    def _is_known(cls, target: str) -> str:
+        _limits_of(target)
+        return target
 
 
 class Opset(Stage):
@@ -50,21 +69,27 @@ class Opset(Stage):
 
         model = onnx_files.load(source)
         before = onnx_files.opset_of(model), model.ir_version
-        made = model if before[0] == self.params.opset else self._converted(model)
+        least, most, newest_ir = _limits_of(self.params.target)
+        wanted = min(max(self.params.opset or before[0], least), most)
+        made = model if before[0] == wanted else self._converted(model, wanted)
         lowest = _LEAST_IR_WITH_FUNCTIONS if made.functions else _LEAST_IR
         fitting = onnx.helper.find_min_ir_version_for(list(made.opset_import), ignore_unknown=True)
         made.ir_version = self.params.ir_version or max(lowest, fitting)
-        if before == (self.params.opset, made.ir_version):
+        if made.ir_version > newest_ir:
+            raise NotApplicableError(
+                f"{self.name}: the model needs IR version {made.ir_version}, and {self.params.target} takes {newest_ir}"
+            )
+        if before == (wanted, made.ir_version):
             return self.unchanged(source, f"it has opset {before[0]} and IR version {before[1]} already")
-        self._check(made)
+        self._check(made, wanted)
         result = self.written(
             context,
             onnx_files.save(made, context.out),
-            f"opset {before[0]} to {self.params.opset}, IR version {before[1]} to {made.ir_version}",
+            f"opset {before[0]} to {wanted}, IR version {before[1]} to {made.ir_version}",
         )
         return with_same_answers(self.name, source, result, threads=context.threads)
 
-    def _converted(self, model: Any) -> Any:
+    def _converted(self, model: Any, after: int) -> Any:
         import onnx.inliner
         import onnx.version_converter
 
@@ -73,12 +98,12 @@ class Opset(Stage):
         if model.functions:
             # The converter drops functions that a model brings; what they stand for is put in their place.
             model = onnx.inliner.inline_local_functions(model)
-        before, after = onnx_files.opset_of(model), self.params.opset
+        before = onnx_files.opset_of(model)
         try:
             return onnx.version_converter.convert_version(model, after)
         except Exception as error:  # the converter raises RuntimeError and its own ConvertError, by build
             if after > before or "No Adapter" not in str(error):
-                raise self._refusal(model, str(error)) from error
+                raise self._refusal(model, after, str(error)) from error
         return self._converted_by_steps(model, before, after)
 
     def _converted_by_steps(self, model: Any, before: int, after: int) -> Any:
@@ -94,12 +119,12 @@ class Opset(Stage):
                 model = onnx.version_converter.convert_version(model, version)
             except Exception as error:  # as above
                 if "No Adapter" not in str(error):
-                    raise self._refusal(model, str(error)) from error
+                    raise self._refusal(model, after, str(error)) from error
                 next(item for item in model.opset_import if item.domain in {"", "ai.onnx"}).version = version
         return model
 
-    def _refusal(self, model: Any, message: str) -> NotApplicableError:
-        before, after = onnx_files.opset_of(model), self.params.opset
+    def _refusal(self, model: Any, after: int, message: str) -> NotApplicableError:
+        before = onnx_files.opset_of(model)
         found = _NO_ADAPTER.search(message)
         if not found:
             what = first_line(RuntimeError(message))
@@ -111,7 +136,7 @@ class Opset(Stage):
             f"{self.name}: {op_type}{where} of opset {before} has no form in opset {after} that the converter knows"
         )
 
-    def _check(self, made: Any) -> None:
+    def _check(self, made: Any, opset: int) -> None:
         import onnx
 
         if onnx_files.is_large(made):
@@ -120,8 +145,29 @@ class Opset(Stage):
             onnx.checker.check_model(made, full_check=True)
         except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
             raise NotApplicableError(
-                f"{self.name}: the model is not valid in opset {self.params.opset}: {first_line(error)}"
+                f"{self.name}: the model is not valid in opset {opset}: {first_line(error)}"
             ) from error
+
+
+def _limits_of(target: str) -> tuple[int, int, int]:
+    """The oldest and the newest opset, and the newest IR version, that a target takes.
+
+    Raises:
+        ValueError: nothing is known of it.
+    """
+    if not target:
+        return _ANY
+    kind, _, release = target.partition(" ")
+    try:
+        if kind == "triton":
+            triton = triton_release(release)
+            return _LEAST_OPSET, triton.opset, triton.ir_version
+        if kind == "tensorrt":
+            tensorrt = tensorrt_release(tensorrt_version(release))
+            return (*tensorrt.opsets, tensorrt.ir_version)
+    except InputError as error:
+        raise ValueError(f"{error.message}; {error.hint}") from error
+    raise ValueError(f"{target!r} is none; write triton 23.03, or tensorrt 10")
 
 
 class FixedShapeParams(StageParams):

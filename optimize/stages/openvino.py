@@ -1,8 +1,9 @@
 """Stages for OpenVINO: ONNX to its intermediate representation (IR), and that to int8 through nncf."""
 
+import difflib
 import logging
 import re
-from collections.abc import Container
+from collections.abc import Collection, Container
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,9 +13,11 @@ from optimize.calibration import whole_batches
 from optimize.protobuf_wire import contents, mapped
 from optimize.stages.base import Context, Stage, StageInput, StageParams, StageResult
 from profiles.serving.session import import_engine
-from registry.errors import MissingExtraError, NotApplicableError
+from registry.errors import InputError, MissingExtraError, NotApplicableError
 
 ENTRY = "model.xml"
+WITHOUT_BIASES = "/WithoutBiases"
+"""What OpenVINO adds to the name of an ONNX node whose bias becomes a node of its own."""
 _GRAPH, _NODE, _NODE_OUTPUT, _NODE_NAME = 7, 1, 2, 3  # fields of ModelProto, GraphProto and NodeProto in onnx.proto
 # OpenVINO 2026.4 answers wrongly (a cosine of .51 for the last state of an LSTM) where what goes into these is
 # quantized with an offset, and rightly where ranges are centred on zero.
@@ -62,6 +65,8 @@ class OpenVinoInt8Params(StageParams):
         subset_size: most batches of samples that are used.
         batch_size: samples fed at once, where the model does not fix the batch; nncf's statistics are meant for 1.
         fast_bias_correction: whether biases are corrected by the faster of nncf's two ways.
+        float_nodes: names of nodes that stay in float32, as the ONNX model had them; a node that had none, or that
+            gives an output of the model, goes by its output's name. ``conv`` stands for ``conv/WithoutBiases``, too.
     """
 
     preset: Literal["mixed", "performance"] = "mixed"
@@ -69,6 +74,7 @@ class OpenVinoInt8Params(StageParams):
     subset_size: int = Field(default=300, ge=1)
     batch_size: int = Field(default=1, ge=1)
     fast_bias_correction: bool = True
+    float_nodes: tuple[str, ...] = ()
 
 
 class OpenVinoInt8(Stage):
@@ -101,6 +107,7 @@ class OpenVinoInt8(Stage):
         if any(port.get_element_type() == openvino.Type.f64 for op in model.get_ops() for port in op.outputs()):
             raise NotApplicableError(f"{self.name} takes a float32 model, and this one computes in float64")
         known = {op.get_friendly_name() for op in model.get_ops()}
+        left_out = self._left_out(known)
         batches = whole_batches(context.calibration, source.inputs, wanted=self.params.batch_size)
         transformer = self.params.model_type == "transformer" or (self.params.model_type == "auto" and _attends(model))
         recurrent = any(op.get_type_name() in _RECURRENT for op in model.get_ops())
@@ -112,6 +119,7 @@ class OpenVinoInt8(Stage):
                 subset_size=min(self.params.subset_size, len(batches)),
                 fast_bias_correction=self.params.fast_bias_correction,
                 model_type=nncf.ModelType.TRANSFORMER if transformer else None,
+                ignored_scope=nncf.IgnoredScope(names=left_out, validate=False) if left_out else None,
             )
         except nncf.ValidationError as error:
             if "dataset must not be empty" not in str(error):
@@ -127,6 +135,20 @@ class OpenVinoInt8(Stage):
         _save(openvino, made, context, known=known)
         kind = "as a transformer" if transformer else "with nncf's defaults"
         return self.written(context, ENTRY, f"{done} FakeQuantize nodes, {kind}")
+
+    def _left_out(self, known: Collection[str]) -> list[str]:
+        """Names in the IR of the nodes that stay in float32."""
+        found: list[str] = []
+        for name in self.params.float_nodes:
+            hits = [one for one in (name, f"{name}{WITHOUT_BIASES}") if one in known]
+            if not hits:
+                nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+                raise InputError(
+                    f"{self.name}: float_nodes names {name!r}, and the model has no such node",
+                    hint=f"Did you mean {nearest[0].removesuffix(WITHOUT_BIASES)!r}?" if nearest else None,
+                )
+            found += hits
+        return found
 
 
 def _import(package: str, stage: str) -> Any:

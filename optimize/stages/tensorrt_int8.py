@@ -72,7 +72,7 @@ class TensorRtInt8(Stage):
                 scratch / PREPARED,
                 whole_batches(context.calibration, source.inputs, wanted=self.params.batch_size),
                 scratch / "ranges.json",
-                op_types=[*_WEIGHTED_OPS, "Add"],
+                op_types=self.operators(model),
                 method=self.params.method,
                 percentile=self.params.percentile,
                 symmetric=True,
@@ -80,6 +80,10 @@ class TensorRtInt8(Stage):
             )
             told = pairs.insert(_peaks(scratch / "ranges.json"))
         return self.written(context, onnx_files.save(model, context.out), *notes, *told)
+
+    def operators(self, prepared: Any) -> list[str]:
+        """Types of the operators whose nodes are quantized, where they are not left in float32."""
+        return [*_WEIGHTED_OPS, "Add"]
 
     def _check_domains(self, model: Any) -> None:
         fused = sorted({node.op_type for node in onnx_files.nodes(model.graph) if node.domain == "com.microsoft"})

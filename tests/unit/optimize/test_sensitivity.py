@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from optimize import tuning
 from optimize.calibration import whole_batches
-from optimize.sensitivity import MOST_GROUPS, Found, search_float_nodes
+from optimize.sensitivity import MOST_GROUPS, Found, named_in_ir, search_float_nodes
 from optimize.stages import make_stage
 from optimize.stages.base import Context, read_input
 from optimize.stages.preparation import PREPARED, load, prepare
@@ -273,6 +273,23 @@ def test_the_nodes_at_a_bad_tensor_rank_first(tmp_path):
         assert len(ranked) == 7
         assert math.isclose(sum(one.macs for one in ranked), 1.0)
         assert ranked == sorted(ranked, key=lambda one: -one.noise)
+
+
+def test_pairs_for_tensorrt_are_ranked_by_what_they_round(tmp_path):
+    """Its weights stand between pairs in float32, and its outputs are not rounded: the next layer's input is."""
+    model = conv_chain(tmp_path / "model", spiked=(1,))
+    images = {"image": clear_samples(model, count=16)["image"]}
+    first, second, third, *_ = rank(model, StageCall(name="quantize.tensorrt"), images, tmp_path)
+    assert {*first.nodes, *second.nodes} == {"conv_1", "conv_2"}
+    assert second.noise > 100 * third.noise
+
+
+def test_nodes_go_by_the_names_that_the_ir_has_for_them():
+    known = {"conv/WithoutBiases", "conv", "a/MatMul", "c_0", "y"}
+    both = NodeGroup(nodes=("conv", "gone"), noise=1.0, macs=0.1)
+    groups = [both, group("a/MatMul/MatMulAddFusion"), group("Conv_c_0"), group("head"), group("nowhere")]
+    named = named_in_ir(groups, known, {"Conv_c_0": "c_0", "head": "y", "gone": "z"})
+    assert [one.nodes for one in named] == [("conv",), ("a/MatMul",), ("c_0",), ("y",)]
 
 
 def test_nodes_that_are_left_out_already_are_not_ranked_again(tmp_path):

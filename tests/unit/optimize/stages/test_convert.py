@@ -41,6 +41,23 @@ def test_an_opset_brings_the_ir_version_of_its_time(tmp_path, opset, ir_version)
     assert made.notes == (f"opset 17 to {opset}, IR version 8 to {ir_version}",)
 
 
+@pytest.mark.parametrize(
+    ("given", "target", "opset"),
+    [(17, "triton 23.03", 17), (20, "triton 23.03", 18), (22, "tensorrt 10", 20), (8, "tensorrt 10", 9)],
+)
+def test_an_opset_is_moved_to_the_nearest_that_the_target_takes(tmp_path, given, target, opset):
+    source = tiny_conv_net(tmp_path / "source", opset=given)
+    model = model_of(made_by(Opset({"opset": 0, "target": target}), source, tmp_path))
+    assert model.opset_import[0].version == opset
+    assert model.ir_version <= (8 if target == "triton 23.03" else 10)
+
+
+@pytest.mark.parametrize("params", [{"target": "triton 20.01"}, {"target": "onnx"}, {"opset": 6}])
+def test_a_target_or_opset_that_is_none_is_the_users_error(params):
+    with pytest.raises(InputError, match=r"convert\.opset does not take"):
+        Opset(params)
+
+
 def test_an_ir_version_can_be_asked_for(tmp_path):
     made = made_by(Opset({"opset": 17, "ir_version": 9}), tiny_conv_net(tmp_path / "source"), tmp_path)
     assert model_of(made).ir_version == 9
