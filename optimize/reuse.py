@@ -16,7 +16,7 @@ from optimize.judging import Judged, judge_one, screen_one
 from optimize.making import make_source, make_variant
 from optimize.plan import Plan, Workspace, plan
 from optimize.recipes import engine_label
-from optimize.samples import Samples, load_samples
+from optimize.samples import SampleFile, Samples, load_samples, open_samples
 from registry.codec import digest
 from registry.errors import InputError
 from registry.ledger import Ledger
@@ -31,7 +31,7 @@ class Finding:
     """One result that a run would need.
 
     Attributes:
-        kind: of the result: ``Source``, ``Variant``, ``Fidelity`` or ``Screening``.
+        kind: of the result: ``Source``, ``Variant``, ``Fidelity``, ``AccuracySearch`` or ``Screening``.
         subject: the name that it has in the journal.
         reused: whether the next run takes it as it is.
         reason: what differs from the newest result of this kind for this subject, or why there is none to take.
@@ -49,6 +49,12 @@ class _Missing(Exception):
 
 class _Silent:
     def phase(self, name: str, total: int) -> None:
+        """Says nothing."""
+
+    def begun(self, kind: str, subject: str, where: str = "") -> None:
+        """Says nothing."""
+
+    def ended(self, kind: str, subject: str) -> None:
         """Says nothing."""
 
     def done(self, subject: str, outcome: str) -> None:
@@ -103,13 +109,18 @@ def reuse_of(config: CampaignConfig, *, base: Path, work: Path, wanted: str) -> 
     ledger = Ledger.read(work / "ledger.jsonl")
     planned = plan(config, base=base, work=work)
     inquiry = _Inquiry(plan=planned, store=FolderStore(work), ledger=ledger, observer=_Silent(), findings=[])
-    source, recipe, engines = _find(planned, ledger, wanted)
+    subject = _subject(ledger, wanted)
+    searched = _searched(planned, subject)
+    source, recipe, engines = _find(planned, searched or subject)
     evaluation = load_samples(planned.path(config.samples.evaluation))
     given = config.samples.calibration
-    calibration = None if given is None else load_samples(planned.path(given))
+    calibration = None if given is None else open_samples(planned.path(given))
     variant = _variant(inquiry, source, recipe, calibration)
     is_baseline = (source, recipe) == (config.sources[0], planned.recipes[0])
     baseline = None if is_baseline else _baseline(replace(inquiry, findings=[]), evaluation, calibration)
+    if searched:
+        _ask_tuned(inquiry, subject, source, variant, baseline, evaluation=evaluation, calibration=calibration)
+        return list(dict.fromkeys(inquiry.findings))
     for engine in engines:
         name = _name(planned, source, recipe, engine)
         if variant is None:
@@ -121,7 +132,48 @@ def reuse_of(config: CampaignConfig, *, base: Path, work: Path, wanted: str) -> 
     return list(dict.fromkeys(inquiry.findings))
 
 
-def _variant(inquiry: _Inquiry, source: SourceConfig, recipe: Recipe, calibration: Samples | None) -> Variant | None:
+def _ask_tuned(
+    inquiry: _Inquiry,
+    name: str,
+    source: SourceConfig,
+    variant: Variant | None,
+    baseline: Judged | None,
+    *,
+    evaluation: Samples,
+    calibration: SampleFile | None,
+) -> None:
+    """What became of the search for nodes of a variant to leave in float32, and of the variant that it ended with."""
+    from optimize.tuning import tune_variants
+
+    kinds = ("AccuracySearch", "Variant", "Fidelity", "Screening")
+    if variant is None:
+        _follows(inquiry, name, kinds, "the variant that is searched is not reused")
+        return
+    if baseline is None:
+        _follows(inquiry, name, kinds, "the answers of the baseline are not reused")
+        return
+    try:
+        judged = judge_one(inquiry, variant, variant.recipe.engines[0], evaluation, baseline)
+        known, _ = make_source(inquiry, source)
+        begun = len(inquiry.findings)
+        tuned, failures = tune_variants(
+            inquiry, [known], [baseline, judged], calibration=calibration, evaluation=evaluation
+        )
+    except _Missing:
+        last = inquiry.findings[-1]
+        rest = kinds[kinds.index(last.kind) + 1 :] if last.subject == name else kinds
+        _follows(inquiry, name, rest, f"{last.subject} is not reused")
+        return
+    if not tuned:
+        why = failures[0].reason if failures else f"{variant.name} meets the limit, or is not searched"
+        reused = all(one.reused for one in inquiry.findings[begun:])
+        inquiry.findings.append(Finding(kind="Variant", subject=name, reused=reused, reason=why))
+        return
+    for engine in tuned[0].recipe.engines:
+        _ask_in_engine(inquiry, tuned[0], engine, evaluation, baseline)
+
+
+def _variant(inquiry: _Inquiry, source: SourceConfig, recipe: Recipe, calibration: SampleFile | None) -> Variant | None:
     """The variant, or None where it would not be taken from the journal, or is a failure there."""
     name = _name(inquiry.plan, source, recipe)
     try:
@@ -136,7 +188,7 @@ def _variant(inquiry: _Inquiry, source: SourceConfig, recipe: Recipe, calibratio
     return None if isinstance(made, Failure) else made
 
 
-def _baseline(inquiry: _Inquiry, evaluation: Samples, calibration: Samples | None) -> Judged | None:
+def _baseline(inquiry: _Inquiry, evaluation: Samples, calibration: SampleFile | None) -> Judged | None:
     """The answers of the baseline, or None where they would not be taken from the journal."""
     variant = _variant(inquiry, inquiry.plan.config.sources[0], inquiry.plan.recipes[0], calibration)
     if variant is None:
@@ -164,9 +216,23 @@ def _follows(inquiry: _Inquiry, subject: str, kinds: tuple[str, ...], reason: st
     inquiry.findings.extend(Finding(kind=kind, subject=subject, reused=False, reason=reason) for kind in kinds)
 
 
-def _find(planned: Plan, ledger: Ledger, wanted: str) -> tuple[SourceConfig, Recipe, tuple[EngineSpec, ...]]:
+def _subject(ledger: Ledger, wanted: str) -> str:
+    """The name that the journal has for a variant's name or id."""
     by_id = {entry.record.id: entry.subject for entry in ledger.entries("Variant") if isinstance(entry.record, Variant)}
-    subject = by_id.get(wanted, wanted)
+    return by_id.get(wanted, wanted)
+
+
+def _searched(planned: Plan, subject: str) -> str | None:
+    """The variant that is searched, where the subject is what such a search ends with."""
+    from optimize.tuning import tuned_name
+
+    if planned.config.search.accuracy is None:
+        return None
+    names = [_name(planned, source, recipe) for source in planned.config.sources for recipe in planned.recipes]
+    return next((name for name in names if tuned_name(name) == subject and subject not in names), None)
+
+
+def _find(planned: Plan, subject: str) -> tuple[SourceConfig, Recipe, tuple[EngineSpec, ...]]:
     names = []
     for source in planned.config.sources:
         for recipe in planned.recipes:

@@ -7,6 +7,8 @@ import pytest
 
 from optimize.campaign import Prepared, judge_campaign
 from optimize.config import CampaignConfig
+from optimize.plan import Observer
+from optimize.reuse import Finding, reuse_of
 from registry.codec import from_jsonable, to_jsonable
 from registry.ledger import Ledger
 from registry.records import AccuracySearch
@@ -15,7 +17,7 @@ from tests.doubles.sensitive import clear_samples, conv_chain
 pytestmark = pytest.mark.slow
 
 
-class Log:
+class Log(Observer):
     """Keeps what a campaign says."""
 
     def __init__(self) -> None:
@@ -37,9 +39,8 @@ def prepare(folder: Path, *, samples: int) -> None:
     np.savez(folder / "calibration.npz", image=clear_samples(model, count=64, seed=1)["image"])
 
 
-def run(folder: Path, **search: float) -> tuple[Prepared, Log]:
-    log = Log()
-    config = CampaignConfig.model_validate(
+def config_with(**search: float) -> CampaignConfig:
+    return CampaignConfig.model_validate(
         {
             "name": "spiked",
             "sources": [{"onnx": "model.onnx"}],
@@ -51,7 +52,15 @@ def run(folder: Path, **search: float) -> tuple[Prepared, Log]:
             "search": {"accuracy": search},
         }
     )
+
+
+def run(folder: Path, **search: float) -> tuple[Prepared, Log]:
+    log, config = Log(), config_with(**search)
     return judge_campaign(config, base=folder, work=folder / "work", observer=log), log
+
+
+def reused(folder: Path, **search: float) -> list[Finding]:
+    return reuse_of(config_with(**search), base=folder, work=folder / "work", wanted="int8-static-tuned")
 
 
 def searches(folder: Path) -> list[AccuracySearch]:
@@ -90,6 +99,15 @@ def test_the_search_finds_the_bad_layers_and_the_tuned_variant_keeps_the_limit(t
     trials = [line for line in log.lines if line.startswith("int8-static-tuned, ")]
     assert [line.endswith("(known)") for line in trials] == [True, False, False], "one was made before"
     assert not list((tmp_path / "work" / "tmp").iterdir())
+
+    names = ["Source", "Variant", "Fidelity", "AccuracySearch", "Variant", "Fidelity", "Screening"]
+    known = reused(tmp_path, trials=8)
+    assert [one.kind for one in known] == names
+    assert all(one.reused for one in known)
+    more = reused(tmp_path, trials=9)
+    assert [one.kind for one in more] == names
+    assert [one.reused for one in more] == [True, True, True, False, False, False, False]
+    assert more[3].reason == "trials was 8, is now 9"
 
 
 def test_where_so_few_samples_can_show_nothing_no_trial_is_made(tmp_path):
