@@ -3,59 +3,51 @@
 import contextlib
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from optimize import reporting
-from optimize.champion import NONE_YET, Contender, judge_champion, record_of, with_champion
-from optimize.clusters import Site, open_site, owner_of
+from optimize.budget import Budget
+from optimize.champion import NONE_YET, record_of, with_champion
 from optimize.config import CampaignConfig, SamplesConfig, SourceConfig, load_campaign
-from optimize.fidelity import load_outputs
-from optimize.judging import Judged, choose_served, judge_variants, screen_variants
+from optimize.engines.choosing import engine_named, engine_on_demand
+from optimize.engines.cores import pinned, usable_cores
+from optimize.engines.pool import LocalEngine
+from optimize.finding import Findings, Made, Prepared, campaign_site, find, prepare, with_cores_alone
 from optimize.making import make_sources
 from optimize.making import make_variants as make_all
-from optimize.measuring import Measured, Serving, loads_of, measure
-from optimize.packages import PackageNotFoundError, version
+from optimize.measuring import Measured, loads_of
+from optimize.measuring_step import NAME, find_on_node, was_found
 from optimize.plan import Observer, Plan, Workspace, plan, plan_id
+from optimize.progress import working
 from optimize.samples import SampleFile, Samples, check_fit, load_samples, open_samples
-from optimize.serving_search import CandidateOf, find_profiles, space_of
-from optimize.tuning import tune_variants
-from profiles.deploy.core2_candidates import UNKNOWN_VERSION
+from optimize.serving_search import space_of
+from optimize.status import Watch
 from profiles.deploy.reaper import reap
 from profiles.measure.advice import advice_of
 from profiles.measure.compare import turned
 from profiles.measure.cost import with_costs
 from profiles.measure.rounds import compare_rounds, reduce_rounds
 from profiles.measure.spectrum import spectra_of
-from registry.codec import digest, to_jsonable
+from registry.codec import to_jsonable
 from registry.errors import InputError
 from registry.ledger import Ledger
 from registry.ports import Published
-from registry.records import (
-    Campaign,
-    Candidate,
-    Comparison,
-    Failure,
-    Measurement,
-    Round,
-    ServingProfile,
-    ServingSearch,
-    Source,
-    Variant,
-)
+from registry.records import Campaign, Candidate, Comparison, Failure, Measurement, Round, Source, Variant
 from registry.selection import metric_table, select
 from registry.shared_store import open_store
 
-_PACKAGES = (
-    "burnish", "mlflow", "mlserver", "nncf", "numpy", "nvidia-pytriton", "onnx", "onnxruntime", "onnxscript",
-    "openvino", "optimum", "optimum-onnx", "torch", "transformers", "tritonclient",
-)  # fmt: skip
-
 
 def run_campaign(
-    config: CampaignConfig, *, base: Path, work: Path, observer: Observer
+    config: CampaignConfig,
+    *,
+    base: Path,
+    work: Path,
+    observer: Observer,
+    engine: str | None = None,
+    store: str | None = None,
 ) -> tuple[Campaign, Path, Published]:
     """Runs a campaign, or goes on with it where it stopped.
 
@@ -64,6 +56,8 @@ def run_campaign(
         base: the folder that its paths are relative to.
         work: the working folder; every result in it that is still valid is reused.
         observer: told what is done.
+        engine: ``local`` or ``ray``: where its steps run; None for what ``BURNISH_ENGINE`` says.
+        store: URI of a store that machines share; None for what ``BURNISH_STORE`` says.
 
     Returns:
         The campaign's record, the page of its report, and what MLflow made of it.
@@ -73,46 +67,82 @@ def run_campaign(
         UnreachableError: the tracking store or the cluster does not answer. Before the work this costs nothing; after
             it nothing is lost, and `burnish report --sync` sends it later.
     """
-    planned = plan(config, base=base, work=work)
-    if config.search.serving is not None:
-        space_of(planned, config.search.serving)  # says so now where there is nothing to search
-    planned.work.mkdir(parents=True, exist_ok=True)
-    planned = with_champion(planned)
-    with _workspace(planned, observer) as workspace:
-        if planned.passed_over:
-            observer.note(f"{NONE_YET} Limits against it are passed over: {'; '.join(planned.passed_over)}")
-        _look_at_cluster(workspace)
-        reporting.use_tracker(config.registry.tracking_uri, planned.work)
-        campaign = _campaign(workspace)
-        reporting.write_campaign(campaign, planned.work)
-        page = reporting.write_report(campaign, planned.work)
-    observer.phase("Recording", 1)
-    published = reporting.publish(campaign, planned.work)
-    observer.done("MLflow", published.location)
+    budget = Budget.from_now(config.limits.minutes)
+    named = engine_named(engine)
+    with _on_its_cores(config, named):
+        planned = plan(config, base=base, work=work, engine=named)
+        if config.search.serving is not None and not planned.elsewhere:
+            space_of(planned, config.search.serving)  # says so now where there is nothing to search
+        planned.work.mkdir(parents=True, exist_ok=True)
+        planned = with_champion(planned)
+        with _workspace(planned, observer, budget, store=store) as workspace:
+            told = workspace.observer
+            for sentence in _beforehand(planned):
+                told.note(sentence)
+            _look_at_cluster(workspace)
+            reporting.use_tracker(config.registry.tracking_uri, planned.work)
+            campaign = _campaign(workspace, named)
+            reporting.write_campaign(campaign, planned.work)
+            page = reporting.write_report(campaign, planned.work)
+            told.phase("Recording", 1)
+            with working(told, "Published", "MLflow"):
+                published = reporting.publish(campaign, planned.work)
+            told.done("MLflow", published.location)
     return campaign, page, published
 
 
 @contextlib.contextmanager
-def _workspace(planned: Plan, observer: Observer) -> Iterator[Workspace]:
-    """The places of the working folder, with the leftovers of a killed run ended and removed."""
-    with Ledger.open(planned.work / "ledger.jsonl") as ledger:
-        reap(planned.work)
-        shutil.rmtree(planned.work / "tmp", ignore_errors=True)
-        yield Workspace(plan=planned, store=open_store(planned.work), ledger=ledger, observer=observer)
+def _on_its_cores(config: CampaignConfig, engine: str) -> Iterator[None]:
+    """This process on as many cores as the campaign asks for, where it measures here.
+
+    Raises:
+        InputError: this machine does not have what the campaign asks for.
+    """
+    needed = config.resources.needed()
+    if engine != "local":
+        yield
+        return
+    LocalEngine.check(NAME, needed)
+    with contextlib.nullcontext() if needed.cores is None else pinned(usable_cores()[: needed.cores]):
+        yield
 
 
 @contextlib.contextmanager
-def _site(workspace: Workspace) -> Iterator[Site]:
-    """The campaign's cluster, for the time of a block."""
+def _workspace(planned: Plan, observer: Observer, budget: Budget, *, store: str | None = None) -> Iterator[Workspace]:
+    """The places of the working folder, with the leftovers of a killed run ended and removed; others see how it is."""
+    name, level = planned.config.name, planned.level.name
+    with (
+        Ledger.open(planned.work / "ledger.jsonl") as ledger,
+        Watch(planned.work, observer, campaign=name, level=level, budget=budget) as watch,
+    ):
+        reap(planned.work)
+        shutil.rmtree(planned.work / "tmp", ignore_errors=True)
+        opened = open_store(planned.work, store)
+        yield Workspace(plan=planned, store=opened, ledger=ledger, observer=watch, budget=budget)
+
+
+def _beforehand(planned: Plan) -> Iterator[str]:
+    """What is worth saying before the work begins."""
+    if planned.passed_over:
+        yield f"{NONE_YET} Limits against it are passed over: {'; '.join(planned.passed_over)}"
+    if planned.stays is not None:
+        yield planned.stays
+
+
+@contextlib.contextmanager
+def _with_engine(workspace: Workspace, name: str) -> Iterator[Workspace]:
+    """The workspace with its engine; one that is to measure is looked at now, unless there is nothing left for it.
+
+    Raises:
+        InputError: no node has what the campaign asks for, or one cannot run burnish.
+        UnreachableError: there is no cluster, or a node cannot use the store.
+    """
     planned = workspace.plan
-    with open_site(
-        planned.config.cluster,
-        base=planned.base,
-        work=planned.work,
-        owner=owner_of(planned.work),
-        server_cpus=planned.server_cpus,
-    ) as site:
-        yield site
+    scratch = workspace.folder("tmp")
+    with engine_on_demand(workspace.store, scratch=scratch, name=name, waiting=workspace.waits_for_cores) as engine:
+        if planned.elsewhere and not was_found(planned.work):
+            engine().check(NAME, planned.config.resources.needed())
+        yield replace(workspace, engine=engine)
 
 
 def _look_at_cluster(workspace: Workspace) -> None:
@@ -126,24 +156,13 @@ def _look_at_cluster(workspace: Workspace) -> None:
     if config.cluster.kind == "local":
         return
     observer.phase("Looking at the cluster", 1)
-    with _site(workspace) as site:
+    with campaign_site(workspace) as site:
         site.check(workspace.plan.profiles)
         left = site.clear()
     removed = f"; took away what a killed run left: {', '.join(left)}" if left else ""
     observer.done(site.location, f"is ready{removed}")
     if config.target_instruction_sets is None:
         observer.note("Variants are judged for this machine's instruction sets; target_instruction_sets names others.")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Prepared:
-    """What a campaign knows before it serves anything: every variant made, judged and timed in process."""
-
-    evaluation: Samples
-    sources: list[Source]
-    variants: list[Variant]
-    judged: list[Judged]
-    failures: list[Failure]
 
 
 def judge_campaign(config: CampaignConfig, *, base: Path, work: Path, observer: Observer) -> Prepared:
@@ -154,10 +173,14 @@ def judge_campaign(config: CampaignConfig, *, base: Path, work: Path, observer: 
     Raises:
         InputError: the configuration or the samples do not fit.
     """
+    budget = Budget.from_now(config.limits.minutes)
     planned = plan(config, base=base, work=work)
     planned.work.mkdir(parents=True, exist_ok=True)
-    with _workspace(planned, observer) as workspace:
-        return _prepare(workspace)
+    with _workspace(planned, observer, budget) as workspace:
+        made, failures = _make(workspace)
+        with with_cores_alone(workspace) as alone:
+            prepared = prepare(alone, made)
+    return replace(prepared, failures=[*failures, *prepared.failures])
 
 
 def _calibration(planned: Plan) -> SampleFile | None:
@@ -166,57 +189,30 @@ def _calibration(planned: Plan) -> SampleFile | None:
     return None if given is None else open_samples(planned.path(given)).checked()
 
 
-def _prepare(workspace: Workspace) -> Prepared:
+def _make(workspace: Workspace) -> tuple[Made, list[Failure]]:
+    """Sources and variants, and what could not be had of them."""
     planned = workspace.plan
-    samples = planned.config.samples
-    evaluation = load_samples(planned.path(samples.evaluation))
+    evaluation = load_samples(planned.path(planned.config.samples.evaluation))
     calibration = _calibration(planned)
     sources, failures = make_sources(workspace)
     sources, unfit = _fitting(sources, evaluation, calibration)
     variants, unmade = make_all(workspace, sources, calibration)
-    judged, misjudged = judge_variants(workspace, variants, evaluation)
-    tuned, untuned = tune_variants(workspace, sources, judged, calibration=calibration, evaluation=evaluation)
-    if tuned:
-        [_, *rejudged], misjudged_again = judge_variants(workspace, [judged[0].variant, *tuned], evaluation)
-        variants, judged, misjudged = [*variants, *tuned], [*judged, *rejudged], [*misjudged, *misjudged_again]
-    timed, untimed = screen_variants(workspace, judged)
-    return Prepared(
-        evaluation=evaluation,
-        sources=sources,
-        variants=variants,
-        judged=timed,
-        failures=[*failures, *unfit, *unmade, *misjudged, *untuned, *untimed],
-    )
+    made = Made(evaluation=evaluation, calibration=calibration, sources=tuple(sources), variants=tuple(variants))
+    return made, [*failures, *unfit, *unmade]
 
 
-def _campaign(workspace: Workspace) -> Campaign:
+def _campaign(workspace: Workspace, engine: str) -> Campaign:
     started_at = datetime.now(UTC).isoformat(timespec="seconds")
-    prepared = _prepare(workspace)
-    evaluation = prepared.evaluation
-    contender = judge_champion(workspace, evaluation=evaluation, sources=prepared.sources, judged=prepared.judged)
-    served, unserved = choose_served(workspace, prepared.judged)
-    unserved = [_but_as_champion(one, contender) for one in unserved]
-    with _site(workspace) as site:
-        found = find_profiles(workspace, served, site.cluster, evaluation, _candidates(site))
-        workspace, served = found.workspace, found.served
-        servings, unfit = _servings(workspace, served, site)
-        servings, refused = _with_champion(workspace, servings, served[0], contender, site)
-        measured = measure(workspace, site.cluster, servings, evaluation.inputs, evaluation.digest)
-        if not measured.deployed:
-            site.check(workspace.plan.profiles)  # where all failed, the cluster may be why
-    return _assembled(
-        workspace,
-        started_at=started_at,
-        evaluation=evaluation,
-        sources=prepared.sources,
-        variants=prepared.variants,
-        judged=[next((again for again in served if again.name == one.name), one) for one in prepared.judged],
-        servings=servings,
-        measured=measured,
-        searches=found.searches,
-        failures=[*prepared.failures, *unserved, *unfit, *refused, *measured.failures],
-        contender=contender,
-    )
+    preparing = workspace.budget.preparing()
+    found = None
+    with _with_engine(workspace, engine) as working_there:
+        made, failures = _make(replace(working_there, budget=preparing))
+        if workspace.plan.elsewhere:
+            found = find_on_node(working_there, made, preparing)
+    if found is None:  # here, where no engine is in the way any more
+        with with_cores_alone(workspace) as alone:
+            found = find(alone, made, preparing)
+    return _assembled(workspace, made, found, started_at=started_at, failures=[*failures, *found.failures])
 
 
 def _fitting(
@@ -243,124 +239,14 @@ def _fitting(
     return fitting, failures
 
 
-def _servings(workspace: Workspace, served: Sequence[Judged], site: Site) -> tuple[list[Serving], list[Failure]]:
-    """Every variant worth serving, under every serving profile whose backend runs its engine."""
-    candidate_of = _candidates(site)
-    servings: list[Serving] = []
-    failures: list[Failure] = []
-    for profile in workspace.plan.profiles:
-        for one in served:
-            candidate = candidate_of(one, profile)
-            if profile.of_server and profile.backend != one.engine.name:
-                reason = f"Triton's {profile.backend} backend does not run models for {one.engine.name}"
-                failures.append(Failure(subject=candidate.name, phase="deploy", kind="not_applicable", reason=reason))
-                continue
-            servings.append(_serving(workspace, one, candidate, served[0], baseline=one is served[0]))
-    return servings, failures
-
-
-def _serving(
-    workspace: Workspace, one: Judged, candidate: Candidate, first: Judged, *, baseline: bool = False
-) -> Serving:
-    """A candidate with what serving and checking it takes; ``first`` is the baseline's variant."""
-    answers = None if one.variant.batch_dependent else load_outputs(next(iter(one.answers.values())))
-    return Serving(
-        candidate=candidate,
-        artifact=one.variant.artifact,
-        files=workspace.store.path(one.variant.artifact),
-        answers=answers,
-        baseline=baseline,
-        adaptation=one.variant.adaptation,
-        reference=next(iter(first.answers.values())),
-        parity=one.variant.source == first.variant.source,
-    )
-
-
-def _with_champion(
-    workspace: Workspace, servings: Sequence[Serving], first: Judged, contender: Contender | None, site: Site
-) -> tuple[list[Serving], list[Failure]]:
-    """The servings with the champion's among them, which may be one of them anyway."""
-    standing = workspace.plan.champion
-    if contender is None or standing is None:
-        return list(servings), []
-    if contender.judged is None:
-        return list(servings), [contender.failure] if contender.failure else []
-    profile = standing.candidate.serving
-    candidate = _candidates(site)(contender.judged, profile)
-    if candidate.id in {one.candidate.id for one in servings}:
-        return [replace(one, champion=one.candidate.id == candidate.id) for one in servings], []
-    if (why := workspace.plan.config.cluster.why_not(profile)) is not None:
-        reason = f"the champion cannot be served here as it is now: {why}"
-        return list(servings), [Failure(subject=candidate.name, phase="deploy", kind="not_applicable", reason=reason)]
-    serving = _serving(workspace, contender.judged, candidate, first)
-    return [*servings, replace(serving, champion=True)], []
-
-
-def _but_as_champion(failure: Failure, contender: Contender | None) -> Failure:
-    """Why a variant is not served; the champion is all the same, in its own way."""
-    if contender is None or contender.judged is None or contender.judged.name != failure.subject:
-        return failure
-    return replace(failure, reason=f"{failure.reason}; it is served as the champion is, and in no other way")
-
-
-def _candidates(site: Site) -> CandidateOf:
-    """The candidate of a variant under a serving profile on this site, which is asked once for each of its servers."""
-    known: dict[str, tuple[str, str]] = {}
-
-    def candidate_of(one: Judged, profile: ServingProfile) -> Candidate:
-        server = profile.server
-        if server not in known:
-            known[server] = site.server_version(server), site.served_by(server)
-        fidelity = one.fidelities.get(profile.max_batch_size) or next(iter(one.fidelities.values()))
-        return _candidate(one, profile, fidelity.engine_version, *known[server])
-
-    return candidate_of
-
-
-def _candidate(
-    one: Judged, profile: ServingProfile, engine_version: str, serving_version: str, served_by: str
-) -> Candidate:
-    # A server's own engine is of another version than ours, so that our numbers are not its.
-    engine_version = UNKNOWN_VERSION if profile.of_server else engine_version
-    identity = {
-        "variant": one.variant.id,
-        "engine": to_jsonable(one.engine),
-        "engine_version": engine_version,
-        "serving": to_jsonable(profile),
-        "server_version": serving_version,
-        # What one cluster gave is not taken for another's.
-        **({"cluster": served_by} if served_by else {}),
-    }
-    return Candidate(
-        id=digest(identity),
-        name=f"{one.name} @ {profile.key}",
-        variant_id=one.variant.id,
-        variant_name=one.name,
-        engine=one.engine,
-        engine_version=engine_version,
-        serving=profile,
-        server_version=serving_version,
-        cluster=served_by,
-    )
-
-
 def _assembled(
-    workspace: Workspace,
-    *,
-    started_at: str,
-    evaluation: Samples,
-    sources: Sequence[Source],
-    variants: Sequence[Variant],
-    judged: Sequence[Judged],
-    servings: Sequence[Serving],
-    measured: Measured,
-    searches: tuple[ServingSearch, ...],
-    failures: Sequence[Failure],
-    contender: Contender | None,
+    workspace: Workspace, made: Made, found: Findings, *, started_at: str, failures: Sequence[Failure]
 ) -> Campaign:
-    planned = workspace.plan
-    candidates = [serving.candidate for serving in servings]
-    champion = next((serving.candidate for serving in servings if serving.champion), None)
+    # As it was where the numbers were taken.
+    planned = replace(workspace.plan, host=found.host, server_cpus=found.server_cpus, profiles=found.profiles)
+    measured, contender, candidates = found.measured, found.contender, list(found.candidates)
+    sources, variants, judged = list(made.sources), list(found.variants), list(found.judged)
+    champion = next((one for one in candidates if one.id == found.champion_id), None)
     if contender is not None and contender.judged is not None and champion is not None:
         known = {one.id for one in variants}
         variants = [*variants, *([] if contender.judged.variant.id in known else [contender.judged.variant])]
@@ -379,10 +265,12 @@ def _assembled(
         comparisons=[*comparisons, *against],
         failures=failures,
         baseline_id=candidates[0].id,
-        provisional=planned.level.provisional,
+        provisional=planned.level.provisional or measured.short,
         champion_id=None if champion is None else champion.id,
+        cut_short=_cut_short(workspace.budget, measured, failures),
     )
-    identity = plan_id(planned, sources=tuple(source.digest for source in sources), samples_digest=evaluation.digest)
+    samples_digest = made.evaluation.digest
+    identity = plan_id(planned, sources=tuple(source.digest for source in sources), samples_digest=samples_digest)
     return Campaign(
         id=identity,
         name=planned.config.name,
@@ -391,8 +279,8 @@ def _assembled(
         seed=planned.config.seed,
         started_at=reporting.begun(planned.work, identity) or started_at,
         host=planned.host,
-        versions=_versions(),
-        samples_digest=evaluation.digest,
+        versions=found.versions,
+        samples_digest=samples_digest,
         samples_name=Path(planned.config.samples.evaluation).name,
         task_metric=planned.config.metric,
         sources=tuple(sources),
@@ -408,12 +296,18 @@ def _assembled(
         rendered={one.candidate_id: one.rendered for one in measured.deployed},
         artifacts={variant.id: str(workspace.store.path(variant.artifact)) for variant in variants},
         verdict=verdict,
-        serving_searches=searches,
+        serving_searches=found.searches,
         hardware=planned.hardware,
         advice=tuple(advice_of(one) for one in measured.capacities),
         spectra=spectra_of(measured.rounds, raw_root=planned.work, loads=loads_of(planned.policy)),
         champion=record_of(planned, contender, champion, against),
     )
+
+
+def _cut_short(budget: Budget, measured: Measured, failures: Sequence[Failure]) -> str:
+    if not measured.cut and not any(failure.kind == "budget" for failure in failures):
+        return ""
+    return f"The budget of {budget.minutes or 0:g} minutes was used up before all was measured."
 
 
 def _measurements(planned: Plan, candidates: Sequence[Candidate], measured: Measured) -> list[Measurement]:
@@ -472,14 +366,6 @@ def _rounds_of(candidate: Candidate, measured: Measured) -> list[Round]:
     return [one for one in measured.rounds if one.candidate_id == candidate.id]
 
 
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in _PACKAGES:
-        with contextlib.suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
-
-
 # --- variants only ---------------------------------------------------------------------------------------------
 
 
@@ -509,8 +395,9 @@ def make_variants(
         InputError: the model or a preset cannot be taken.
     """
     config = _config_for(model, variants, calibration)
+    budget = Budget.from_now(config.limits.minutes)
     planned = plan(config, base=model.parent, work=work or model.parent / "burnish-work")
-    with _workspace(planned, observer) as workspace:
+    with _workspace(planned, observer, budget) as workspace:
         samples = _calibration(planned)
         sources, failures = make_sources(workspace)
         if samples is not None:

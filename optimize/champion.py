@@ -3,11 +3,12 @@
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from optimize.config import REGISTERED, ChampionConfig
-from optimize.judging import Judged, failure_of, judge_one
+from optimize.judging import Judged, failure_of, judge_one, told_of
 from optimize.plan import Plan, Standing, Workspace
 from optimize.rendering import find_candidate
 from optimize.reporting import read_campaign
@@ -15,6 +16,7 @@ from optimize.samples import Samples, check_fit
 from registry import codec
 from registry.errors import BurnishError, InputError, StorageError
 from registry.records import Artifact, Campaign, Candidate, Champion, Comparison, Failure, Source
+from registry.shared_store import share
 from registry.tracking import store_uri
 
 PREFIX = "champion"
@@ -106,10 +108,19 @@ def judge_champion(
         raise
     except BurnishError as error:
         failure = failure_of(name, "fidelity", error)
-        workspace.observer.done(name, f"failed: {failure.reason}")
+        workspace.observer.done(name, told_of(failure))
         return Contender(judged=None, failure=failure, notes=(f"It could not be measured again: {failure.reason}",))
     workspace.observer.done(found.name, "is measured again in the same rounds")
     return Contender(judged=found, source=source, notes=_notes(standing))
+
+
+def share_champion(workspace: Workspace) -> None:
+    """Puts the champion's files where other machines find them; that they are nowhere is said when it is judged."""
+    standing = workspace.plan.champion
+    if standing is not None:
+        with suppress(InputError):
+            _store(workspace, standing.variant.artifact, standing)
+            share(workspace.store, standing.variant.artifact)
 
 
 def record_of(

@@ -2,6 +2,7 @@
 
 import difflib
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
@@ -10,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from pydantic_core import PydanticCustomError
 
 from optimize.cluster_config import Backend, ClusterConfig, LocalConfig
+from optimize.engines.port import Resources
 from profiles.measure.cost import HardwareConfig, find_hardware
 from registry.errors import InputError
 from registry.records import ServingProfile
@@ -17,6 +19,9 @@ from registry.records import ServingProfile
 REGISTERED = re.compile(r"models:/(?P<name>[^/:@]+)(@(?P<alias>[\w.-]+)|/(?P<version>\d+))")
 _NAME = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"
 Name = Annotated[str, Field(pattern=_NAME, max_length=50)]
+# As Ray and Kubernetes have them.
+_LABEL_VALUE = r"^[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$"
+_LABEL = r"^([a-z0-9]([-a-z0-9.]*[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$"
 
 
 class _Model(BaseModel):
@@ -264,12 +269,42 @@ class LimitsConfig(_Model):
         load_timeout_s: until a candidate is ready to be asked, the start of its server included.
         deployed: ``all`` candidates through all rounds, or ``one`` at a time, where memory does not hold them all; it
             is then deployed anew for each of its turns, which takes longer.
+        minutes: for how long a run of the campaign begins work; None for no end. See `optimize.budget`.
     """
 
     timeout_s: float = Field(default=900.0, gt=0)
     memory_mb: int = Field(default=12_000, gt=0)
     load_timeout_s: float = Field(default=60.0, gt=0)
     deployed: Literal["all", "one"] = "all"
+    minutes: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+
+
+class ResourcesConfig(_Model):
+    """What judging, serving and measuring need of a machine; a node of a cluster is chosen by it.
+
+    Attributes:
+        cores: how many, all of which they have alone; None for all of the machine.
+        memory_mb: how much of its memory is kept for them, in MB of 10^6 bytes; None for any.
+        gpus: how many.
+        accelerator: the type of the GPUs, by Ray's name (``L4``), or None for any.
+        labels: labels that a node must have, with their values.
+    """
+
+    cores: int | None = Field(default=None, ge=1)
+    memory_mb: int | None = Field(default=None, gt=0)
+    gpus: int = Field(default=0, ge=0)
+    accelerator: str | None = Field(default=None, pattern=r"^[\w.-]+$")
+    labels: Mapping[Annotated[str, Field(pattern=_LABEL)], Annotated[str, Field(pattern=_LABEL_VALUE)]] = {}
+
+    @model_validator(mode="after")
+    def _of_gpus(self) -> Self:
+        if self.accelerator is not None and not self.gpus:
+            raise ValueError(f"accelerator: {self.accelerator} is a type of GPU; say how many, gpus: 1 or more")
+        return self
+
+    def needed(self) -> Resources:
+        """What the measuring asks of an engine."""
+        return Resources(**self.model_dump(), alone=True)
 
 
 _BOTH_SERVERS = (
@@ -304,7 +339,8 @@ class CampaignConfig(_Model):
         predict: whether recipes that are hopeless for a model are left out, with the reason, before anything is made.
         search: what is searched for beyond the variants that are named.
         registry: where results go.
-        limits: of child processes, and of what is deployed at the same time.
+        limits: of child processes, of what is deployed at the same time, and of a run's time.
+        resources: what judging, serving and measuring need of the machine that does it.
         seed: of calibration, order of rounds, arrivals and resampling.
     """
 
@@ -326,6 +362,7 @@ class CampaignConfig(_Model):
     search: SearchConfig = SearchConfig()
     registry: RegistryConfig = RegistryConfig()
     limits: LimitsConfig = LimitsConfig()
+    resources: ResourcesConfig = ResourcesConfig()
     seed: int = Field(default=0, ge=0, lt=2**31)
 
     @field_validator("variants", mode="before")

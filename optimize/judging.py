@@ -4,10 +4,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from optimize.budget import UNLIMITED
 from optimize.engines.local import ChildFailure, Limits
 from optimize.fidelity import fidelity_components, measure_fidelity
 from optimize.packages import version
 from optimize.plan import Workspace
+from optimize.progress import FAILED
 from optimize.recipes import engine_label
 from optimize.samples import Samples
 from optimize.saturation import SATURATED, saturates_on
@@ -15,7 +17,15 @@ from optimize.screening import screen_variant
 from optimize.sources import code_digests
 from profiles.measure.host import widest_instruction_set
 from registry.codec import digest
-from registry.errors import BurnishError, InputError, NotApplicableError, ServerDiedError, StageError, StorageError
+from registry.errors import (
+    BudgetUsedUpError,
+    BurnishError,
+    InputError,
+    NotApplicableError,
+    ServerDiedError,
+    StageError,
+    StorageError,
+)
 from registry.records import (
     EngineSpec,
     Estimate,
@@ -79,14 +89,14 @@ def judge_variants(
         name = _name(variant, engine)
         baseline = judged[0] if judged else None
         try:
-            found = judge_one(workspace, variant, engine, evaluation, baseline)
+            found = judge_one(workspace if judged else needed(workspace), variant, engine, evaluation, baseline)
         except StorageError:
             raise
         except BurnishError as error:
             if baseline is None:
                 raise as_input(error, f"the baseline {name!r} cannot be judged") from error
             failures.append(failure_of(name, "fidelity", error))
-            workspace.observer.done(name, f"failed: {failures[-1].reason}")
+            workspace.observer.done(name, told_of(failures[-1]))
             continue
         judged.append(found)
         workspace.observer.done(name, _sentence(next(iter(found.fidelities.values()))))
@@ -225,7 +235,7 @@ def screen_variants(workspace: Workspace, judged: Sequence[Judged]) -> tuple[lis
     failures: list[Failure] = []
     for one in judged:
         try:
-            timed.append(screen_one(workspace, one))
+            timed.append(screen_one(workspace if timed else needed(workspace), one))
             outcome = ", ".join(
                 f"{estimate.value:.2f} ms ({name.removeprefix('inprocess_ms.')})"
                 for name, estimate in timed[-1].screening.metrics.items()  # type: ignore[union-attr]
@@ -236,7 +246,7 @@ def screen_variants(workspace: Workspace, judged: Sequence[Judged]) -> tuple[lis
             if not timed:
                 raise as_input(error, f"the baseline {one.name!r} cannot be timed") from error
             failures.append(failure_of(one.name, "screen", error))
-            outcome = f"failed: {failures[-1].reason}"
+            outcome = told_of(failures[-1])
         workspace.observer.done(one.name, outcome)
     return timed, failures
 
@@ -366,6 +376,11 @@ def as_input(error: BurnishError, what: str) -> BurnishError:
     return InputError(f"{what}: {error.message}{detail}", hint=error.hint)
 
 
+def needed(workspace: Workspace) -> Workspace:
+    """The same for work that is done even where no time is left: the baseline's, since nothing is known without it."""
+    return replace(workspace, budget=UNLIMITED)
+
+
 def limits_of(workspace: Workspace) -> Limits:
     """What a child process of this campaign may take."""
     limits = workspace.plan.config.limits
@@ -382,8 +397,17 @@ def failure_of(subject: str, phase: FailurePhase, error: BurnishError) -> Failur
         kind = "not_applicable"
     elif isinstance(error, ServerDiedError):
         kind = "died"
+    elif isinstance(error, BudgetUsedUpError):
+        kind = "budget"
     reason, _, rest = error.message.partition("\n")
     return Failure(subject=subject, phase=phase, kind=kind, reason=reason, detail=detail or rest or error.hint or "")
+
+
+def told_of(failure: Failure) -> str:
+    """The outcome that an observer is told of."""
+    if failure.kind == "not_applicable":
+        return f"not applicable: {failure.reason}"
+    return f"not begun: {failure.reason}" if failure.kind == "budget" else f"{FAILED}{failure.reason}"
 
 
 def _name(variant: Variant, engine: EngineSpec) -> str:

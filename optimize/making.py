@@ -3,7 +3,6 @@
 import contextlib
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from time import monotonic
 from typing import Any, cast
@@ -15,7 +14,7 @@ from optimize.engines.local import Limits, run_in_child
 from optimize.engines.pool import LocalEngine
 from optimize.engines.port import Engine, Outcome, Place, Resources, Task
 from optimize.explain import predict, predictable, weights_of
-from optimize.judging import as_input, failure_of, limits_of
+from optimize.judging import as_input, failure_of, limits_of, needed, told_of
 from optimize.plan import Plan, Workspace
 from optimize.recipes import (
     apply_recipe,
@@ -30,7 +29,7 @@ from optimize.sources import code_digests, load_huggingface, load_onnx, load_tor
 from optimize.stages import make_stage
 from optimize.stages.base import TorchOrigin, input_of
 from registry import codec
-from registry.errors import BurnishError, NotApplicableError, StorageError
+from registry.errors import BudgetUsedUpError, BurnishError, NotApplicableError, StorageError
 from registry.records import Failure, Recipe, Source, TensorSpec, Variant
 from registry.shared_store import once, share
 
@@ -47,14 +46,14 @@ def make_sources(workspace: Workspace) -> tuple[list[Source], list[Failure]]:
     failures: list[Failure] = []
     for config in configs:
         try:
-            source, known = make_source(workspace, config)
+            source, known = make_source(workspace if sources else needed(workspace), config)
         except StorageError:
             raise
         except BurnishError as error:
             if not sources:
                 raise as_input(error, f"source {config.name!r}") from error
             failures.append(failure_of(config.name, "source", error))
-            workspace.observer.done(config.name, f"failed: {error.message}")
+            workspace.observer.done(config.name, told_of(failures[-1]))
             continue
         sources.append(source)
         megabytes = source.artifact.size_bytes / 1e6
@@ -110,12 +109,13 @@ def make_variants(
     Raises:
         BurnishError: the baseline, the first source's float32, cannot be made.
     """
-    works = [
+    first, *others = [
         _work(workspace, source, recipe, f"{source.name}/{recipe.name}" if several else recipe.name, calibration)
         for several in [workspace.plan.several_sources]
         for source in sources
         for recipe in workspace.plan.recipes
     ]
+    works = [replace(first, needed=True), *others]
     workspace.observer.phase("Making variants", len(works))
     for source in sources:
         share(workspace.store, source.artifact)  # one that was known before the store was shared is not there yet
@@ -128,8 +128,7 @@ def make_variants(
                 raise as_input(outcome, f"the baseline {work.name!r} cannot be made") from outcome
             one = failure_of(work.name, "make", outcome) if isinstance(outcome, BurnishError) else outcome
             made[work.name] = one
-            told = f"{one.kind.replace('_', ' ')}: {one.reason}" if isinstance(one, Failure) else _size(one)
-            workspace.observer.done(work.name, told)
+            workspace.observer.done(work.name, _told(one))
     ordered = [made[work.name] for work in works]
     return [one for one in ordered if isinstance(one, Variant)], [one for one in ordered if isinstance(one, Failure)]
 
@@ -158,6 +157,7 @@ class _Work:
 
     Attributes:
         name: the variant's.
+        needed: whether it is made even where no time is left, since nothing is known without it.
         variant: the variant, but for what is only known once it is made: its artifact, and what was found.
         components: everything that it depends on.
         arguments: of `make_in_place`, but for the calibration samples.
@@ -166,6 +166,7 @@ class _Work:
     """
 
     name: str
+    needed: bool = False
     variant: Mapping[str, Any]
     components: Mapping[str, Any]
     arguments: Mapping[str, Any]
@@ -187,6 +188,7 @@ class _Work:
             files={} if self.calibration is None else {"calibration": self.calibration},
             python_path=self.python_path,
             resources=Resources(cores=None),
+            begin_by=None if self.needed else workspace.budget.begin_by,
         )
 
 
@@ -243,33 +245,44 @@ def _made(workspace: Workspace, works: Sequence[_Work]) -> _Outcomes:
     unknown = []
     for work in works:
         found = workspace.ledger.find("Variant", work.components)
-        if found is None:
-            unknown.append(work)
-        else:
+        if found is not None:
             yield work, found
+            continue
+        if (why := workspace.ledger.why("Variant", work.name, work.components)) is not None:
+            workspace.observer.note(why)
+        unknown.append(work)
     # What needs the user's code is made where that is.
     near = [work for work in unknown if work.python_path is not None]
     far = [work for work in unknown if work.python_path is None]
     scratch = workspace.folder("tmp")
     if far:
-        with choose_engine(workspace.store, scratch=scratch) as engine:
+        with contextlib.ExitStack() as opened:
+            if workspace.engine is None:
+                engine = opened.enter_context(choose_engine(workspace.store, scratch=scratch))
+            else:
+                engine = workspace.engine()
             yield from _made_on(engine, workspace, far)
     if near:
-        with LocalEngine(workspace.store, scratch=scratch) as engine:
+        with LocalEngine(workspace.store, scratch=scratch, waiting=workspace.waits_for_cores) as engine:
             yield from _made_on(engine, workspace, near)
 
 
 def _made_on(engine: Engine, workspace: Workspace, works: Sequence[_Work]) -> _Outcomes:
     tasks = {work.name: work for work in works}
-    with contextlib.closing(engine.run([work.task(workspace) for work in works])) as outcomes:
+
+    def begun(task: Task, where: str) -> None:
+        workspace.observer.begun("Variant", task.name, where)
+
+    with contextlib.closing(engine.run([work.task(workspace) for work in works], begun=begun)) as outcomes:
         for outcome in outcomes:
             work = tasks[outcome.task.name]
+            workspace.observer.ended("Variant", work.name)
             try:
                 received = _received(workspace, work, outcome)
             except BurnishError as error:
                 yield work, error
                 continue
-            yield work, workspace.remember("Variant", work.name, work.components, partial(_same, received))[0]
+            yield work, workspace.ledger.commit("Variant", work.name, work.components, received)
 
 
 def _received(workspace: Workspace, work: _Work, outcome: Outcome) -> Variant | Failure:
@@ -280,6 +293,8 @@ def _received(workspace: Workspace, work: _Work, outcome: Outcome) -> Variant | 
     """
     if isinstance(outcome.error, NotApplicableError):
         return failure_of(work.name, "make", outcome.error)
+    if isinstance(outcome.error, BudgetUsedUpError):
+        raise workspace.budget.error
     if outcome.error is not None:
         raise outcome.error
     variant = codec.from_jsonable(Variant, outcome.result)
@@ -289,12 +304,10 @@ def _received(workspace: Workspace, work: _Work, outcome: Outcome) -> Variant | 
     return replace(variant, name=work.name, source=work.variant["source"], recipe=recipe)
 
 
-def _same(made: Variant | Failure) -> Variant | Failure:
-    return made
-
-
-def _size(variant: Variant) -> str:
-    return f"{variant.artifact.size_bytes / 1e6:.2f} MB"
+def _told(made: Variant | Failure) -> str:
+    if isinstance(made, Variant):
+        return f"{made.artifact.size_bytes / 1e6:.2f} MB"
+    return told_of(made)
 
 
 def make_in_place(

@@ -4,13 +4,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from statistics import median
+from time import monotonic
 from typing import Any
 
 from numpy.typing import NDArray
 
 from optimize.adaptation import adapt
+from optimize.budget import Budget
 from optimize.in_process import answer_in_process
-from optimize.judging import failure_of, limits_of
+from optimize.judging import failure_of, limits_of, told_of
 from optimize.plan import Workspace
 from optimize.served_answers import components_of, judge_served
 from profiles.deploy.cluster import Cluster, Deployment
@@ -20,11 +23,13 @@ from profiles.load.payloads import Expected, Payload, encode_payloads, encode_ro
 from profiles.measure.capacity import find_capacity
 from profiles.measure.compare import looks_at
 from profiles.measure.equivalence import MOST_ROWS, Reference, check_equivalence
+from profiles.measure.levels import Level
 from profiles.measure.resources import GpuProbe, NvmlProbe, PackageEnergy, first_request_ms
-from profiles.measure.rounds import AGAIN, Slot, measure_in_round, round_order, undecided
+from profiles.measure.rounds import AGAIN, CLOSED, Slot, measure_in_round, round_order, undecided, window_profile
 from profiles.measure.slo import LatencyLimit, measure_slo_max
 from registry.codec import digest
 from registry.errors import (
+    BudgetUsedUpError,
     BurnishError,
     CheckFailedError,
     GeneratorLostError,
@@ -54,6 +59,9 @@ from registry.records import (
 _CHECKS = {True: (32, 1.5), False: (64, 10.0)}
 _LEAST_BURST, _LARGEST_BURST = 4, 32
 _ASKED_ALONE = 64
+# Fewer runs have no interval, so that they decide nothing.
+_FEWEST_ROUNDS = 2
+_FEWEST_COMPARED = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,13 +93,20 @@ class Serving:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
-    """What serving and measuring gave; a candidate that failed on the way is among the failures."""
+    """What serving and measuring gave; a candidate that failed on the way is among the failures.
+
+    Attributes:
+        cut: whether the campaign's time was used up before all rounds were played.
+        short: whether candidates that count have fewer rounds for it than their level of proof has.
+    """
 
     deployed: tuple[Deployed, ...]
     capacities: tuple[Capacity, ...]
     rounds: tuple[Round, ...]
     failures: tuple[Failure, ...]
     fidelities: tuple[Fidelity, ...] = ()
+    cut: bool = False
+    short: bool = False
 
 
 def measure(
@@ -107,6 +122,9 @@ def measure(
     measured. Where the campaign's limits say ``deployed: one``, each is deployed for its turn alone. Servers and load
     generator are pinned to CPUs of their own. Candidates that in an objective are neither certainly another than the
     baseline nor its like go on with it for more rounds, where the level has more.
+
+    Where the campaign's time is limited, the baseline comes first, and others are only begun as long as the rounds of
+    all still fit. Whoever is not begun, or has too few rounds in the end, becomes a failure of kind ``budget``.
 
     Args:
         workspace: the plan, and where results go.
@@ -129,9 +147,10 @@ def measure(
     ceiling = None if plan.level.provisional else Ceilings(plan.work, plan.server_cpus, plan.host.fingerprint)
     with LoadGenerator(cpus=plan.client_cpus, work=plan.work, ceiling=ceiling) as generator:
         hall = _Hall(workspace, cluster, generator, servings=servings, inputs=inputs, samples_digest=samples_digest)
-        workspace.observer.phase("Measuring", len(servings) + len(slots) * plan.level.rounds)
+        workspace.observer.phase("Finding capacities", len(servings))
         for serving in servings:
             hall.attempt(serving, hall.find_capacity)
+        workspace.observer.phase("Measuring", len(slots) * plan.level.rounds)
         hall.play(slots, range(plan.level.rounds))
         for played, look in pairwise(looks_at(plan.level.rounds, plan.level.most_rounds)):
             slots = hall.undecided(slots)
@@ -157,6 +176,7 @@ class _Hall:
     ) -> None:
         self.servings = {serving.candidate.id: serving for serving in servings}
         self._workspace = workspace
+        self._budget = workspace.budget
         self._plan = workspace.plan
         self._cluster = cluster
         self._generator = generator
@@ -179,6 +199,8 @@ class _Hall:
         self._rounds: list[Round] = []
         self._fidelities: list[Fidelity] = []
         self._failures: dict[str, Failure] = {}
+        self._took_s: list[float] = []
+        self._cut = False
 
     def attempt(self, serving: Serving, work: Callable[[Serving], str]) -> None:
         """Does one piece of work on a candidate; a failure becomes its record, and the candidate is left out.
@@ -188,13 +210,17 @@ class _Hall:
             GeneratorLostError: the load generator does not stay alive.
         """
         name = serving.candidate.name
-        if serving.candidate.id in self._failures:
-            self._workspace.observer.done(name, "left out: it failed")
+        if (failure := self._failures.get(serving.candidate.id)) is not None:
+            why = "it was not begun" if failure.kind == "budget" else "it failed"
+            self._workspace.observer.done(name, f"left out: {why}")
             return
         try:
             outcome = work(serving)
             if self._one_at_a_time:
                 self._undeploy(serving.candidate.id)
+        except BudgetUsedUpError as error:
+            self._not_begun(serving, error)
+            return
         except (StorageError, GeneratorLostError):
             raise  # no fault of the candidate; the next one would meet it too
         except BurnishError as error:
@@ -203,8 +229,19 @@ class _Hall:
             failure = failure_of(name, phase, self._died(serving) or error)
             self._failures[serving.candidate.id] = failure
             self._undeploy(serving.candidate.id)
-            outcome = f"failed: {failure.reason}"
+            outcome = told_of(failure)
         self._workspace.observer.done(name, outcome)
+
+    def _not_begun(self, serving: Serving, error: BudgetUsedUpError) -> None:
+        """Notes that there was no time for it; a candidate keeps its rounds, and gets those that are known."""
+        candidate_id, observer = serving.candidate.id, self._workspace.observer
+        if candidate_id not in self._capacities:
+            self._failures[candidate_id] = failure_of(serving.candidate.name, "measure", error)
+            self._undeploy(candidate_id)
+            observer.done(serving.candidate.name, told_of(self._failures[candidate_id]))
+        elif not self._cut:
+            observer.note(f"No further round is begun: {error.message}.")
+            self._cut = True
 
     def _died(self, serving: Serving) -> ServerDiedError | None:
         """That the candidate's server is no more, which says more than that it did not answer; None where it lives."""
@@ -220,6 +257,8 @@ class _Hall:
 
     def find_capacity(self, serving: Serving) -> str:
         """Where the candidate saturates, once it is known to give each request its own answer."""
+        self._workspace = replace(self._workspace, budget=self._budget_for_another())
+        began = monotonic()
         deployed = self._remembered_deployment(serving)
         self._check_answers(serving)
         self._judge_answers(serving)
@@ -251,7 +290,24 @@ class _Hall:
         capacity, known = self._workspace.remember("Capacity", serving.candidate.name, components, search)
         self._capacities[candidate_id] = capacity
         self._deployed[candidate_id] = deployed
+        if not known:
+            self._took_s.append(monotonic() - began)
         return f"saturates at {capacity.saturation_rps or 0:.0f} requests a second" + _reused(known)
+
+    def _budget_for_another(self) -> Budget:
+        """The time in which one more candidate may be begun; what the rounds of all will take is kept for them.
+
+        The baseline and the first of the others are begun as long as there is any, since there is no verdict without.
+        """
+        known = list(self._capacities.values())
+        if self._budget.minutes is None or len(known) < _FEWEST_COMPARED:
+            return self._budget
+        level, twice = self._plan.level, [self.servings[one.candidate_id].baseline for one in known]
+        slots_s = [_slot_s(one, self._loads, level) for one in known]
+        each_s = [slot_s * (2 if level.a_a and again else 1) for slot_s, again in zip(slots_s, twice, strict=True)]
+        rounds_s = level.rounds * (sum(each_s) + max(slots_s))
+        its_own_s = median(self._took_s) if self._took_s else 0.0
+        return self._budget.keeping(rounds_s + its_own_s, "the rounds of others")
 
     def _check_answers(self, serving: Serving) -> None:
         """Returns when the candidate gives each of many concurrent requests its own answer.
@@ -327,6 +383,7 @@ class _Hall:
 
     def play(self, slots: Sequence[Slot], numbers: Iterable[int]) -> None:
         """Measures these slots in rounds of these numbers."""
+        self._workspace = replace(self._workspace, budget=self._budget)
         together = sorted({slot.candidate_id for slot in slots})
         for number in numbers:
             for position, slot in enumerate(round_order(self._plan.config.seed, number, slots)):
@@ -407,13 +464,30 @@ class _Hall:
 
     def measured(self) -> Measured:
         """What has been found."""
+        short = self._few_rounds() if self._cut else False
         return Measured(
+            cut=self._cut,
+            short=short,
             deployed=tuple(self._deployed.values()),
             capacities=tuple(self._capacities.values()),
             rounds=tuple(self._rounds),
             failures=tuple(self._failures.values()),
             fidelities=tuple(self._fidelities),
         )
+
+    def _few_rounds(self) -> bool:
+        """Whether candidates have fewer rounds than the level has; those with too few become failures."""
+        few, level = False, self._plan.level
+        for candidate_id, serving in self.servings.items():
+            played = sum(one.candidate_id == candidate_id and not _is_again(one) for one in self._rounds)
+            if candidate_id in self._failures or played >= level.rounds:
+                continue
+            few |= played >= _FEWEST_ROUNDS
+            if played < _FEWEST_ROUNDS:
+                name, reason = serving.candidate.name, f"after {played} of {level.rounds} rounds"
+                reason = f"{self._budget.error.message} {reason}"
+                self._failures[candidate_id] = Failure(subject=name, phase="measure", kind="budget", reason=reason)
+        return few
 
     def _deployment(self, serving: Serving) -> Deployment:
         candidate_id = serving.candidate.id
@@ -501,6 +575,17 @@ def _latency_limit(policy: Policy) -> LatencyLimit | None:
         return None
     percentile = int(asked.metric.removeprefix("latency_p").removesuffix("_ms"))
     return LatencyLimit(percentile=percentile, latency_ms=asked.limit)
+
+
+def _is_again(one: Round) -> bool:
+    return any(run.load.name.endswith(AGAIN) for run in one.runs)
+
+
+def _slot_s(capacity: Capacity, loads: Sequence[str], level: Level) -> float:
+    """How long the windows of one slot of a round take, as far as that is known before."""
+    names = (CLOSED, *(name for name in loads if name != CLOSED))
+    windows = (window_profile(name, capacity, level, seed=0) for name in names)
+    return sum(window.warmup_s + window.duration_s for window in windows if window is not None)
 
 
 def _expected(payloads: Sequence[Payload], serving: Serving) -> Expected | None:

@@ -1,14 +1,17 @@
 """What a campaign is to make, serve and measure, decided before anything heavy begins."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
+from optimize.budget import UNLIMITED, Budget
 from optimize.config import CampaignConfig, SourceConfig
+from optimize.engines.port import Engine
 from optimize.metrics import BUILT_IN, find_metric
-from optimize.recipes import BASELINE, functions_of, load_recipes, recipes_of
+from optimize.progress import working
+from optimize.recipes import BASELINE, functions_of, load_recipes, needs_module, recipes_of
 from optimize.samples import LABELS, SLICES, array_names
 from optimize.sources import code_digests
 from profiles.measure.cost import COST, find_hardware
@@ -66,8 +69,17 @@ class Observer(Protocol):
     def phase(self, name: str, total: int) -> None:
         """A phase of ``total`` units begins."""
 
+    def begun(self, kind: str, subject: str, where: str = "") -> None:
+        """A piece of work begins: what it gives is of this kind; ``where`` names another machine that does it.
+
+        Told by any thread, as `ended` is.
+        """
+
+    def ended(self, kind: str, subject: str) -> None:
+        """A piece of work is over, with whatever outcome."""
+
     def done(self, subject: str, outcome: str) -> None:
-        """One unit of the phase is done."""
+        """One unit of the phase is done; the outcome of one that failed begins with `optimize.progress.FAILED`."""
 
     def note(self, text: str) -> None:
         """Something worth saying that is no unit of the phase."""
@@ -91,6 +103,8 @@ class Plan:
         champion: what serves now, to be measured beside the others; None where the campaign names none, or nothing is
             there yet.
         passed_over: limits that hold against a champion where nothing is there yet.
+        elsewhere: whether variants are judged, served and measured on a node of the engine's, whose host counts then.
+        stays: why they are not, though variants are made on other machines; None where nothing keeps them.
     """
 
     config: CampaignConfig
@@ -105,6 +119,8 @@ class Plan:
     client_cpus: tuple[int, ...]
     champion: Standing | None = None
     passed_over: tuple[str, ...] = ()
+    elsewhere: bool = False
+    stays: str | None = None
 
     @property
     def target_instruction_sets(self) -> tuple[str, ...]:
@@ -144,14 +160,42 @@ class Plan:
         return path
 
 
+class Mirror(Protocol):
+    """Another place of results than the ledger, which outlives this machine."""
+
+    def find(self, kind: str, components: Mapping[str, Any]) -> Any:
+        """The record of work that was done before, its files in the working folder; None where there is none."""
+
+    def keep(self, kind: str, components: Mapping[str, Any], record: R) -> R:
+        """Keeps a record with its files, and returns the one that counts: the first that was kept."""
+
+
+def _nothing() -> None:
+    pass
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workspace:
-    """A plan with the places where its results go."""
+    """A plan with the places where its results go, and the time that there is for it.
+
+    Attributes:
+        store: of artifacts.
+        ledger: of all that was found.
+        observer: told what is done.
+        budget: the time.
+        engine: gives the engine of the campaign's steps; None where each phase is to open one of its own.
+        mirror: where results are kept, too, before the next piece of work begins; None for nowhere.
+        begin_work: called before each piece of work that is not known yet.
+    """
 
     plan: Plan
     store: Store
     ledger: Ledger
     observer: Observer
+    budget: Budget = UNLIMITED
+    engine: Callable[[], Engine] | None = None
+    mirror: Mirror | None = None
+    begin_work: Callable[[], None] = _nothing
 
     def folder(self, name: str) -> Path:
         """A folder of the working folder, made if it is missing."""
@@ -159,22 +203,44 @@ class Workspace:
         path.mkdir(parents=True, exist_ok=True)
         return path
 
+    def waits_for_cores(self) -> None:
+        """Says that another campaign has this machine's cores alone."""
+        self.observer.note("Waiting for cores of this machine, which another campaign uses.")
+
     def remember(self, kind: str, subject: str, components: Mapping[str, Any], make: Callable[[], R]) -> tuple[R, bool]:
         """The result of earlier work if it is still valid, else that of ``make``, committed before it is returned.
 
         Returns:
             The record, and whether it was there already.
+
+        Raises:
+            BudgetUsedUpError: it was not, and there is no time left to begin with it.
         """
         found = self.ledger.find(kind, components)
         if found is not None:
             return found, True
+        kept = None if self.mirror is None else self.mirror.find(kind, components)
+        if kept is not None:
+            return self.ledger.commit(kind, subject, components, kept), True
+        self.budget.check()
         if (why := self.ledger.why(kind, subject, components)) is not None:
             self.observer.note(why)
-        return self.ledger.commit(kind, subject, components, make()), False
+        self.begin_work()
+        with working(self.observer, kind, subject):
+            made = make()
+            if self.mirror is not None:
+                made = self.mirror.keep(kind, components, made)
+            return self.ledger.commit(kind, subject, components, made), False
 
 
-def plan(config: CampaignConfig, *, base: Path, work: Path) -> Plan:
+def plan(config: CampaignConfig, *, base: Path, work: Path, engine: Literal["local", "ray"] = "local") -> Plan:
     """The campaign, with everything decided that the file and this machine decide.
+
+    Args:
+        config: the campaign file.
+        base: the folder that its paths are relative to.
+        work: the working folder.
+        engine: that measures, as far as it can.
 
     Raises:
         InputError: a preset or the metric is unknown, the baseline is missing, a file that is named does not exist, or
@@ -183,6 +249,7 @@ def plan(config: CampaignConfig, *, base: Path, work: Path) -> Plan:
     server_cpus, client_cpus, pinning = split_cpus()
     host = fingerprint_host(pinning)
     recipes = _recipes(config, base, host.instruction_sets)
+    stays = None if engine == "local" else _why_here(config, recipes)
     planned = Plan(
         config=config,
         base=base.resolve(),
@@ -194,18 +261,40 @@ def plan(config: CampaignConfig, *, base: Path, work: Path) -> Plan:
         host=host,
         server_cpus=tuple(server_cpus),
         client_cpus=tuple(client_cpus),
+        elsewhere=engine != "local" and stays is None,
+        stays=stays,
     )
     _check_files(planned)
     arrays = array_names(planned.path(config.samples.evaluation))
     _check_policy(planned, arrays)
+    if not planned.elsewhere:
+        check_meters(planned)
     return planned
+
+
+def _why_here(config: CampaignConfig, recipes: Sequence[Recipe]) -> str | None:
+    """Why nothing is judged, served and measured on a node of a cluster; None where it can be."""
+    if config.cluster.kind != "local":
+        return "Candidates are served by a Core 2, and measured from this machine."
+    if ":" in config.metric:
+        return (
+            f"The metric {config.metric} is code of yours, which nodes do not have: answers are judged, and candidates "
+            "served and measured, on this machine."
+        )
+    own = [recipe.name for recipe in recipes if needs_module(recipe) or functions_of(recipe)]
+    if own and config.search.accuracy is not None:
+        return (
+            f"search.accuracy may make {own[0]} again, with code of yours, which nodes do not have: answers are "
+            "judged, and candidates served and measured, on this machine."
+        )
+    return None
 
 
 def plan_id(planned: Plan, *, sources: tuple[str, ...], samples_digest: str) -> str:
     """What makes two campaigns the same one: configuration, contents of sources and samples, and the host."""
     return digest(
         {
-            "config": planned.config.model_dump(mode="json", exclude={"registry", "limits"}),
+            "config": planned.config.model_dump(mode="json", exclude={"registry", "limits", "resources"}),
             # Names in the configuration may stand for what files of the user's say.
             "recipes": to_jsonable(planned.recipes),
             "level": asdict(planned.level),
@@ -283,6 +372,11 @@ def _check_policy(planned: Plan, arrays: frozenset[str]) -> None:
     for line in lines:
         _check_percentile(line, planned.level)
         _check_resource(line, planned)
+        if line.metric.startswith("gpu_") and planned.elsewhere and not planned.config.resources.gpus:
+            raise PolicyError(
+                f"{line.text!r} cannot be judged: no GPU is asked for",
+                hint="Write `resources: {gpus: 1}` into the campaign file, so that a node with one is taken.",
+            )
         if isinstance(line, Constraint) and line.reference == "champion" and planned.config.champion is None:
             raise PolicyError(
                 f"{line.text!r} cannot be judged: the campaign file names no champion",
@@ -303,7 +397,7 @@ def _check_policy(planned: Plan, arrays: frozenset[str]) -> None:
 
 
 def _check_resource(line: Constraint | Objective, planned: Plan) -> None:
-    hardware, local = planned.hardware, planned.config.cluster.kind == "local"
+    hardware = planned.hardware
     if line.metric == COST and (hardware is None or hardware.price_per_hour is None):
         raise PolicyError(
             f"{line.text!r} cannot be judged: nothing says what the machine costs",
@@ -315,13 +409,25 @@ def _check_resource(line: Constraint | Objective, planned: Plan) -> None:
             f"{line.text!r} cannot be judged: a model has one first request, and one value has no upper end",
             hint="Leave it out; the report shows it.",
         )
-    if line.metric.startswith("gpu_") and not (local and planned.host.gpus):
-        raise PolicyError(f"{line.text!r} cannot be judged: there is no GPU here to measure")
-    if line.metric == "cpu_joules_per_1k" and not (local and PackageEnergy().read()):
-        raise PolicyError(
-            f"{line.text!r} cannot be judged: the energy of the CPU cannot be read here",
-            hint="It takes a machine with RAPL, and the right to read /sys/class/powercap; virtual machines have none.",
-        )
+
+
+def check_meters(planned: Plan) -> None:
+    """Returns when this machine, which measures, can tell of the GPUs and the energy that the policy names.
+
+    Raises:
+        PolicyError: it cannot.
+    """
+    local = planned.config.cluster.kind == "local"
+    lines: list[Constraint | Objective] = [*planned.policy.constraints, *planned.policy.objectives]
+    for line in lines:
+        if line.metric.startswith("gpu_") and not (local and planned.host.gpus):
+            raise PolicyError(f"{line.text!r} cannot be judged: there is no GPU here to measure")
+        if line.metric == "cpu_joules_per_1k" and not (local and PackageEnergy().read()):
+            raise PolicyError(
+                f"{line.text!r} cannot be judged: the energy of the CPU cannot be read here",
+                hint="It takes a machine with RAPL, and the right to read /sys/class/powercap; virtual machines have "
+                "none.",
+            )
 
 
 def _check_percentile(line: Constraint | Objective, level: Level) -> None:

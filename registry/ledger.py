@@ -122,9 +122,9 @@ class Ledger:
         )
         return [] if newest is None else _differences(newest.components, _plain(components))
 
-    def entries(self, kind: str) -> tuple[Entry, ...]:
-        """The entries of one kind, in the order they were committed."""
-        return tuple(entry for entry in self._entries if entry.kind == kind)
+    def entries(self, kind: str | None = None) -> tuple[Entry, ...]:
+        """The entries of one kind, or of all, in the order they were committed."""
+        return tuple(entry for entry in self._entries if kind in {None, entry.kind})
 
     def commit(self, kind: str, subject: str, components: Components, record: R) -> R:
         """Writes a result so that it survives any kill, and returns it as it will be read back.

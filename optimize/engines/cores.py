@@ -3,6 +3,9 @@
 A core is a file that is locked while it is used: exclusively by who needs it alone, together with others else. The
 kernel lets go of the lock when its process ends, however it ends. Whoever waits for cores keeps those behind it waiting
 too, so that a measurement that needs many is not overtaken for ever.
+
+The locks are in a folder of the machine's temporary one. Containers that share cores share them by a folder that all of
+them mount, which ``BURNISH_CORES`` names.
 """
 
 import fcntl
@@ -11,12 +14,17 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 
 from registry.errors import InputError
 
+FOLDER = "BURNISH_CORES"
+"""The environment variable with the folder of the locks."""
 _POLL_S = 0.05
+_TOLD_AFTER = 10  # what others hold for a moment is not worth a word
 _TURN = "turn"
+_alone_on: ContextVar[tuple[int, ...]] = ContextVar("alone_on", default=())
 
 
 def usable_cores() -> tuple[int, ...]:
@@ -34,6 +42,7 @@ def reserve_cores(
     among: Sequence[int] | None = None,
     folder: Path | None = None,
     stopped: Callable[[], bool] = lambda: False,
+    waiting: Callable[[], None] = lambda: None,
 ) -> Iterator[tuple[int, ...]]:
     """Cores for the time of a block; waits until there are enough.
 
@@ -43,6 +52,7 @@ def reserve_cores(
         among: the CPUs to take them from; None for all that this process may use.
         folder: where the locks are; None for the one that all campaigns of this user share.
         stopped: whether nobody wants them any more; asked while it waits.
+        waiting: told once, where it has to wait.
 
     Raises:
         InputError: there are not so many.
@@ -52,18 +62,57 @@ def reserve_cores(
     wanted = len(cores) if count is None else count
     if wanted > len(cores):
         raise InputError(f"{wanted} cores were asked for, and {len(cores)} can be used here")
-    place = folder or Path(tempfile.gettempdir(), f"burnish-cores-{os.getuid()}")
+    place = folder or _usual_folder()
     place.mkdir(mode=0o700, parents=True, exist_ok=True)
+    wait = _Waiting(stopped, waiting)
     with ExitStack() as held:
-        with _locked(place / _TURN, stopped):
+        with _locked(place / _TURN, wait):
             while True:
                 taken = _take(place, cores, wanted, alone=alone)
                 if len(taken) == wanted:
                     break
                 _release(taken.values())
-                _wait(stopped)
+                wait()
         held.callback(_release, taken.values())
         yield tuple(sorted(taken))
+
+
+@contextmanager
+def pinned(cores: Sequence[int]) -> Iterator[None]:
+    """This thread, and the processes that it starts, run on these CPUs only, for the time of a block.
+
+    What this machine is (`profiles.measure.host`) is told of these alone. Nothing happens where there is no affinity.
+    """
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+@contextmanager
+def alone_on(cores: Sequence[int]) -> Iterator[None]:
+    """Pinned to cores that this thread has alone: its steps in the block run on them, and wait for none."""
+    token = _alone_on.set(tuple(cores))
+    try:
+        with pinned(cores):
+            yield
+    finally:
+        _alone_on.reset(token)
+
+
+def cores_alone() -> tuple[int, ...]:
+    """The cores that this thread has alone, by `alone_on`; none where it has not."""
+    return _alone_on.get()
+
+
+def _usual_folder() -> Path:
+    named = os.environ.get(FOLDER)
+    return Path(named) if named else Path(tempfile.gettempdir(), f"burnish-cores-{os.getuid()}")
 
 
 def _take(place: Path, cores: Sequence[int], wanted: int, *, alone: bool) -> dict[int, int]:
@@ -83,20 +132,29 @@ def _take(place: Path, cores: Sequence[int], wanted: int, *, alone: bool) -> dic
 
 
 @contextmanager
-def _locked(path: Path, stopped: Callable[[], bool]) -> Iterator[None]:
+def _locked(path: Path, wait: Callable[[], None]) -> Iterator[None]:
     # Asked for again and again, as a thread that the kernel has wait cannot be stopped.
     while (descriptor := _lock(path, fcntl.LOCK_EX | fcntl.LOCK_NB)) is None:
-        _wait(stopped)
+        wait()
     try:
         yield
     finally:
         os.close(descriptor)
 
 
-def _wait(stopped: Callable[[], bool]) -> None:
-    if stopped():
-        raise InterruptedError("nobody wants these cores any more")
-    time.sleep(_POLL_S)
+class _Waiting:
+    """Waits a moment each time it is called, unless nobody wants the cores any more."""
+
+    def __init__(self, stopped: Callable[[], bool], told: Callable[[], None]) -> None:
+        self._stopped, self._told, self._calls = stopped, told, 0
+
+    def __call__(self) -> None:
+        if self._stopped():
+            raise InterruptedError("nobody wants these cores any more")
+        self._calls += 1
+        if self._calls == _TOLD_AFTER:
+            self._told()
+        time.sleep(_POLL_S)
 
 
 def _lock(path: Path, mode: int) -> int | None:

@@ -292,7 +292,7 @@ def _rayjob(config: JobConfig, labels: Mapping[str, str], config_map: str, index
         "rayClusterSpec": {
             "rayVersion": ray.version or _ray_version(),
             "headGroupSpec": {
-                # No task is placed beside the driver and the servers that it measures. The operator asks the dashboard
+                # No task is placed beside the driver, which may have to measure itself. The operator asks the dashboard
                 # how the job is, so that it has to listen on the pod's address.
                 "rayStartParams": {"num-cpus": "0", "dashboard-host": "0.0.0.0"},  # noqa: S104
                 "template": template("ray-head", config, env=engine),

@@ -1,17 +1,21 @@
 """One task, performed where this process is: its cores, its scratch folder, its outcome as plain JSON values."""
 
-import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from optimize.engines.child import describe, resolve
-from optimize.engines.cores import reserve_cores
+from optimize.engines.cores import alone_on, cores_alone, reserve_cores, usable_cores
 from optimize.engines.local import ChildFailure, is_stopped, rebuilt
 from optimize.engines.port import Outcome, Place, Task
-from registry.errors import BurnishError
+from optimize.engines.scratch import scratch_folder
+from profiles.measure.host import fingerprint_host, split_cpus
+from registry.errors import BudgetUsedUpError, BurnishError
+from registry.full_disk import full_disk_told
 from registry.ports import Store
 
 
@@ -22,33 +26,67 @@ def perform(
     scratch: Path | None,
     among: Sequence[int] | None = None,
     locks: Path | None = None,
+    waiting: Callable[[], None] = lambda: None,
+    begun: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
     """Runs a task here.
+
+    A step that needs its cores alone is pinned to them, and so is all that it starts. Steps of a thread that has cores
+    alone run on these.
 
     Args:
         task: its fields, as `as_request` gives them, with the paths of its files among the arguments.
         store: the step's.
-        scratch: where its scratch folder is made; None for the machine's temporary folder.
+        scratch: where its scratch folder is made; see `scratch.scratch_folder`.
         among: the CPUs that it may get; None for all that this process may use.
         locks: see `reserve_cores`.
+        waiting: likewise.
+        begun: told when it has its cores and begins.
 
     Returns:
-        ``result`` or ``error``, with ``cpus`` and ``seconds``.
+        ``result`` or ``error``, with ``cpus``, ``host`` and ``seconds``.
+
+    Raises:
+        StorageError: there is no room for the scratch folder.
     """
-    resources = task["resources"]
     path = None if task["python_path"] is None else Path(task["python_path"])
-    with reserve_cores(
-        resources["cores"], alone=resources["alone"], among=among, folder=locks, stopped=is_stopped
-    ) as cpus:
+    with _cores(task["resources"], among=among, folder=locks, stopped=is_stopped, waiting=waiting) as cpus:
         begin = time.monotonic()
-        told: dict[str, Any] = {"cpus": list(cpus)}
-        with tempfile.TemporaryDirectory(prefix="step-", dir=scratch) as folder:
-            place = Place(store=store, scratch=Path(folder), cpus=cpus, python_path=path)
+        told: dict[str, Any] = {"cpus": list(cpus), "host": fingerprint_of(usable_cores())}
+        begin_by = task.get("begin_by")
+        if begin_by is not None and time.time() > begin_by:
+            late = BudgetUsedUpError("the time to begin it was over")
+            return told | {"error": describe_failure(late), "seconds": 0.0}
+        if begun is not None:
+            begun()
+        with full_disk_told(), scratch_folder(scratch) as folder:
+            place = Place(store=store, scratch=folder, cpus=cpus, python_path=path)
             try:
-                told["result"] = resolve(task["step"])(place, **task["arguments"])
+                with full_disk_told(place.scratch):
+                    told["result"] = resolve(task["step"])(place, **task["arguments"])
             except BurnishError as error:
                 told["error"] = describe_failure(error)
         return told | {"seconds": time.monotonic() - begin}
+
+
+@contextmanager
+def _cores(resources: Mapping[str, Any], **how: Any) -> Iterator[tuple[int, ...]]:
+    """The cores of a step."""
+    if held := cores_alone():
+        yield held[: resources["cores"]]
+        return
+    with reserve_cores(resources["cores"], alone=resources["alone"], **how) as cpus:
+        if not resources["alone"]:
+            yield cpus
+            return
+        with alone_on(cpus):
+            yield cpus
+
+
+@cache
+def fingerprint_of(usable: tuple[int, ...]) -> str:
+    """The fingerprint of this machine, where these CPUs are the ones that this thread may use."""
+    return fingerprint_host(split_cpus()[2]).fingerprint
 
 
 def as_request(task: Task) -> dict[str, Any]:
@@ -57,6 +95,7 @@ def as_request(task: Task) -> dict[str, Any]:
         "step": task.step,
         "arguments": dict(task.arguments),
         "python_path": None if task.python_path is None else str(task.python_path),
+        "begin_by": task.begin_by,
         "resources": {**asdict(task.resources), "labels": dict(task.resources.labels)},
     }
 

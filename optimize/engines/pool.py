@@ -3,9 +3,9 @@
 import os
 import socket
 import threading
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from functools import cache
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,8 +14,8 @@ import psutil
 from optimize.engines.cores import usable_cores
 from optimize.engines.local import stopped_by
 from optimize.engines.performing import as_outcome, as_request, perform
-from optimize.engines.port import Outcome, Resources, Task
-from profiles.measure.host import fingerprint_host, split_cpus
+from optimize.engines.port import Begun, Outcome, Resources, Task, nobody
+from profiles.measure.host import fingerprint_host
 from registry.errors import InputError
 from registry.ports import Store
 
@@ -28,7 +28,13 @@ class LocalEngine:
     """
 
     def __init__(
-        self, store: Store, *, scratch: Path | None = None, workers: int = 1, locks: Path | None = None
+        self,
+        store: Store,
+        *,
+        scratch: Path | None = None,
+        workers: int = 1,
+        locks: Path | None = None,
+        waiting: Callable[[], None] = lambda: None,
     ) -> None:
         """Starts nothing.
 
@@ -37,11 +43,13 @@ class LocalEngine:
             scratch: where their scratch folders are made; None for the machine's temporary folder.
             workers: how many steps run at the same time.
             locks: see `cores.reserve_cores`.
+            waiting: likewise.
         """
         self._store = store
         self._scratch = scratch
         self._workers = workers
         self._locks = locks
+        self._waiting = waiting
         self._stop = threading.Event()
 
     def __enter__(self) -> Self:
@@ -50,23 +58,50 @@ class LocalEngine:
     def __exit__(self, *_: object) -> None:
         self._stop.set()
 
-    def run(self, tasks: Iterable[Task]) -> Generator[Outcome, None, None]:
+    @staticmethod
+    def check(name: str, resources: Resources) -> None:
+        """Returns where this machine has what a step needs; see `optimize.engines.port.Engine`.
+
+        Raises:
+            InputError: it has not.
+        """
+        cores, memory_mb = len(usable_cores()), psutil.virtual_memory().total / 1e6
+        lacking: str | None = None
+        if (resources.cores or 0) > cores:
+            lacking = f"{resources.cores} cores, and this machine has {cores}"
+        elif (resources.memory_mb or 0) > memory_mb:
+            lacking = f"{resources.memory_mb:g} MB of memory, and this machine has {memory_mb:.0f}"
+        elif resources.labels or resources.accelerator:
+            lacking = "a machine of certain labels or GPUs, which only a cluster tells apart"
+        elif resources.gpus and resources.gpus > _gpus():
+            lacking = f"{resources.gpus:g} GPUs, and this machine has {_gpus()}"
+        if lacking is not None:
+            raise InputError(f"{name} needs {lacking}", hint="Ask for less, or run on a cluster: BURNISH_ENGINE=ray.")
+
+    def run(
+        self, tasks: Iterable[Task], *, begun: Begun = nobody, meanwhile: Callable[[], None] | None = None
+    ) -> Generator[Outcome, None, None]:
         """The outcome of each task, in the order in which they end; see `optimize.engines.port.Engine`.
+
+        Args:
+            tasks: to run.
+            begun: told when one begins.
+            meanwhile: never called: the steps run in this process.
 
         Raises:
             InputError: this machine does not have what a task needs; said before any work begins.
         """
         wanted = list(tasks)
         for task in wanted:
-            _check(task.name, task.resources)
+            self.check(task.name, task.resources)
         if self._workers == 1:
             # In this thread, where Ctrl-C and SIGTERM arrive.
             for task in wanted:
-                yield self._outcome(task, self._perform(task))
+                yield self._outcome(task, self._perform(task, begun))
             return
         pool = ThreadPoolExecutor(self._workers, thread_name_prefix="burnish-step")
         try:
-            running = {pool.submit(self._in_thread, task): task for task in wanted}
+            running = {pool.submit(self._in_thread, task, begun): task for task in wanted}
             for future in as_completed(running):
                 yield self._outcome(running[future], future.result())
         finally:
@@ -74,38 +109,24 @@ class LocalEngine:
             pool.shutdown(wait=True, cancel_futures=True)
             self._stop.clear()
 
-    def _in_thread(self, task: Task) -> dict[str, Any]:
+    def _in_thread(self, task: Task, begun: Begun) -> dict[str, Any]:
         with stopped_by(self._stop):
-            return self._perform(task)
+            return self._perform(task, begun)
 
-    def _perform(self, task: Task) -> dict[str, Any]:
+    def _perform(self, task: Task, begun: Begun) -> dict[str, Any]:
         request = as_request(task)
         request["arguments"] |= {name: str(path) for name, path in task.files.items()}
-        return perform(request, store=self._store, scratch=self._scratch, locks=self._locks)
+        return perform(
+            request,
+            store=self._store,
+            scratch=self._scratch,
+            locks=self._locks,
+            waiting=self._waiting,
+            begun=partial(begun, task, ""),
+        )
 
     def _outcome(self, task: Task, told: dict[str, Any]) -> Outcome:
-        return as_outcome(task, told, node=socket.gethostname(), host=_fingerprint())
-
-
-@cache
-def _fingerprint() -> str:
-    return fingerprint_host(split_cpus()[2]).fingerprint
-
-
-def _check(name: str, resources: Resources) -> None:
-    """Returns where this machine has what a step needs."""
-    cores, memory_mb = len(usable_cores()), psutil.virtual_memory().total / 1e6
-    lacking: str | None = None
-    if (resources.cores or 0) > cores:
-        lacking = f"{resources.cores} cores, and this machine has {cores}"
-    elif (resources.memory_mb or 0) > memory_mb:
-        lacking = f"{resources.memory_mb:g} MB of memory, and this machine has {memory_mb:.0f}"
-    elif resources.labels or resources.accelerator:
-        lacking = "a machine of certain labels or GPUs, which only a cluster tells apart"
-    elif resources.gpus > _gpus():
-        lacking = f"{resources.gpus:g} GPUs, and this machine has {_gpus()}"
-    if lacking is not None:
-        raise InputError(f"{name} needs {lacking}", hint="Ask for less, or run on a cluster: BURNISH_ENGINE=ray.")
+        return as_outcome(task, told, node=socket.gethostname(), host=told["host"])
 
 
 def _gpus() -> int:

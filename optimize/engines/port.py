@@ -4,7 +4,7 @@ A step is a function ``package.module:function(place, **arguments)``, with argum
 it reads and makes goes through the place's store, so that it can run in this process or on another machine.
 """
 
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -45,6 +45,8 @@ class Task:
         files: keyword argument -> a local file, that the step gets the path of on its own machine.
         python_path: a folder with code of the user's, which is on this machine alone; or None.
         resources: what it needs.
+        begin_by: in seconds since 1970; one that has not begun by then fails with a `BudgetUsedUpError`. None for no
+            such time.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Task:
     files: Mapping[str, Path] = field(default_factory=dict)
     python_path: Path | None = None
     resources: Resources = Resources()
+    begin_by: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,6 +98,14 @@ class Place:
     python_path: Path | None = None
 
 
+Begun = Callable[[Task, str], None]
+"""Told that a task begins, and on which other machine (empty for this one); by any thread, and again after a loss."""
+
+
+def nobody(task: Task, where: str) -> None:
+    """Whom nobody wants to tell."""
+
+
 class Engine(Protocol):
     """Runs tasks. A context manager."""
 
@@ -104,10 +115,24 @@ class Engine(Protocol):
     def __exit__(self, *ending: object) -> None:
         """Ends what was started, and what still runs."""
 
-    def run(self, tasks: Iterable[Task]) -> Generator[Outcome, None, None]:
+    def check(self, name: str, resources: Resources) -> None:
+        """Returns where some machine has what a step of this name will need.
+
+        Raises:
+            InputError: none has.
+        """
+
+    def run(
+        self, tasks: Iterable[Task], *, begun: Begun = nobody, meanwhile: Callable[[], None] | None = None
+    ) -> Generator[Outcome, None, None]:
         """The outcome of each task, in the order in which they end.
 
         Whoever stops asking ends the tasks that still run.
+
+        Args:
+            tasks: what to run.
+            begun: told when one begins.
+            meanwhile: called now and then while tasks run elsewhere, by the thread that asks.
 
         Raises:
             InputError: no machine has what a task needs; said before any work begins.

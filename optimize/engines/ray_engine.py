@@ -13,11 +13,13 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Generator, Iterable, Iterator, Mapping
+import uuid
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from functools import partial
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from tempfile import TemporaryDirectory
 from typing import Any, Self
 
@@ -25,7 +27,7 @@ from optimize.engines import ray_worker
 from optimize.engines.cores import usable_cores
 from optimize.engines.local import ChildFailure
 from optimize.engines.performing import as_outcome, as_request
-from optimize.engines.port import Outcome, Resources, Task
+from optimize.engines.port import Begun, Outcome, Resources, Task, nobody
 from optimize.packages import version
 from registry.errors import InputError, MissingExtraError, UnreachableError
 from registry.shared_store import SharedStore
@@ -38,6 +40,8 @@ _CONNECT_S = 5.0
 _LOOK_S = 90.0
 _SETTLED_S, _SETTLING_S = 10.0, 0.2
 _LOOPBACK = "127.0.0.1"
+_NAMESPACE = "burnish"
+_MARKS_S = 1.0
 _OBJECT_STORE_BYTES = 80_000_000  # Ray's least is 75 MB, and nothing but short texts goes through it
 _LOOPBACK_SWITCH = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 
@@ -86,8 +90,23 @@ class RayEngine:
         """How many nodes there are."""
         return len(self._nodes)
 
-    def run(self, tasks: Iterable[Task]) -> Generator[Outcome, None, None]:
+    def check(self, name: str, resources: Resources) -> None:
+        """Returns where some node has what a step needs; see `optimize.engines.port.Engine`.
+
+        Raises:
+            InputError: none has.
+        """
+        self._fitting(name, resources)
+
+    def run(
+        self, tasks: Iterable[Task], *, begun: Begun = nobody, meanwhile: Callable[[], None] | None = None
+    ) -> Generator[Outcome, None, None]:
         """The outcome of each task, in the order in which they end; see `optimize.engines.port.Engine`.
+
+        Args:
+            tasks: to run.
+            begun: told when one begins.
+            meanwhile: called about once a second while they run.
 
         Raises:
             InputError: no node has what a task needs, or a task has code that is on this machine alone; said before any
@@ -100,17 +119,26 @@ class RayEngine:
         waiting: dict[Any, Task] = {}
         # Ray's own waiting swallows what a handler of signals raises; that of a queue does not.
         ended: SimpleQueue[tuple[Any, Future[str]]] = SimpleQueue()
+        marks = _Marks(begun)
         try:
             for task, resources in zip(wanted, placed, strict=True):
-                reference = self._submit(task, resources, shared)
+                reference = self._submit(task, resources, shared, marks.of(task))
                 waiting[reference] = task
                 reference.future().add_done_callback(partial(_put, ended, reference))
             while waiting:
-                reference, future = ended.get()
+                try:
+                    reference, future = ended.get(timeout=_MARKS_S)
+                except Empty:
+                    marks.look(waiting.values())
+                    if meanwhile is not None:
+                        meanwhile()
+                    continue
                 yield self._outcome(waiting.pop(reference), future)
+                marks.look(waiting.values())
         finally:
             for reference in waiting:
                 self._ray.cancel(reference, force=True)
+            marks.remove()
 
     # --- parts of it ---
 
@@ -162,34 +190,32 @@ class RayEngine:
         """What a task asks Ray for, with a number of cores, where there is a node that has it."""
         if task.python_path is not None:
             raise InputError(f"{task.name} needs code in {task.python_path}, which nodes of a cluster do not have")
-        fitting = [node for node in self._nodes if _lacking(node, task.resources) is None]
-        if not fitting:
-            had = "; ".join(f"{node['NodeManagerHostname']}: {_told(node)}" for node in self._nodes[:5])
-            raise InputError(
-                f"no node of the Ray cluster has what {task.name} needs: {_wanted(task.resources)}",
-                hint=f"There are {len(self._nodes)} nodes ({had}). Ask for less, or add one.",
-            )
+        fitting = self._fitting(task.name, task.resources)
         cores = task.resources.cores
         if cores is None:
             # A whole node, the smallest of those that fit, so that each of them can take it.
             cores = max(1, min(int(node["Resources"].get("CPU", 0)) for node in fitting))
-        asked = task.resources
-        return Resources(
-            cores=cores,
-            memory_mb=asked.memory_mb,
-            gpus=asked.gpus,
-            accelerator=asked.accelerator,
-            labels=asked.labels,
-            alone=asked.alone,
-        )
+        return replace(task.resources, cores=cores)
 
-    def _submit(self, task: Task, resources: Resources, shared: dict[str, str]) -> Any:
+    def _fitting(self, name: str, resources: Resources) -> list[Mapping[str, Any]]:
+        """The nodes that have what a step needs."""
+        fitting = [node for node in self._nodes if _lacking(node, resources) is None]
+        if not fitting:
+            had = "; ".join(f"{node['NodeManagerHostname']}: {_told(node)}" for node in self._nodes[:5])
+            raise InputError(
+                f"no node of the Ray cluster has what {name} needs: {_wanted(resources)}",
+                hint=f"There are {len(self._nodes)} nodes ({had}). Ask for less, or add one.",
+            )
+        return fitting
+
+    def _submit(self, task: Task, resources: Resources, shared: dict[str, str], mark: str) -> Any:
         files = {}
         for name, path in task.files.items():
             if str(path) not in shared:
                 shared[str(path)] = self._store.share_file(path)
             files[name] = shared[str(path)]
-        request = {**as_request(task), "store": self._store.uri, "files": files}
+        whole = task.resources.cores is None
+        request = {**as_request(task), "store": self._store.uri, "files": files, "whole": whole}
         request["resources"]["cores"] = resources.cores
         options: dict[str, Any] = {
             "name": task.name,
@@ -205,7 +231,7 @@ class RayEngine:
             options["accelerator_type"] = resources.accelerator
         if resources.labels:
             options["label_selector"] = dict(resources.labels)
-        return self._ray.remote(ray_worker.work).options(**options).remote(json.dumps(request))
+        return self._ray.remote(_work).options(**options).remote(json.dumps(request), mark)
 
     def _outcome(self, task: Task, future: Future[str]) -> Outcome:
         known = self._ray.exceptions
@@ -234,6 +260,61 @@ def _put(ended: "SimpleQueue[tuple[Any, Future[str]]]", reference: Any, future: 
 
 def _lost(task: Task, failure: ChildFailure) -> Outcome:
     return Outcome(task=task, result=None, error=failure, node="", host="", cpus=(), seconds=0.0)
+
+
+# --- what has begun --------------------------------------------------------------------------------------------------
+
+
+def _work(request: str, mark: str) -> str:
+    """On a node: leaves a mark that a task has begun, and runs it."""
+    from ray.experimental import internal_kv
+
+    with suppress(Exception):  # it is only shown
+        internal_kv._internal_kv_put(mark, f"{os.getpid()} {socket.gethostname()}", namespace=_NAMESPACE)
+    return ray_worker.work(request)
+
+
+class _Marks:
+    """What workers leave in the cluster's own table when they begin a task, since Ray itself does not tell."""
+
+    def __init__(self, begun: Begun) -> None:
+        self._begun = begun
+        self._prefix = f"{uuid.uuid4().hex}/"
+        self._told: dict[str, str] = {}
+        self._looked = 0.0
+
+    def of(self, task: Task) -> str:
+        """The key of a task."""
+        return f"{self._prefix}{task.name}"
+
+    def look(self, waiting: Iterable[Task]) -> None:
+        """Tells of the tasks that have begun since the last look, where that was a while ago."""
+        if self._begun is nobody or time.monotonic() - self._looked < _MARKS_S:
+            return
+        self._looked = time.monotonic()
+        tasks = {self.of(task): task for task in waiting}
+        for key, mark in self._read(tasks).items():
+            if mark != self._told.get(key):
+                self._told[key] = mark
+                self._begun(tasks[key], mark.partition(" ")[2])
+
+    def _read(self, wanted: Iterable[str]) -> dict[str, str]:
+        """Key -> mark, of those that were left; none where the cluster does not answer, which it says by itself."""
+        from ray.experimental import internal_kv as table
+
+        try:
+            there = set(table._internal_kv_list(self._prefix, namespace=_NAMESPACE))
+            keys = [key for key in wanted if key.encode() in there]
+            return {key: (table._internal_kv_get(key, namespace=_NAMESPACE) or b"").decode() for key in keys}
+        except Exception:
+            return {}
+
+    def remove(self) -> None:
+        """Takes the marks away, where the cluster is still there."""
+        from ray.experimental import internal_kv
+
+        with suppress(Exception):
+            internal_kv._internal_kv_del(self._prefix, del_by_prefix=True, namespace=_NAMESPACE)
 
 
 # --- nodes -----------------------------------------------------------------------------------------------------------
@@ -303,7 +384,7 @@ def _connect(address: str | None, session: str | None) -> Any:
         # What Ray says of workers that died it prints to stdout, which belongs to the answer of a command.
         ray._private.worker.print_to_stdstream = _to_log
         with _own_sigterm():
-            context = ray.init(namespace="burnish", **options)
+            context = ray.init(namespace=_NAMESPACE, **options)
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         ray.shutdown()  # else the next connection is told of this cluster's nodes
         raise _refused(address, error) from None

@@ -1,17 +1,19 @@
 """The worker's side of `optimize.engines.ray_engine`: what Ray calls on a node. Nothing here imports Ray."""
 
+import asyncio
 import json
 import os
 import platform
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from optimize.engines.cores import usable_cores
-from optimize.engines.performing import describe_failure, perform
+from optimize.engines.performing import describe_failure, fingerprint_of, perform
 from optimize.packages import version
-from profiles.measure.host import fingerprint_host, split_cpus
 from registry.codec import digest
 from registry.errors import BurnishError
 from registry.shared_store import SharedStore
@@ -24,37 +26,49 @@ CACHE = "BURNISH_CACHE"
 def work(request: str) -> str:
     """Runs one task on this node; request and answer are JSON (see `performing.perform`)."""
     task = json.loads(request)
-    begin: dict[str, Any] = {"cpus": [], "seconds": 0.0, **_here()}
+    begin: dict[str, Any] = {"cpus": [], "seconds": 0.0, "node": socket.gethostname(), "host": ""}
     try:
         store = _store(task["store"])
         task["arguments"] |= {name: str(store.fetch_file(sha256)) for name, sha256 in task["files"].items()}
-        told = perform(_fitted(task), store=store, scratch=None)
+        with _usual_event_loop():
+            told = perform(_fitted(task), store=store, scratch=store.local.root / "scratch")
     except BurnishError as error:
         told = {"error": describe_failure(error)}
     return json.dumps({**begin, **told})
 
 
+@contextmanager
+def _usual_event_loop() -> Iterator[None]:
+    """Asyncio's own event loop: Ray installs uvloop where it is, which reads in another way than transports expect."""
+    before = asyncio.get_event_loop_policy()
+    asyncio.set_event_loop_policy(None)
+    try:
+        yield
+    finally:
+        asyncio.set_event_loop_policy(before)
+
+
 def _fitted(task: dict[str, Any]) -> dict[str, Any]:
     """The task with no more cores than there are: Ray believes what a node was started with."""
     resources = task["resources"]
-    if resources["alone"]:
+    if resources["alone"] and not task.get("whole"):
         return task
     return {**task, "resources": {**resources, "cores": min(resources["cores"], len(usable_cores()))}}
 
 
 def look(uri: str) -> str:
     """What this node is, as JSON, and whether it can use the shared store."""
-    about = {**_here(), "burnish": version("burnish"), "python": platform.python_version()}
+    about = {
+        "node": socket.gethostname(),
+        "host": fingerprint_of(usable_cores()),
+        "burnish": version("burnish"),
+        "python": platform.python_version(),
+    }
     try:
         _store(uri).check()
     except BurnishError as error:
         about["error"] = str(error)
     return json.dumps(about)
-
-
-@cache
-def _here() -> dict[str, str]:
-    return {"node": socket.gethostname(), "host": fingerprint_host(split_cpus()[2]).fingerprint}
 
 
 @cache

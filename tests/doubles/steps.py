@@ -5,11 +5,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+from optimize.engines.cores import usable_cores
 from optimize.engines.local import Limits, run_in_child
 from optimize.engines.port import Place
 from registry import codec
 from registry.errors import InputError
-from registry.records import TensorSpec
+from registry.records import Artifact, TensorSpec
+from registry.shared_store import once
+from tests.doubles.small_disk import fill
 
 SPEC = TensorSpec(name="x", dtype="float32", shape=("batch", 3))
 
@@ -17,6 +20,11 @@ SPEC = TensorSpec(name="x", dtype="float32", shape=("batch", 3))
 def where(place: Place, **arguments: Any) -> dict[str, Any]:
     """What the step was given, and where it runs."""
     return {"pid": os.getpid(), "cpus": list(place.cpus), "scratch": place.scratch.is_dir(), **arguments}
+
+
+def usable(place: Place) -> list[int]:
+    """The CPUs that the step may use."""
+    return list(usable_cores())
 
 
 def read(place: Place, *, file: str) -> str:
@@ -55,9 +63,63 @@ def sleep_here(seconds: float) -> float:
 def wait_and_store(place: Place, *, number: int, wait_s: float, size_bytes: int) -> str:
     """An artifact of so many bytes, after a while; its digest."""
     time.sleep(wait_s)
-    content = number.to_bytes(8, "little") * (size_bytes // 8)
-    (place.scratch / "model.onnx").write_bytes(content)
+    (place.scratch / "model.onnx").write_bytes(numbered(number, size_bytes))
     return place.store.add(place.scratch, format="onnx", entry="model.onnx", inputs=(SPEC,), outputs=(SPEC,)).digest
+
+
+def make_once(place: Place, *, number: int, wait_s: float, size_bytes: int, log: str) -> str:
+    """The digest of an artifact that is made once among all who share the store.
+
+    Each making is noted in a file beside the store: at its begin, and once its result is committed.
+    """
+
+    def note(what: str) -> None:
+        with Path(log).open("a", encoding="ascii") as file:
+            file.write(f"{what} {number}\n")
+
+    made = False
+
+    def make() -> Artifact:
+        nonlocal made
+        made = True
+        note("begun")
+        time.sleep(wait_s)
+        (place.scratch / "model.onnx").write_bytes(numbered(number, size_bytes))
+        return place.store.add(place.scratch, format="onnx", entry="model.onnx", inputs=(SPEC,), outputs=(SPEC,))
+
+    digest = make().digest
+    if made:
+        note("committed")
+    return digest
+
+
+def numbered(number: int, size_bytes: int) -> bytes:
+    """Bytes that tell units apart."""
+    return number.to_bytes(8, "little") * (size_bytes // 8)
+
+
+def overfill(place: Place, *, library: bool) -> None:
+    """A child that writes more than there is room for."""
+    arguments = {"folder": str(place.scratch), "library": library}
+    run_in_child("tests.doubles.steps:overfill_here", arguments, python_path=ROOT)
+
+
+def overfill_here(folder: str, library: bool) -> None:
+    """Says so as Python does, or as a ``library`` that has words of its own for it."""
+    try:
+        with Path(folder, "beyond").open("wb") as file:
+            while True:
+                file.write(bytes(1_000_000))
+    except OSError:
+        if library:
+            raise RuntimeError("could not write the model") from None
+        raise
+
+
+def fill_and_answer(disk: str) -> str:
+    """An answer that there is no room for."""
+    fill(Path(disk))
+    return "x" * 100_000
 
 
 def answer(place: Place, *, record: Any) -> Any:

@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 
 from optimize.config import CampaignConfig, ServingConfig, load_campaign
+from optimize.engines.port import Resources
 from registry.documents import parse_document
 from registry.errors import DocumentError
 
@@ -51,6 +52,31 @@ def test_what_does_not_fit_is_named(line: str, word: str):
     with pytest.raises(DocumentError) as caught:
         parse("\n".join([*kept, line]) + "\n")
     assert word in str(caught.value)
+
+
+def test_what_the_measuring_needs_of_a_machine():
+    config = parse(MINIMAL + "resources: {cores: 4, gpus: 1, accelerator: L4, labels: {burnish.io/pool: measure}}\n")
+    needed = config.resources.needed()
+    assert (needed.cores, needed.gpus, needed.accelerator, needed.alone) == (4, 1, "L4", True)
+    assert needed.labels == {"burnish.io/pool": "measure"}
+    assert parse(MINIMAL).resources.needed() == Resources(cores=None, alone=True)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("resources: {cores: 0}", "cores"),
+        ("resources: {memory: 16}", "memory_mb"),
+        ("resources: {accelerator: L4}", "say how many, gpus: 1 or more"),
+        ("resources: {labels: {pool: 'in(a,b)'}}", "pool"),
+        ("resources: {labels: {'bad label': a}}", "bad label"),
+        ("resources: {gpus: 0.5}", "gpus"),
+    ],
+)
+def test_resources_that_cannot_be_asked_for_are_named(line: str, words: str):
+    with pytest.raises(DocumentError) as caught:
+        parse(f"{MINIMAL}{line}\n")
+    assert words in str(caught.value)
 
 
 def test_a_recipe_of_the_users_own_keeps_its_parameters():

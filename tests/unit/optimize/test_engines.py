@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 
-from optimize.engines.choosing import choose_engine
-from optimize.engines.cores import reserve_cores, usable_cores
+from optimize.engines.choosing import choose_engine, engine_named, engine_on_demand
+from optimize.engines.cores import alone_on, cores_alone, pinned, reserve_cores, usable_cores
 from optimize.engines.local import ChildFailure
 from optimize.engines.pool import LocalEngine
 from optimize.engines.port import Engine, Resources, Task
+from optimize.engines.scratch import scratch_folder
 from registry.errors import InputError
 from registry.store import FolderStore
 
@@ -103,6 +104,38 @@ def test_the_cores_of_a_killed_process_are_free(locks: Path):
         assert cores == (0, 1)
 
 
+def test_who_has_to_wait_is_told_once(locks: Path):
+    told: list[str] = []
+
+    def wait() -> None:
+        with reserve_cores(1, alone=True, among=range(1), folder=locks, waiting=lambda: told.append("waits")):
+            pass
+
+    waiting = threading.Thread(target=wait)
+    with reserve_cores(1, alone=True, among=range(1), folder=locks):
+        waiting.start()
+        deadline = time.monotonic() + 20
+        while not told and time.monotonic() < deadline:
+            time.sleep(0.01)
+    waiting.join()
+    assert told == ["waits"]
+
+
+def test_containers_may_share_the_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("BURNISH_CORES", str(tmp_path / "shared"))
+    with reserve_cores(1, alone=True):
+        assert (tmp_path / "shared" / "turn").is_file()
+
+
+def test_a_process_is_pinned_for_a_while():
+    before = usable_cores()
+    with pinned(before[:1]):
+        assert usable_cores() == before[:1]
+        seen = subprocess.check_output([sys.executable, "-c", "import os; print(sorted(os.sched_getaffinity(0)))"])
+    assert seen.decode().strip() == str([before[0]])
+    assert usable_cores() == before
+
+
 # --- the engine ----------------------------------------------------------------------------------------------------
 
 
@@ -153,6 +186,28 @@ def test_two_measurements_never_have_the_same_core(tmp_path: Path):
     assert all(end <= begin for (_, end), (begin, _) in pairwise(spans))
 
 
+def test_a_step_that_needs_its_cores_alone_is_pinned_to_them(tmp_path: Path):
+    with engine_in(tmp_path) as engine:
+        alone = Resources(cores=1, alone=True)
+        found = {one.task.name: one for one in engine.run([task("shared", "usable"), task("alone", "usable", alone)])}
+    assert found["alone"].result == list(found["alone"].cpus) == list(usable_cores()[:1])
+    assert found["shared"].result == list(usable_cores())
+    if len(usable_cores()) > 1:
+        assert found["alone"].host != found["shared"].host
+
+
+def test_steps_within_a_step_run_on_its_cores_and_wait_for_none(tmp_path: Path):
+    with reserve_cores(None, alone=True, folder=tmp_path / "locks") as cores, engine_in(tmp_path) as engine:
+        with alone_on(cores):
+            assert cores_alone() == cores
+            inner = [task("a", "where", Resources(cores=None)), task("b", "where", Resources(cores=1, alone=True))]
+            found = list(engine.run(inner))
+            assert [one.cpus for one in found] == [cores, cores[:1]]
+            with pytest.raises(InputError, match="and this machine has 1"), alone_on(cores[:1]):
+                list(engine.run([task("c", "where", Resources(cores=len(cores) + 1))]))
+        assert cores_alone() == ()
+
+
 def test_who_stops_asking_ends_what_runs(tmp_path: Path):
     with engine_in(tmp_path, 2) as engine:
         slow = [task(f"s{number}", "in_child", seconds=120, timeout_s=120) for number in range(4)]
@@ -200,6 +255,29 @@ def test_what_this_machine_lacks_is_said_before_any_work_begins(tmp_path: Path, 
     assert not list(tmp_path.glob("x.*"))
 
 
+# --- scratch folders -----------------------------------------------------------------------------------------------
+
+LEFT = """
+import os, signal, sys
+from pathlib import Path
+from optimize.engines.scratch import scratch_folder
+with scratch_folder(Path(sys.argv[1])) as folder:
+    (folder / "left").touch()
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_a_killed_step_left_is_removed_and_nothing_else(tmp_path: Path):
+    root = tmp_path / "scratch"
+    subprocess.run([sys.executable, "-c", LEFT, str(root)], cwd=ROOT, check=False)
+    assert list(root.rglob("left"))
+    with scratch_folder(root) as first, scratch_folder(root) as second:
+        assert not list(root.rglob("left"))
+        assert first.is_dir()
+        assert second.is_dir()
+    assert not list(root.iterdir())
+
+
 # --- which one -----------------------------------------------------------------------------------------------------
 
 
@@ -218,6 +296,23 @@ def test_the_environment_chooses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("BURNISH_ENGINE", "slurm")
     with pytest.raises(InputError, match="'slurm', and the engines are local and ray"):
         choose_engine(store, scratch=tmp_path)
+
+
+def test_a_name_goes_before_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("BURNISH_ENGINE", "ray")
+    assert engine_named() == "ray"
+    assert engine_named("local") == "local"
+    assert isinstance(choose_engine(FolderStore(tmp_path), scratch=tmp_path, name="local"), LocalEngine)
+    with pytest.raises(InputError, match="--engine is 'slurm', and the engines are local and ray"):
+        engine_named("slurm")
+
+
+def test_an_engine_is_opened_once_and_when_it_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("BURNISH_ENGINE", "ray")  # which cannot be had without a shared store
+    with engine_on_demand(FolderStore(tmp_path), scratch=tmp_path):
+        pass
+    with engine_on_demand(FolderStore(tmp_path), scratch=tmp_path, name="local") as engine:
+        assert engine() is engine()
 
 
 def test_a_step_runs_in_this_process(tmp_path: Path):

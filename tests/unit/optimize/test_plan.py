@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from optimize.config import CampaignConfig
-from optimize.plan import Plan, plan
+from optimize.config import CampaignConfig, ResourcesConfig
+from optimize.plan import Plan, plan, plan_id
 from profiles.measure.resources import PackageEnergy
 from registry.errors import InputError, PolicyError
 from tests.doubles.models import mlp, write_onnx
@@ -147,3 +147,43 @@ def test_the_highest_rate_needs_a_latency_limit_that_can_be_missed(tmp_path: Pat
     with pytest.raises(PolicyError, match="gives requests up after 5 s"):
         planned(tmp_path, "latency_p90_ms <= 5000", **goal)
     assert planned(tmp_path, "latency_p90_ms <= 50", **goal)
+
+
+# --- where it is measured --------------------------------------------------------------------------------------------
+
+
+def elsewhere(folder: Path, **fields: object) -> Plan:
+    return plan(planned(folder, **fields).config, base=folder, work=folder / "work", engine="ray")
+
+
+def test_on_a_cluster_a_node_measures(tmp_path: Path) -> None:
+    assert not planned(tmp_path).elsewhere
+    made = elsewhere(tmp_path)
+    assert made.elsewhere
+    assert made.stays is None
+
+
+def test_what_needs_code_of_the_users_or_a_core_2_is_measured_here(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text("def score(outputs, labels): return 1.0\n")
+    made = elsewhere(tmp_path, metric="own:score")
+    assert not made.elsewhere
+    assert "own:score is code of yours" in str(made.stays)
+    core2 = {"kind": "scheduler", "address": "localhost:9004", "mesh": "localhost:9000", "storage": "/srv/models"}
+    made = elsewhere(tmp_path, cluster={**core2, "servers": {"mlserver": "mlserver", "triton": "triton"}})
+    assert "served by a Core 2" in str(made.stays)
+
+
+def test_where_it_is_measured_makes_no_other_campaign_of_it(tmp_path: Path) -> None:
+    one, other = planned(tmp_path), planned(tmp_path, resources={"cores": 1})
+    ids = {plan_id(made, sources=("s",), samples_digest="d") for made in (one, other)}
+    assert len(ids) == 1
+
+
+def test_gpus_of_a_node_are_not_looked_for_here(tmp_path: Path) -> None:
+    made = planned(tmp_path)
+    policy = made.config.policy.model_copy(update={"constraints": ("gpu_memory_mb <= 100",)})
+    config = made.config.model_copy(update={"policy": policy, "resources": ResourcesConfig(gpus=1)})
+    assert plan(config, base=tmp_path, work=tmp_path / "work", engine="ray").elsewhere
+    if not made.host.gpus:
+        with pytest.raises(PolicyError, match="there is no GPU here to measure"):
+            plan(config, base=tmp_path, work=tmp_path / "work")
