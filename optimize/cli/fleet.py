@@ -1,6 +1,8 @@
 """``burnish run --fleet`` and what ``burnish report`` shows of a fleet."""
 
+import os
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import typer
 
@@ -16,6 +18,7 @@ def run_fleet_file(file: Path, work: Path | None, level: str | None, json_output
     from optimize.fleet.running import run_fleet
 
     fleet = plan_fleet(file, work=work or default_work(file), level=level)
+    _check_store()
     say(f"{fleet.config.name}: {len(fleet.entries)} models, {fleet.config.parallel} at a time, in {fleet.work}")
     with progress() as observer, terminable():
         found = run_fleet(fleet, observer=observer)
@@ -26,6 +29,15 @@ def run_fleet_file(file: Path, work: Path | None, level: str | None, json_output
         reporting.show(found, page)
     if code := exit_code_of(found):
         raise typer.Exit(code)
+
+
+def _check_store() -> None:
+    """Returns where there is no store that machines share, or it can be written: else every campaign would say so."""
+    from registry.shared_store import VARIABLE, open_store
+
+    if os.environ.get(VARIABLE):
+        with TemporaryDirectory(prefix="burnish-fleet-") as folder:
+            open_store(Path(folder))
 
 
 def report_fleet(work: Path, *, markdown: bool, json_output: bool) -> None:

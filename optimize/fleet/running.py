@@ -18,6 +18,7 @@ from optimize.status import Watch
 from registry.ledger import Ledger
 from registry.records import Fleet, FleetOutcome
 from registry.report import numbers
+from registry.report.fleet import minutes_words
 
 GRACE_MINUTES = 5.0
 """A campaign ends by its own budget; one that takes so much longer, or a quarter of it, is ended."""
@@ -220,12 +221,12 @@ def _minutes_left(entry: Entry, past: Past) -> float | None:
 
 def told(outcome: FleetOutcome) -> str:
     """What became of a model, for a line."""
-    took = f", {numbers.plain(outcome.minutes, 2)} min"
+    took = f"after {minutes_words(outcome.minutes)} min"
     early = ", with the best of what its minutes allowed" if outcome.cut else ""
     if outcome.state == "won":
-        return f"{outcome.sentence}{early}{took}"
+        return f"winner {took}{early}: {outcome.sentence}"
     if outcome.state == "no_winner":
-        return f"no winner{early}{took}: {outcome.reason}"
+        return f"no winner {took}{early}: {outcome.reason}"
     if outcome.state == "failed":
-        return f"{FAILED}{outcome.reason} ({outcome.kind}{took})"
-    return f"stopped{took}: {outcome.reason}"
+        return f"{FAILED}{outcome.reason} ({outcome.kind}, {took})"
+    return f"stopped {took}: {outcome.reason}"

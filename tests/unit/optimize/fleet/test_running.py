@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -232,31 +232,31 @@ def test_a_campaign_far_over_its_minutes_is_ended(plan_of):
 
 def test_what_the_fleets_minutes_do_not_reach_is_not_begun(plan_of):
     scripts = Scripts({"slow": SLEEPS, "next": WON})
-    fleet = plan_of("slow", "next", head=FLEET.replace("parallel: 2", "parallel: 1\nminutes: 0.01"))
-    found, told = run(fleet, scripts, grace_minutes=0.01)
+    fleet = plan_of("slow", "next", head=FLEET.replace("parallel: 2", "parallel: 1\nminutes: 0.03"))
+    found, told = run(fleet, scripts, grace_minutes=0.03)
     assert states(found) == {"slow": ("failed", "budget")}
     assert told.notes[-1] == "not begun: next; the same command goes on there"
     assert exit_code_of(found) == 3
 
 
-@pytest.fixture
-def alarm() -> Iterator[Callable[[float], None]]:
-    """Sends Ctrl-C to this process after a while."""
-    timers: list[threading.Timer] = []
+class Interrupted(Scripts):
+    """Sends Ctrl-C to this process soon after it has started a model."""
 
-    def after(seconds: float) -> None:
-        timers.append(threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGINT)))
-        timers[-1].start()
+    def __init__(self, scripts: Mapping[str, str], *, at: str) -> None:
+        super().__init__(scripts)
+        self.at = at
 
-    yield after
-    for timer in timers:
-        timer.cancel()
+    def __call__(self, planned: Plan, *, minutes: float | None) -> CampaignProcess:
+        process = super().__call__(planned, minutes=minutes)
+        if planned.work.name == self.at:
+            self.at = ""
+            threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+        return process
 
 
-def test_ctrl_c_ends_all_and_the_next_run_goes_on(plan_of, alarm):
-    scripts = Scripts({"done": WON, "long": SLEEPS, "last": WON})
+def test_ctrl_c_ends_all_and_the_next_run_goes_on(plan_of):
+    scripts = Interrupted({"done": WON, "long": SLEEPS, "last": WON}, at="long")
     fleet = plan_of(*scripts.scripts, head=FLEET.replace("parallel: 2", "parallel: 1"))
-    alarm(1.5)
     with pytest.raises(KeyboardInterrupt):
         run(fleet, scripts)
     assert not psutil.pid_exists(scripts.pids["long"])
