@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from optimize import measuring_step
+from optimize import measuring_step, reporting
 from optimize.budget import UNLIMITED, Budget
+from optimize.campaign import run_campaign
 from optimize.config import CampaignConfig
+from optimize.engines import choosing
 from optimize.engines.local import ChildFailure
 from optimize.engines.pool import LocalEngine
 from optimize.engines.port import Outcome
@@ -334,6 +336,33 @@ def test_what_a_node_says_is_told_here_once_and_anew_after_a_kill(tmp_path: Path
     here.end(after.run, after.events)
     assert told.events[2:] == [("phase", "Measuring", 2), ("done", "round 1", "measured (known)")]
     assert store.told("key") is None
+
+
+def test_what_no_machine_has_is_said_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    class Small(Asked):
+        @staticmethod
+        def check(name: str, resources: Any) -> None:
+            raise InputError(f"no node has what {name} needs: {resources.cores} cores")
+
+    def choose(store: Any, **_: Any) -> Small:
+        return Small(store)
+
+    monkeypatch.setattr(choosing, "choose_engine", choose)
+    monkeypatch.setattr(reporting, "use_tracker", lambda uri, work: None)
+    with campaign_in(tmp_path, resources={"cores": 64}) as (workspace, _):
+        config, work = workspace.plan.config, tmp_path / "another"
+    how: dict[str, Any] = {"observer": Told(), "engine": "ray", "store": str(tmp_path / "mount")}
+    with pytest.raises(InputError, match="no node has what the measuring needs: 64 cores"):
+        run_campaign(config, base=tmp_path, work=work, **how)
+    assert not list(work.rglob("*.onnx"))
+
+
+def test_on_this_machine_a_campaign_has_the_cores_that_it_asks_for_or_says_so(tmp_path: Path):
+    with campaign_in(tmp_path, resources={"cores": 10_000}) as (workspace, _):
+        config = workspace.plan.config
+    with pytest.raises(InputError, match="the measuring needs 10000 cores, and this machine has"):
+        run_campaign(config, base=tmp_path, work=tmp_path / "another", observer=Told(), engine="local")
+    assert not (tmp_path / "another").exists()
 
 
 def test_a_store_of_one_machine_is_not_enough(tmp_path: Path):
