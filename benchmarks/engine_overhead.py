@@ -16,7 +16,7 @@ from figures import figure, finish, say
 
 from optimize.config import CampaignConfig
 from optimize.making import make_sources, make_variants
-from optimize.plan import Workspace, plan
+from optimize.plan import Observer, Workspace, plan
 from optimize.samples import open_samples
 from optimize.testing import run_model, samples_for, tiny_conv_net
 from registry.ledger import Ledger
@@ -27,7 +27,7 @@ VARIANTS = ["float32", "ort-optimized", "int8-static", "openvino", "openvino-int
 GOAL = "<= 0.05"
 
 
-class Quiet:
+class Quiet(Observer):
     """Tells nobody."""
 
     def phase(self, name: str, total: int) -> None: ...

@@ -22,7 +22,14 @@ from profiles.load.payloads import encode_payloads
 from profiles.measure.rounds import run_until_valid
 from profiles.search import InProcessCurve, curve_of, highest_bound, search_serving, search_space
 from registry.codec import to_jsonable
-from registry.errors import BurnishError, CheckFailedError, GeneratorLostError, InputError, StorageError
+from registry.errors import (
+    BudgetUsedUpError,
+    BurnishError,
+    CheckFailedError,
+    GeneratorLostError,
+    InputError,
+    StorageError,
+)
 from registry.records import (
     Candidate,
     ClosedLoop,
@@ -94,7 +101,11 @@ def find_profiles(
         )
         for one in (*served[1:2], served[0]):
             fitting = [profile for profile in space if not profile.of_server or profile.backend == one.engine.name]
-            search = _Hunt(place, one, fitting).search(budget, rate_to_beat=_rate(searches)) if fitting else None
+            try:
+                search = _Hunt(place, one, fitting).search(budget, rate_to_beat=_rate(searches)) if fitting else None
+            except BudgetUsedUpError as error:
+                workspace.observer.note(f"{one.name} is searched no further: {error.message}")
+                continue
             if search is not None:
                 searches.append(search)
                 workspace.observer.note(f"{one.name}: {search.sentence}")

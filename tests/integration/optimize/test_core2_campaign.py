@@ -23,6 +23,7 @@ from optimize.checking import check_candidate, check_endpoint
 from optimize.clusters import owner_of
 from optimize.config import load_campaign
 from optimize.diagnosis import diagnose
+from optimize.plan import Observer
 from optimize.rendering import render_candidate, rendering
 from optimize.reporting import read_campaign
 from optimize.serving import serve_model, serving_profile
@@ -83,7 +84,7 @@ def bench(**fields: Any) -> dict[str, ServerDouble]:
     return {"bench": ServerDouble(**{"capabilities": CAPABLE, **fields})}
 
 
-class Watching:
+class Watching(Observer):
     """An observer that remembers what it was told, and may do something about it."""
 
     def __init__(self, react: Callable[[str], None] = lambda _: None) -> None:

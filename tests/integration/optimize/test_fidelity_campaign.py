@@ -7,12 +7,13 @@ import pytest
 
 from optimize.campaign import Prepared, judge_campaign
 from optimize.config import CampaignConfig
+from optimize.plan import Observer
 from tests.doubles.models import FEATURES, mlp, write_onnx
 
 pytestmark = pytest.mark.slow
 
 
-class Log:
+class Log(Observer):
     """Keeps what a campaign says."""
 
     def __init__(self) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -103,6 +104,7 @@ def test_a_killed_worker_is_replaced_and_nothing_is_lost_or_done_twice(
 ):
     names = [f"w{number}" for number in range(6)]
     victims: list[str] = []
+    begun: list[tuple[str, str]] = []
 
     def kill() -> None:
         deadline = time.monotonic() + 60
@@ -119,10 +121,14 @@ def test_a_killed_worker_is_replaced_and_nothing_is_lost_or_done_twice(
     try:
         with RayEngine(store, address=cluster) as engine:
             tasks = [task(name, "begin_and_wait", folder=str(tmp_path), mark=name, wait_s=0.5) for name in names]
-            outcomes = list(engine.run(tasks))
+            outcomes = list(engine.run(tasks, begun=lambda task, where: begun.append((task.name, where))))
     finally:
         killer.join()
     assert len(victims) == 1
+    # Looked at once a second, so that not each of these is seen.
+    assert begun
+    assert {name for name, _ in begun} <= set(names)
+    assert {where for _, where in begun} == {socket.gethostname()}
     assert sorted(one.result for one in outcomes) == names
     assert sorted(mark.name.split(".")[0] for mark in tmp_path.glob("w*.done")) == names
 

@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from optimize.config import load_campaign
 from optimize.making import make_source, make_variant
-from optimize.plan import Workspace, plan
+from optimize.plan import Observer, Workspace, plan
 from optimize.rebuild import Rebuilt, rebuild
 from optimize.samples import load_samples
 from registry import passport
@@ -35,7 +35,7 @@ seed: 3
 """
 
 
-class Quiet:
+class Quiet(Observer):
     def phase(self, name: str, total: int) -> None: ...
     def done(self, subject: str, outcome: str) -> None: ...
     def note(self, text: str) -> None: ...

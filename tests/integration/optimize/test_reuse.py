@@ -14,7 +14,7 @@ from optimize.cli import main
 from optimize.config import CampaignConfig
 from optimize.judging import judge_variants, screen_variants
 from optimize.making import make_sources, make_variants
-from optimize.plan import Workspace, plan
+from optimize.plan import Observer, Workspace, plan
 from optimize.reuse import Finding, reuse_of
 from optimize.samples import load_samples
 from registry.errors import InputError
@@ -34,7 +34,7 @@ CAMPAIGN: dict[str, Any] = {
 }
 
 
-class Quiet:
+class Quiet(Observer):
     def phase(self, name: str, total: int) -> None: ...
     def done(self, subject: str, outcome: str) -> None: ...
     def note(self, text: str) -> None: ...

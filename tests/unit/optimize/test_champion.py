@@ -10,7 +10,7 @@ import pytest
 from optimize import reporting
 from optimize.champion import NONE_YET, judge_champion, record_of, with_champion
 from optimize.config import CampaignConfig, ChampionConfig, PolicyConfig, SamplesConfig, SourceConfig
-from optimize.plan import Plan, Workspace, plan, plan_id
+from optimize.plan import Observer, Plan, Workspace, plan, plan_id
 from optimize.samples import load_samples
 from registry import codec
 from registry.errors import InputError
@@ -22,7 +22,7 @@ from tests.doubles import campaigns
 LIMITS = ("latency_p90_ms <= 105% rel vs champion", "rss_mb <= 600")
 
 
-class Quiet:
+class Quiet(Observer):
     def __init__(self) -> None:
         self.lines: list[tuple[str, str]] = []
 

@@ -11,10 +11,12 @@ from typing import Any, Self
 import numpy as np
 import pytest
 
+from optimize import budget as budgets
 from optimize import measuring
+from optimize.budget import UNLIMITED, Budget
 from optimize.config import CampaignConfig, LimitsConfig, SamplesConfig, SourceConfig
 from optimize.measuring import Measured, Serving, measure
-from optimize.plan import Plan, Workspace
+from optimize.plan import Observer, Plan, Workspace
 from profiles.deploy.cluster import Usage
 from profiles.load.recording import save_arrays
 from profiles.load.summary import summarize
@@ -116,7 +118,7 @@ class SimulatedGenerator:
         return summarize(recording, profile, raw=name, raw_sha256=file_sha256(raw_path))
 
 
-class Told:
+class Told(Observer):
     """An observer that keeps what it is told."""
 
     def __init__(self) -> None:
@@ -125,7 +127,7 @@ class Told:
         self.notes: list[str] = []
 
     def phase(self, name: str, total: int) -> None:
-        self.total = total
+        self.total += total
 
     def done(self, subject: str, outcome: str) -> None:
         self.lines.append((subject, outcome))
@@ -163,7 +165,14 @@ class Session:
     told: Told = field(default_factory=Told)
     cluster: FakeCluster = field(default_factory=FakeCluster)
 
-    def measure(self, *servings: Serving, level: Any = QUICK, deployed: Any = "all", policy: Policy = MOST) -> Measured:
+    def measure(
+        self,
+        *servings: Serving,
+        level: Any = QUICK,
+        deployed: Any = "all",
+        policy: Policy = MOST,
+        budget: Budget = UNLIMITED,
+    ) -> Measured:
         plan = Plan(
             config=CampaignConfig(
                 name="c",
@@ -192,7 +201,8 @@ class Session:
         )
         with ExitStack() as stack:
             ledger = stack.enter_context(Ledger.open(self.work / "ledger.jsonl"))
-            workspace = Workspace(plan=plan, store=FolderStore(self.work), ledger=ledger, observer=self.told)
+            store = FolderStore(self.work)
+            workspace = Workspace(plan=plan, store=store, ledger=ledger, observer=self.told, budget=budget)
             return measure(workspace, self.cluster, servings, X, "samples")
 
 
@@ -570,3 +580,95 @@ def test_more_rounds_are_played_while_a_candidate_is_not_told_from_the_champion(
 
     assert played("without", BASE, other, champion) == {"base": 2, "fast": 2, "late": 2}
     assert played("with", BASE, other, replace(champion, champion=True)) == {"base": 4, "fast": 4, "late": 4}
+
+
+# --- a budget of time --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def timed(generator: SimulatedGenerator, monkeypatch: pytest.MonkeyPatch) -> SimulatedGenerator:
+    """A generator whose windows take as long as they say, by the clock of budgets."""
+    now = [0.0]
+
+    def pass_by(model: str, profile: LoadProfile) -> None:
+        now[0] += profile.warmup_s + profile.duration_s
+
+    generator.before = pass_by
+    monkeypatch.setattr(budgets, "monotonic", lambda: now[0])
+    monkeypatch.setattr(measuring, "monotonic", lambda: now[0])
+    return generator
+
+
+def seconds(length_s: float) -> Budget:
+    return Budget.from_now(length_s / 60)
+
+
+def slots_of(found: Measured) -> dict[str, int]:
+    names = [one.candidate_id for one in found.rounds]
+    return {name: names.count(name) for name in names}
+
+
+def test_rounds_that_there_is_no_time_for_are_not_begun_and_the_next_run_plays_them(
+    tmp_path: Path, timed: SimulatedGenerator
+) -> None:
+    level = replace(QUICK, rounds=6, most_rounds=6)
+    session = Session(tmp_path, timed)
+    # For two capacities of some 5 s each, and some of the 18 slots of some 2 s each.
+    found = session.measure(BASE, FAST, level=level, budget=seconds(28))
+    assert (found.cut, found.short, found.failures) == (True, True, ())
+    assert len(found.capacities) == 2
+    assert min(slots_of(found).values()) >= 2
+    assert max(one.number for one in found.rounds) < 5
+    [note] = [note for note in session.told.notes if note.startswith("No further round is begun")]
+    assert "was used up" in note
+    timed.windows.clear()
+    whole = Session(tmp_path, timed).measure(BASE, FAST, level=level, budget=seconds(1e6))
+    assert (whole.cut, whole.short) == (False, False)
+    assert slots_of(whole) == {"base": 12, "fast": 6}
+    assert whole.rounds[: len(found.rounds)] == found.rounds
+    assert "capacity" not in {profile.name for _, profile in timed.windows}
+
+
+def test_what_is_known_counts_when_no_time_is_left(tmp_path: Path, timed: SimulatedGenerator) -> None:
+    whole = Session(tmp_path, timed).measure(BASE, FAST)
+    timed.windows.clear()
+    assert Session(tmp_path, timed).measure(BASE, FAST, budget=seconds(0.0)) == whole
+    assert timed.windows == []
+
+
+def test_a_candidate_with_too_few_rounds_is_unknown(tmp_path: Path, timed: SimulatedGenerator) -> None:
+    Session(tmp_path, timed).measure(BASE, FAST)
+    ledger = tmp_path / "ledger.jsonl"
+    lines = ledger.read_bytes().splitlines(keepends=True)
+    ledger.write_bytes(b"".join(lines[: 6 + 3]))  # what is found before the rounds, and one round
+    found = Session(tmp_path, timed).measure(BASE, FAST, budget=seconds(0.0))
+    told = [(one.subject, one.phase, one.kind, one.reason) for one in found.failures]
+    assert told == [
+        (f"{name} @ fake", "measure", "budget", "the budget of 0 minutes was used up after 1 of 3 rounds")
+        for name in ("base", "fast")
+    ]
+    assert (found.cut, found.short) == (True, False)
+
+
+def test_others_are_only_begun_where_the_rounds_of_all_still_fit(tmp_path: Path, timed: SimulatedGenerator) -> None:
+    others = [serving(f"v{number}") for number in range(8)]
+    found = Session(tmp_path, timed).measure(BASE, *others, budget=seconds(75))
+    begun = [one.candidate_id for one in found.capacities]
+    assert begun[:2] == ["base", "v0"]
+    assert 2 < len(begun) < 9
+    left = {one.subject for one in found.failures}
+    assert left == {f"v{number} @ fake" for number in range(8)} - {f"{name} @ fake" for name in begun}
+    assert {(one.phase, one.kind) for one in found.failures} == {("measure", "budget")}
+    assert "what is kept for the rounds of others" in found.failures[0].reason
+    # Those that were begun got all of their rounds.
+    assert (found.cut, found.short) == (False, False)
+    assert slots_of(found) == {name: QUICK.rounds * (2 if name == "base" else 1) for name in begun}
+
+
+def test_without_any_time_nothing_is_deployed_and_all_is_unknown(tmp_path: Path, timed: SimulatedGenerator) -> None:
+    session = Session(tmp_path, timed)
+    found = session.measure(BASE, FAST, budget=seconds(0.0))
+    assert session.cluster.deployments == []
+    assert [(one.subject, one.kind) for one in found.failures] == [("base @ fake", "budget"), ("fast @ fake", "budget")]
+    assert (found.cut, found.short, found.rounds) == (False, False, ())
+    assert not Session(tmp_path, timed).measure(BASE, FAST).failures

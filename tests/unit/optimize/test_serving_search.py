@@ -13,7 +13,7 @@ from optimize import judging, serving_search
 from optimize.campaign import run_campaign
 from optimize.config import CampaignConfig, SamplesConfig, SearchConfig, ServingSearchConfig, SourceConfig
 from optimize.judging import Judged
-from optimize.plan import Plan, Workspace
+from optimize.plan import Observer, Plan, Workspace
 from optimize.samples import Samples
 from optimize.serving_search import Found, clients_of, find_profiles, rate_of, space_of
 from profiles.deploy.cluster import Usage
@@ -149,7 +149,7 @@ class Deployment:
         self.servers.deployed.pop(self.candidate.id, None)
 
 
-class Told:
+class Told(Observer):
     def __init__(self) -> None:
         self.lines: list[str] = []
 
