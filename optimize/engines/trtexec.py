@@ -24,6 +24,7 @@ ENGINE_FILE = "engine.json"
 # What trtexec may know of this process: no tokens, no passwords.
 _ENVIRONMENT = ("PATH", "HOME", "LANG", "TMPDIR", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES")
 _TAIL = 2000
+_MADE_BY = "Name the folder of a variant whose recipe ends with tensorrt.prepare."
 _PARTS = ("trtexec", "profile", "triton")  # of build.json that are read
 _ASK_TIMEOUT_S = 60.0
 
@@ -74,10 +75,10 @@ def read_build(folder: Path) -> dict[str, Any]:
     try:
         build = json.loads((folder / BUILD_FILE).read_text())
     except (OSError, ValueError) as error:
-        raise InputError(f"{folder} holds no {BUILD_FILE} that can be read: {error}") from error
+        raise InputError(f"{folder} holds no {BUILD_FILE} that can be read: {error}", hint=_MADE_BY) from error
     whole = isinstance(build, dict) and all(isinstance(build.get(key), dict) for key in _PARTS)
     if not whole or not (folder / ENTRY).is_file():
-        raise InputError(f"{folder} is not what the stage tensorrt.prepare makes")
+        raise InputError(f"{folder} is not what the stage tensorrt.prepare makes", hint=_MADE_BY)
     return dict(build)
 
 

@@ -12,7 +12,7 @@ from optimize.readiness.graph import Graph
 from optimize.readiness.profile import parse_shapes
 from optimize.readiness.releases import tensorrt_version, triton_release
 from optimize.readiness.rules import Finding, Precision, Rule, Target, apply_rules
-from optimize.readiness.serving import parse_config
+from optimize.readiness.serving import parse_config, profile_in
 from optimize.readiness.triton import check_triton
 from registry.errors import InputError
 
@@ -43,7 +43,8 @@ def lint(
         model: an ONNX file that nobody has vouched for.
         tensorrt: the version to check for (``10``, ``11``, ``10.14``).
         triton: the release to check for (``23.03``).
-        shapes: ``input=min,opt,max`` of the profile that an engine is to be built for.
+        shapes: ``input=min,opt,max`` of the profile that an engine is to be built for. Where they are left out, those
+            that ``config`` gives ONNX Runtime's TensorRT provider.
         precision: what an engine is to compute in.
         max_batch_size: of the server; 0 where it does not batch. Where it is left out, that of ``config``.
         config: Triton's ``config.pbtxt`` that serves the model on a GPU.
@@ -105,7 +106,7 @@ def lint_here(
         if tensorrt is not None:
             target = Target(
                 tensorrt=tensorrt_version(tensorrt),
-                profile=parse_shapes(shapes) if shapes else None,
+                profile=parse_shapes(shapes) if shapes else profile_in(parsed),
                 precision=precision,
                 max_batch_size=max_batch_size,
                 config=parsed,

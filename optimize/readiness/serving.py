@@ -10,7 +10,7 @@ from typing import Any
 from optimize.readiness.graph import Graph, named
 from optimize.readiness.models import foreign_domains
 from optimize.readiness.operators import QUANTIZED, unsupported
-from optimize.readiness.profile import ENDS
+from optimize.readiness.profile import ENDS, Profile, Range
 from optimize.readiness.rules import Hit, Rule, Target
 from registry.errors import InputError, MissingExtraError
 
@@ -37,6 +37,24 @@ def parse_config(text: str) -> Any:
         return text_format.Parse(text, model_config_pb2.ModelConfig())
     except text_format.ParseError as error:
         raise InputError(f"the configuration is no config.pbtxt of Triton: {error}") from error
+
+
+def profile_in(config: Any) -> Profile | None:
+    """The shapes that a configuration gives ONNX Runtime's TensorRT provider; None where it does not, or in part."""
+    given = Target(tensorrt=(10, 0), config=config).provider or {}
+    ends = [_shapes(given.get(f"trt_profile_{end}_shapes", "")) for end in ENDS]
+    least, best, most = ends
+    whole = least and least.keys() == best.keys() == most.keys()
+    return {name: Range(min=least[name], opt=best[name], max=most[name]) for name in least} if whole else None
+
+
+def _shapes(text: str) -> dict[str, tuple[int, ...]]:
+    """``x:1x3x8x8,mask:1x4`` as input -> shape; empty where it is not written so."""
+    try:
+        parts = [entry.rpartition(":") for entry in text.split(",") if entry]
+        return {name: tuple(int(size) for size in shape.split("x")) for name, _, shape in parts}
+    except ValueError:
+        return {}
 
 
 # --- what a configuration says -----------------------------------------------------------------------------------

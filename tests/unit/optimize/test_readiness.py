@@ -11,7 +11,7 @@ from optimize.readiness.graph import Graph
 from optimize.readiness.lint import RULES, load_graph
 from optimize.readiness.profile import Range
 from optimize.readiness.rules import Target, apply_rules
-from optimize.readiness.serving import parse_config
+from optimize.readiness.serving import parse_config, profile_in
 from registry.errors import InputError
 
 DATA = Path(__file__).parents[2] / "data"
@@ -412,6 +412,18 @@ def test_pairs_need_no_int8_mode_from_tensorrt_11_on() -> None:
     config = on_onnx_runtime(WARM, **KEPT)
     assert "E703" in found(quantized_product(), config=config)
     assert "E703" not in found(quantized_product(), config=config, version=TENSORRT_11)
+
+
+def test_the_shapes_of_a_configuration_are_the_profile() -> None:
+    ends = {"min": "x:1x4,m:1", "opt": "x:2x4,m:2", "max": "x:8x4,m:8"}
+    shapes = {f"trt_profile_{end}_shapes": text for end, text in ends.items()}
+    assert profile_in(parse_config(on_onnx_runtime(**shapes))) == {
+        "x": Range(min=(1, 4), opt=(2, 4), max=(8, 4)),
+        "m": Range(min=(1,), opt=(2,), max=(8,)),
+    }
+    for odd in ({**shapes, "trt_profile_max_shapes": "x:8xn"}, dict(list(shapes.items())[:2]), {}):
+        assert profile_in(parse_config(on_onnx_runtime(**odd))) is None
+    assert profile_in(None) is None
 
 
 def test_a_configuration_that_is_none_is_the_users_input() -> None:
