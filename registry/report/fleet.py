@@ -85,8 +85,10 @@ def fleet_sentence(fleet: Fleet) -> str:
     counts = {state: sum(row.state == state for row in rows) for state in STATES}
     faster = sum(row.gain is not None and row.gain.word == "faster" for row in rows)
     others = [f"{counts[state]} {words}" for state, words in _COUNTED.items() if counts[state]]
+    kept = sum(row.gain is not None and row.gain.is_baseline for row in rows)
     told = f"{counts['won']} of {len(rows)} models have a winner"
     told += f", {faster} of them faster than the baseline" if faster else ""
+    told += f", {kept} the baseline itself" if kept else ""
     told += f"; {', '.join(others)}" if others else ""
     best = next((row for row in rows if row.rank == 1 and row.gain is not None and not row.gain.is_baseline), None)
     return f"{told}.{_most(best)}"

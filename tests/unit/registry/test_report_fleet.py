@@ -77,8 +77,8 @@ def test_what_is_not_known_ranks_last_and_equal_gains_by_what_they_save():
 
 def test_the_sentence_counts_all_of_them():
     assert fleet_sentence(fleets.fleet()) == (
-        "3 of 7 models have a winner, 1 of them faster than the baseline; 1 without one, 1 failed, 1 stopped, "
-        "1 not begun. Most was won for sure: 1.90× [1.80, 2.00]."
+        "3 of 7 models have a winner, 1 of them faster than the baseline, 1 the baseline itself; 1 without one, "
+        "1 failed, 1 stopped, 1 not begun. Most was won for sure: 1.90× [1.80, 2.00]."
     )
 
 
