@@ -1,6 +1,5 @@
 """The engine of Ray on a real cluster of two nodes on this machine."""
 
-import json
 import os
 import signal
 import socket
@@ -10,6 +9,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import pytest
 
 ray = pytest.importorskip("ray")
 
+from optimize.campaign import make_variants  # noqa: E402
 from optimize.engines.port import Resources, Task  # noqa: E402
 from optimize.engines.ray_engine import RayEngine  # noqa: E402
 from optimize.testing import tiny_conv_net  # noqa: E402
@@ -95,6 +96,9 @@ def test_tasks_run_on_nodes_and_tell_what_became_of_them(cluster: str, store: Sh
         ):
             with pytest.raises(InputError, match=f"no node of the Ray cluster has what big needs: .*{words}"):
                 list(engine.run([task("big", "where", resources)]))
+            with pytest.raises(InputError, match=f"what the measuring needs: .*{words}"):
+                engine.check("the measuring", resources)
+        engine.check("the measuring", Resources(cores=None, alone=True, labels={"shelf": "1"}))
         with pytest.raises(InputError, match="which nodes of a cluster do not have"):
             list(engine.run([Task(name="own", step=f"{STEPS}:where", arguments={}, python_path=tmp_path)]))
 
@@ -133,31 +137,52 @@ def test_a_killed_worker_is_replaced_and_nothing_is_lost_or_done_twice(
     assert sorted(mark.name.split(".")[0] for mark in tmp_path.glob("w*.done")) == names
 
 
-def burnish_make(model: Path, work: Path, store: Path, cluster: str, *variants: str) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-P", "-m", "optimize", "make", str(model), "--json", "--work", str(work)]
-    command += ["--out", str(work / "out"), *(word for name in variants for word in ("--variant", name))]
-    environment = {**os.environ, "BURNISH_ENGINE": "ray", "RAY_ADDRESS": cluster, "BURNISH_STORE": str(store)}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def test_variants_are_made_on_the_cluster_though_a_worker_is_killed_at_it(running: Cluster, tmp_path: Path):
+def test_variants_are_made_on_the_cluster_though_a_worker_is_killed_at_it(
+    running: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("BURNISH_ENGINE", "ray")
+    monkeypatch.setenv("RAY_ADDRESS", running.address)
+    monkeypatch.setenv("BURNISH_STORE", str(tmp_path / "mount"))
     model = tmp_path / "source" / "model.onnx"
     tiny_conv_net(model.parent)
-    variants = ["float32", "ort-optimized"]
-    with burnish_make(model, tmp_path / "work", tmp_path / "mount", running.address, *variants) as making:
-        worker = None
-        while worker is None and making.poll() is None:
+    victims: list[psutil.Process] = []
+
+    def kill() -> None:
+        deadline = time.monotonic() + 120
+        while not victims and time.monotonic() < deadline:
             # The processes of this cluster that make a variant are children of Ray's workers.
-            worker = next((child.parent() for child in _descendants(running.pid) if _is_child(child)), None)
-        assert worker is not None
-        worker.kill()
-        told, log = making.communicate(timeout=120)
-    assert making.returncode == 0, told + log
-    document = json.loads(told)
-    assert [one["name"] for one in document["variants"]] == variants
-    assert all(Path(one["path"]).is_file() for one in document["variants"])
+            workers = (child.parent() for child in _descendants(running.pid) if _is_child(child))
+            victims.extend(worker for worker in islice(workers, 1) if worker is not None)
+            time.sleep(0.02)
+        for worker in victims:
+            worker.kill()
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    names = ("float32", "ort-optimized")
+    where: dict[str, Any] = {"out": tmp_path / "out", "work": tmp_path / "work", "observer": Quiet()}
+    made, failures = make_variants(model, variants=names, calibration=None, **where)
+    killer.join()
+    assert victims
+    assert not failures
+    assert tuple(one["name"] for one in made) == names
+    assert all(Path(one["path"]).is_file() for one in made)
     assert len(list((tmp_path / "mount" / "records").glob("variant-*"))) == 2
     assert not [path for path in (tmp_path / "mount" / "leases").rglob("*") if path.is_file()]
+
+
+class Quiet:
+    """An observer that tells nobody."""
+
+    def phase(self, name: str, total: int) -> None: ...
+
+    def begun(self, kind: str, subject: str, where: str = "") -> None: ...
+
+    def ended(self, kind: str, subject: str) -> None: ...
+
+    def done(self, subject: str, outcome: str) -> None: ...
+
+    def note(self, text: str) -> None: ...
 
 
 def _descendants(pid: int) -> list[psutil.Process]:
