@@ -13,6 +13,8 @@ are those of `optimize.parity`. Besides those and the task metric there are
   ``batch_flip_rate``, the share of samples whose decision moves with it.
 """
 
+import os
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -436,10 +438,20 @@ def _of_itself(found: Mapping[str, Estimate]) -> dict[str, Estimate]:
 
 
 def save_outputs(path: Path, outputs: Mapping[str, NDArray[Any]]) -> None:
-    """Writes answers for `load_outputs`, whole or not at all."""
+    """Writes answers for `load_outputs`, whole or not at all, so that they survive a loss of power."""
     partial = path.with_name(f"{path.stem}.partial.npz")
-    np.savez(partial, **outputs)
-    partial.replace(path)
+    try:
+        with partial.open("wb") as file:
+            # numpy's savez leaves its archive open where it fails.
+            with zipfile.ZipFile(file, "w") as archive:
+                for name, array in outputs.items():
+                    with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                        np.lib.format.write_array(member, np.asanyarray(array), allow_pickle=False)  # type: ignore[no-untyped-call]
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def load_outputs(path: Path) -> dict[str, NDArray[Any]]:

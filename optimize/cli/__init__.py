@@ -9,6 +9,7 @@ from typing import NoReturn
 
 from optimize.cli.endings import Terminated
 from registry.errors import BurnishError, InputError, InterruptedCampaignError
+from registry.full_disk import full_disk_error
 
 
 def main() -> NoReturn:
@@ -26,8 +27,10 @@ def main() -> NoReturn:
         code = 143 if isinstance(ending, Terminated) else 130
         told = InterruptedCampaignError("Interrupted.", exit_code=code)
         _fail(arguments, told.kind, told.message, told.hint, code)
-    except Exception as error:  # a bug: the traceback is for whoever mends it
-        traceback.print_exc()
+    except Exception as error:
+        if (full := full_disk_error(error)) is not None:
+            _fail(arguments, full.kind, full.message, full.hint, full.exit_code)
+        traceback.print_exc()  # a bug: it is for whoever mends it
         _fail(arguments, "bug", f"{type(error).__name__}: {error}", "This is a fault of burnish.", 1)
     sys.exit(0)
 

@@ -17,9 +17,12 @@ from typing import Any
 
 from registry import errors
 from registry.errors import BurnishError, InputError
+from registry.full_disk import FULL, full_disk_error
 
 REQUEST = "request.json"
 RESULT = "result.json"
+NO_ROOM = os.EX_IOERR
+"""The exit code of a child whose outcome could not be written, as the disk is full."""
 
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 
@@ -59,14 +62,15 @@ def die_with_parent(parent: int) -> None:
 def _outcome(request: dict[str, Any]) -> dict[str, Any]:
     try:
         return {"result": resolve(request["function"])(**request["arguments"])}
-    except BurnishError as error:
-        traceback.print_exc()
-        return {"error": describe(error)}
     except MemoryError:
         traceback.print_exc()
         return {"failure": "memory", "message": "no memory was left"}
-    except Exception as error:  # everything else is reported, with the traceback in the log
+    except Exception as error:  # whatever it is, it is reported, with the traceback in the log
         traceback.print_exc()
+        if (full := full_disk_error(error)) is not None:
+            return {"error": describe(full)}
+        if isinstance(error, BurnishError):
+            return {"error": describe(error)}
         return {"failure": "error", "message": f"{type(error).__name__}: {error}"}
 
 
@@ -81,7 +85,7 @@ def main(folder: Path) -> int:
     """Runs the request in the folder and leaves its outcome there.
 
     Returns:
-        The exit code: 0 where an outcome was written, be it an error or not.
+        The exit code: 0 where an outcome was written, be it an error or not, and `NO_ROOM` where there was no room.
     """
     request = json.loads((folder / REQUEST).read_text(encoding="utf-8"))
     die_with_parent(request["parent"])
@@ -96,8 +100,13 @@ def main(folder: Path) -> int:
     except (TypeError, ValueError) as error:
         text = json.dumps({"failure": "error", "message": f"its result is not JSON: {error}"})
     partial = folder / f"{RESULT}.partial"
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(folder / RESULT)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(folder / RESULT)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        return NO_ROOM
     return 0
 
 
