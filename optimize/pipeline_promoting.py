@@ -33,7 +33,7 @@ from registry.errors import InputError
 from registry.policy import parse_policy
 from registry.ports import Probe, RegisteredVersion
 from registry.promotion import CHALLENGER, CHAMPION, Journal
-from registry.records import Candidate, Estimate, Metrics, Policy, Promotion, Target, TensorSpec
+from registry.records import Candidate, Estimate, Metrics, Policy, Promotion, Target
 
 if TYPE_CHECKING:
     from registry.mlflow_registry import MlflowRegistry
@@ -340,12 +340,7 @@ def _check_tensors(plan: Plan, changes: Sequence[Change]) -> tuple[str, ...]:
 
 
 def _tensors(signature: Signature) -> str:
-    def told(specs: Sequence[TensorSpec]) -> list[list[Any]]:
-        return sorted(
-            [one.name, one.dtype, [size if isinstance(size, int) else -1 for size in one.shape]] for one in specs
-        )
-
-    return canonical([told(signature.inputs), told(signature.outputs)])
+    return promotions.described(signature.inputs, signature.outputs)
 
 
 # --- the promotion ---------------------------------------------------------------------------------------------

@@ -519,8 +519,6 @@ class Promoting(BasePromoting):
 
     def _described(self) -> RegisteredVersion:
         """What the registry will say of the challenger."""
-        from registry.mlflow_registry import described
-
         artifact = self._subject.variant.artifact
         return RegisteredVersion(
             model=self._subject.campaign.model_name,
@@ -528,7 +526,7 @@ class Promoting(BasePromoting):
             fingerprint="",
             candidate_id=self._subject.candidate.id,
             candidate=self._subject.candidate.name,
-            signature=described(artifact.inputs, artifact.outputs),
+            signature=promotions.described(artifact.inputs, artifact.outputs),
         )
 
     @contextmanager

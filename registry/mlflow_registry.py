@@ -19,7 +19,7 @@ from registry.errors import InputError, UnreachableError
 from registry.mlflow_store import ABSENT, default_store, named_failures, pages, patient
 from registry.mlflow_tracking import MlflowTracker
 from registry.ports import RegisteredVersion
-from registry.records import Reign, TensorSpec
+from registry.records import Reign
 from registry.tracking import redact
 
 REIGN = "burnish.champion."
@@ -176,17 +176,6 @@ class MlflowRegistry:
         if signature is None or signature.inputs is None or signature.outputs is None:
             return None
         return codec.canonical([_tensors(signature.inputs), _tensors(signature.outputs)])
-
-
-def described(inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]) -> str:
-    """A signature as `RegisteredVersion` has it: name, type and shape of each tensor, -1 for a size that is free."""
-
-    def told(specs: tuple[TensorSpec, ...]) -> list[list[Any]]:
-        return sorted(
-            [one.name, one.dtype, [size if isinstance(size, int) else -1 for size in one.shape]] for one in specs
-        )
-
-    return codec.canonical([told(inputs), told(outputs)])
 
 
 def _tensors(schema: Any) -> list[list[Any]]:

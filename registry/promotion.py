@@ -8,9 +8,9 @@ that was taken before the first step; after that, what is left is to clean up.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
-from registry.codec import digest
+from registry.codec import canonical, digest
 from registry.errors import (
     BurnishError,
     CheckFailedError,
@@ -33,6 +33,7 @@ from registry.records import (
     PromotionStep,
     Reign,
     RolloutSnapshot,
+    TensorSpec,
 )
 from registry.selection_limits import References, judge_against, label
 from registry.selection_table import Key
@@ -88,6 +89,17 @@ def chosen(campaign: Campaign) -> Candidate:
             hint="There is nothing to promote.",
         )
     return candidate
+
+
+def described(inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> str:
+    """A signature as `RegisteredVersion` has it: name, type and shape of each tensor, -1 for a size that is free."""
+
+    def told(specs: Sequence[TensorSpec]) -> list[list[Any]]:
+        return sorted(
+            [one.name, one.dtype, [size if isinstance(size, int) else -1 for size in one.shape]] for one in specs
+        )
+
+    return canonical([told(inputs), told(outputs)])
 
 
 def at_once(policy: Policy, challenger: RegisteredVersion, champion: RegisteredVersion | None) -> bool:
