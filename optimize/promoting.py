@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from registry.mlflow_registry import MlflowRegistry
 
 JOURNAL = "promotions.jsonl"
-UNREGISTERED = "(not registered yet)"
+UNREGISTERED = promotions.UNREGISTERED
 Told = Callable[[str], None]
 
 
@@ -194,7 +194,7 @@ class Planned:
         told = [
             f"{one.candidate_name} is to serve {one.production} at {one.location}.",
             f"  {one.reason}",
-            f"  champion of {one.model} is {old}; challenger is version {one.version}",
+            f"  champion of {one.model} is {old}; challenger is {promotions.version_words(one)}",
         ]
         if self.state == "completed":
             return [*told, "  It is the champion already; nothing is to be done."]
@@ -616,10 +616,11 @@ def _notes(*, beside: bool, at_once: bool, options: Options) -> tuple[str, ...]:
             "Replies to mirrored requests are dropped, and those to callers are not seen: what the challenger answers "
             "is judged by requests of our own alone."
         )
+    shared = ", half of them to the challenger itself" if beside else ""
     source = (
         "Envoy's histogram, as Prometheus has it: of all traffic, no finer than its buckets"
         if options.prometheus
-        else f"requests of our own alone ({options.rate_rps:g} a second, half of them to the challenger itself)"
+        else f"requests of our own alone ({options.rate_rps:g} a second{shared})"
     )
     told.append(f"Latency is that of {source}.")
     if options.samples is None:

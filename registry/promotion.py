@@ -47,6 +47,8 @@ ROLLBACK: Final = "rollback"
 FAILED_SHARE: Final = "failed_share"
 MOST_FAILED = Constraint(text="failed_share <= 1%", metric=FAILED_SHARE, op="<=", limit=0.01)
 """What every challenger is held to while it is watched, whatever the policy says."""
+UNREGISTERED: Final = "(not registered yet)"
+"""The version of a plan whose first step registers it."""
 UNNAMED: Final = "unnamed"
 """Under it an `Observation` counts replies that do not say who answered."""
 _COMPARED_UP_TO = 50
@@ -175,7 +177,8 @@ def steps_of(
 
 def in_words(step: PromotionStep, promotion: Promotion) -> str:
     """What a step does, for people."""
-    version, old = f"version {promotion.version}", promotion.champion
+    version, old = version_words(promotion), promotion.champion
+    split = f"the split {promotion.experiment} ends, and {promotion.challenger} is unloaded"
     told = {
         "register": f"{version} of {promotion.model} gets the alias {CHALLENGER}",
         "load": f"{promotion.challenger} is served beside {promotion.production}",
@@ -184,9 +187,19 @@ def in_words(step: PromotionStep, promotion: Promotion) -> str:
         "weights": f"{promotion.challenger} answers {step.percent} % of the requests to {promotion.production}",
         "swap": f"{promotion.production} serves {promotion.candidate_name}",
         "champion": f"the alias {CHAMPION} goes {f'from version {old} ' if old else ''}to {version}",
-        "unload": f"the split {promotion.experiment} ends, and {promotion.challenger} is unloaded",
+        "unload": split if is_beside(promotion) else f"nothing is left beside {promotion.production}",
     }[step.action]
     return f"{told}; watched for {step.watch_s:g} s" if step.watch_s else told
+
+
+def version_words(promotion: Promotion) -> str:
+    """The version that becomes the champion, for people."""
+    return "a new version" if promotion.version == UNREGISTERED else f"version {promotion.version}"
+
+
+def is_beside(promotion: Promotion) -> bool:
+    """Whether challenger and champion are served beside each other."""
+    return any(step.action == "load" for step in promotion.steps)
 
 
 def compares(step: PromotionStep) -> bool:

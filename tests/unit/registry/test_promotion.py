@@ -14,6 +14,7 @@ from registry.errors import CheckFailedError, InputError, NoVariantError, Storag
 from registry.ledger import Ledger
 from registry.policy import parse_policy
 from registry.promotion import (
+    UNREGISTERED,
     Journal,
     Promoter,
     at_once,
@@ -251,6 +252,15 @@ def test_each_step_is_told_in_words(house: House, tmp_path: Path):
     assert told[0] == "version 2 of digits gets the alias challenger"
     assert told[3] == "digits-challenger answers 10 % of the requests to digits; watched for 60 s"
     assert told[7] == "the alias champion goes from version 1 to version 2"
+    assert told[8] == "the split digits-promotion ends, and digits-challenger is unloaded"
+    alone = steps_of(weights=(100,), mirror=0, watch_s=5, beside=False)
+    planned = replace(promotion, steps=alone, version=UNREGISTERED, champion=None)
+    assert [in_words(step, planned) for step in alone] == [
+        "a new version of digits gets the alias challenger",
+        "digits serves int8 2; watched for 5 s",
+        "the alias champion goes to a new version",
+        "nothing is left beside digits",
+    ]
 
 
 def test_what_cannot_be_watched_is_said():
