@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from profiles.pipelines.graph import Gathering, Pipeline, Routing, Source, comes, find_cycle, in_order, routings, visits
-from profiles.pipelines.measured import Measured, Station, station_of
+from profiles.pipelines.measured import Measured, Station, StepNumbers, station_of
 from profiles.pipelines.queueing import Times, departures
 from registry.errors import InputError
 from registry.records import Estimate
@@ -499,21 +499,30 @@ def pipeline_limits(
 ) -> tuple[Limit, ...]:
     """`limits`, from what was measured.
 
-    Where all servers share one CPU, a step alone at its saturation shows how much of it can be used: the most that any
-    did is taken for the whole. Of several CPUs one step need not have used all, and they count in full.
+    Where all servers share one CPU, a step alone at its saturation shows how much of it that step can use. The whole
+    uses as much as its steps do, by the CPU time that each takes. Of several CPUs one step need not have used all, and
+    they count in full.
     """
     chosen, copies = variants or {}, replicas or {}
     numbers = {name: measured.of(name, chosen.get(name)) for name in pipeline.names}
+    cpu_ms = {name: one.cpu_ms for name, one in numbers.items() if one.cpu_ms is not None}
     usable = measured.shared_cpus
-    used = [one.busy_cpus for one in numbers.values() if one.busy_cpus is not None]
-    if usable == 1 and used:
-        usable = min(1.0, max(used))
+    if usable == 1:
+        usable = _usable(visits(pipeline), cpu_ms, numbers)
     return limits(
         pipeline,
         {name: one.saturation_rps * copies.get(name, 1) for name, one in numbers.items()},
-        cpu_ms={name: one.cpu_ms for name, one in numbers.items() if one.cpu_ms is not None},
+        cpu_ms=cpu_ms,
         shared_cpus=usable,
     )
+
+
+def _usable(counts: Mapping[str, float], cpu_ms: Mapping[str, float], numbers: Mapping[str, StepNumbers]) -> float:
+    """The share of one CPU that the steps can use between them; all of it where nothing is known of that."""
+    takes = {name: counts[name] * cpu for name, cpu in cpu_ms.items() if numbers[name].busy_cpus is not None}
+    used = sum(cpu * min(1.0, numbers[name].busy_cpus or 1.0) for name, cpu in takes.items())
+    total = sum(takes.values())
+    return used / total if total else 1.0
 
 
 def analyse(

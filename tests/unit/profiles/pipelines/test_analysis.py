@@ -12,6 +12,7 @@ from profiles.pipelines.analysis import (
     limits,
     overhead_of,
     path_through,
+    pipeline_limits,
     predict_latency,
     slacks,
     slowest_walk,
@@ -19,7 +20,16 @@ from profiles.pipelines.analysis import (
 )
 from profiles.pipelines.documents import SpecPart, read_spec
 from profiles.pipelines.graph import Pipeline, visits
-from profiles.pipelines.measured import Measured, Station, WholeNumbers, load_measured, station_of, thin, write_measured
+from profiles.pipelines.measured import (
+    Measured,
+    Station,
+    StepNumbers,
+    WholeNumbers,
+    load_measured,
+    station_of,
+    thin,
+    write_measured,
+)
 from profiles.pipelines.queueing import departures, erlang_c, mean_wait
 from registry.errors import InputError
 from tests.doubles.pipelines import (
@@ -88,6 +98,20 @@ def test_an_outer_join_ends_its_window_where_something_never_comes():
 def test_servers_that_share_cpus_are_limited_together():
     found = limits(chain("a", "b"), {"a": 100, "b": 120}, cpu_ms={"a": 10, "b": 8}, shared_cpus=1)
     assert (found[0].what, found[0].rate_rps) == (HOST, pytest.approx(1000 / 18))
+
+
+def test_the_share_of_one_cpu_that_steps_can_use_counts_by_the_time_that_each_takes():
+    def step(cpu_ms: float, busy: float | None) -> dict[str, StepNumbers]:
+        return {"x": StepNumbers(latency_ms=(1.0,), saturation_rps=5000, cpu_ms=cpu_ms, busy_cpus=busy)}
+
+    def limit(cpus: float, **steps: dict[str, StepNumbers]) -> float:
+        return pipeline_limits(chain(*steps), Measured(steps=steps, shared_cpus=cpus))[0].rate_rps
+
+    assert limit(1, a=step(6, 0.8), b=step(2, 1.0)) == pytest.approx(1000 / 8 * 0.85)
+    assert limit(1, a=step(6, 0.8), b=step(2, 1.3)) == pytest.approx(1000 / 8 * 0.85), "more than all is none"
+    assert limit(1, a=step(6, 0.8), b=step(2, None)) == pytest.approx(1000 / 8 * 0.8)
+    assert limit(1, a=step(6, None), b=step(2, None)) == pytest.approx(1000 / 8)
+    assert limit(2, a=step(6, 0.8), b=step(2, 1.0)) == pytest.approx(2000 / 8)
 
 
 def test_a_cycle_or_a_step_without_numbers_is_refused():
