@@ -8,6 +8,7 @@ from typing import Any
 
 from registry import codec
 from registry.errors import InputError, UnreachableError
+from registry.full_disk import full_disk_error
 from registry.ports import Published, Tracker
 from registry.records import Campaign
 from registry.tracking import holds_secret, open_tracker, redact
@@ -65,6 +66,7 @@ def write_pictures(files: Mapping[str, bytes], folder: Path) -> list[Path]:
 
     Raises:
         InputError: the folder cannot be made or written.
+        StorageError: the disk is full.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -75,6 +77,8 @@ def write_pictures(files: Mapping[str, bytes], folder: Path) -> list[Path]:
                 if path.name not in files:
                     path.unlink()
     except OSError as error:
+        if (full := full_disk_error(error)) is not None:
+            raise full from error
         raise InputError(f"no pictures can be written into {folder}: {error.strerror or error}") from error
     return [folder / name for name in files]
 
@@ -162,6 +166,7 @@ def summary(campaign: Campaign, page: Path, published: Published | None) -> dict
         "selected": names.get(selected) if selected else None,
         "provisional": campaign.verdict.provisional,
         "sentence": campaign.verdict.sentence,
+        "cut_short": campaign.verdict.cut_short,
         "champion": None if champion is None else names.get(champion.candidate_id or ""),
         "against_champion": champion_sentence(campaign),
         "report": str(page),
@@ -179,6 +184,9 @@ def _plain(published: Published) -> dict[str, Any]:
 
 def _write(path: Path, text: str) -> Path:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
     return path

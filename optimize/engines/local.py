@@ -1,6 +1,7 @@
 """Work in a process of its own on this machine: bounded in time and memory, without the parent's secrets."""
 
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -17,9 +18,10 @@ from typing import Any, Literal
 
 import psutil
 
-from optimize.engines.child import REQUEST, RESULT
+from optimize.engines.child import NO_ROOM, REQUEST, RESULT
 from registry import errors
 from registry.errors import BurnishError
+from registry.full_disk import full_disk_told
 
 FailureKind = Literal["error", "timeout", "memory", "died"]
 
@@ -107,9 +109,10 @@ def run_in_child(
     Raises:
         BurnishError: the one that the function raised, of the same class, with its message and hint.
         ChildFailure: it raised something else, or was stopped by a limit, or died.
+        StorageError: a disk is full.
     """
     limits = limits or Limits()
-    with tempfile.TemporaryDirectory(prefix="burnish-child-") as name:
+    with full_disk_told(), tempfile.TemporaryDirectory(prefix="burnish-child-") as name:
         folder = Path(name)
         request = {
             "function": function,
@@ -121,7 +124,7 @@ def run_in_child(
         (folder / REQUEST).write_text(json.dumps(request), encoding="utf-8")
         with (folder / "log").open("wb") as log:
             code, stopped = _run(folder, log.fileno(), limits, child_environment(environment))
-        return _result(function, folder, code, stopped)
+        return _result(function, folder, code, None if stopped is None else (stopped, _why(stopped, limits)))
 
 
 @contextlib.contextmanager
@@ -200,10 +203,20 @@ def _kill_group(process: "subprocess.Popen[bytes]") -> None:
     process.wait()
 
 
-def _result(function: str, folder: Path, code: int, stopped: FailureKind | None) -> Any:
+def _why(stopped: FailureKind, limits: Limits) -> str:
+    if stopped == "timeout":
+        return f"it took longer than its limit of {limits.timeout_s:g} s"
+    if stopped == "memory":
+        return f"it took more than its limit of {limits.memory_bytes / 1e6:.0f} MB of memory"
+    return "nobody waits for it any more"
+
+
+def _result(function: str, folder: Path, code: int, stopped: tuple[FailureKind, str] | None) -> Any:
     log = _tail(folder / "log")
     if stopped is not None:
-        raise ChildFailure(f"{function} was stopped by its {stopped} limit", kind=stopped, log=log)
+        raise ChildFailure(f"{function} was stopped: {stopped[1]}", kind=stopped[0], log=log)
+    if code == NO_ROOM:
+        raise OSError(errno.ENOSPC, "no room for a child's outcome", str(folder))
     if not (folder / RESULT).exists():
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
         raise ChildFailure(f"{function} {how} and gave no result", kind="died", log=log)
