@@ -1,6 +1,7 @@
 """The engine of Ray on a real cluster of two nodes on this machine."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -253,10 +254,15 @@ def test_a_node_that_cannot_use_the_store_is_said_before_any_work(cluster: str, 
         pass
 
 
-def test_another_version_of_ray_is_said(cluster: str, store: SharedStore, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(ray, "__version__", "2.59.0")
+@pytest.mark.parametrize("versions", [("2.59.0", "3.11.7"), (ray.__version__, "3.9.2")])
+def test_another_version_of_ray_or_python_is_said(
+    cluster: str, store: SharedStore, monkeypatch: pytest.MonkeyPatch, versions: tuple[str, str]
+):
+    monkeypatch.setattr(ray._private.utils, "compute_version_info", lambda: versions)
     with (
-        pytest.raises(InputError, match=r"does not fit: Version mismatch: .*2\.59\.0"),
+        pytest.raises(
+            InputError, match=rf"does not fit: Version mismatch: .*{re.escape(versions[0])}.*{re.escape(versions[1])}"
+        ),
         RayEngine(store, address=cluster),
     ):
         pass
