@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from optimize.bench_generator import BenchGenerator, Journal
 from optimize.endpoints import check_amounts, endpoint, make_folder
@@ -27,6 +27,9 @@ from registry.codec import to_jsonable
 from registry.errors import InputError
 from registry.records import Estimate, Target
 from registry.report.numbers import text
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 _DURATION_S, _RUNS = 5.0, 3
 # Fewer different requests, and a cache of responses may answer.
@@ -184,6 +187,7 @@ def _plain(target: Target, found: Bench, payloads: Sequence[Payload], for_rate_r
         "capacity": None if found.capacity is None else to_jsonable(found.capacity),
         "advice": None if found.capacity is None else _plain_advice(advise(found.capacity, for_rate_rps=for_rate_rps)),
         "measurements": [to_jsonable(measurement) for measurement in found.measurements],
+        "valid_windows": sum(run.valid for one in found.rounds for run in one.runs),
         "invalid": [
             {"load": run.load.name, "round": one.number, "findings": [to_jsonable(finding) for finding in run.findings]}
             for one in found.rounds
@@ -220,7 +224,6 @@ def _plain_slo(slo: SloSearch) -> dict[str, Any]:
 def show_bench(result: dict[str, Any]) -> None:
     """Prints what a bench found, one load after the other."""
     from rich.console import Console
-    from rich.table import Table
 
     console = Console()
     if result["payloads"]["distinct"] < _DISTINCT:
@@ -244,15 +247,25 @@ def show_bench(result: dict[str, Any]) -> None:
     for path in result["pictures"]:
         console.print(f"Picture: {path}", highlight=False, soft_wrap=True)
     for measurement in result["measurements"]:
-        table = Table("metric", "value", title=measurement["load"] or "closed loop", title_justify="left")
-        for name, fields in measurement["metrics"].items():
-            table.add_row(name, text(Estimate(**fields)))
-        console.print(table)
-        if measurement["invalid_runs"]:
-            console.print(f"{measurement['invalid_runs']} invalid runs were left out")
+        _show_measurement(console, measurement)
     for one in result["invalid"]:
         for finding in one["findings"]:
             console.print(
                 f"invalid: {one['load']}, round {one['round'] + 1}: {finding['gate']} "
                 f"{finding['observed']} (limit {finding['limit']})"
             )
+    if result["invalid"] and not result["valid_windows"]:
+        console.print("Not one window is valid: nothing was measured at these loads.")
+
+
+def _show_measurement(console: "Console", measurement: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    server_only = set(measurement["metrics"]) == {"peak_rss_mb"}
+    title = measurement["load"] or ("all windows" if server_only else "closed loop")
+    table = Table("metric", "value", title=title, title_justify="left")
+    for name, fields in measurement["metrics"].items():
+        table.add_row(name, text(Estimate(**fields)))
+    console.print(table)
+    if measurement["invalid_runs"]:
+        console.print(f"{measurement['invalid_runs']} invalid runs were left out")

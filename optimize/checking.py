@@ -23,7 +23,7 @@ from optimize.in_process import answers_of_file, answers_or_refusal, check_refer
 from optimize.rendering import find_candidate
 from optimize.reporting import read_campaign
 from optimize.samples import load_samples
-from profiles.measure.asking import ask
+from profiles.measure.asking import ask, what_is_wrong
 from profiles.measure.equivalence import MOST_ROWS, check_equivalence
 from profiles.measure.host import split_cpus
 from registry.codec import to_jsonable
@@ -155,7 +155,7 @@ def describe_inputs(target: Target) -> tuple[TensorSpec, ...]:
     except Exception as error:
         # Foreign bytes can break a foreign parser in any way.
         raise UnreachableError(
-            f"the server at {target.url} does not describe the model {target.model!r}: {error}",
+            f"the server at {target.url} does not describe the model {target.model!r}: {what_is_wrong(error)}",
             hint="Check address and name, or give --samples, so that the description is not needed.",
         ) from error
 

@@ -112,9 +112,12 @@ def bench(
     measures latency at 0.8 of it. Load profiles: closed, poisson, staged, sweep, slo, replay. With --agent or --server
     it measures what the places on the way to a model on a Core 2 add, URL being the mesh.
 
+    Exit code 5 where not one window is valid.
+
     Example: burnish bench 127.0.0.1:8001 --model digits --samples evaluation.npz --load staged
     """
     from optimize.benching import bench_endpoint, show_bench
+    from registry.errors import CheckFailedError
 
     if agent or server or internal:
         _bench_depths(
@@ -159,6 +162,8 @@ def bench(
         emit_json(result)
     else:
         show_bench(result)
+    if result["invalid"] and not result["valid_windows"]:
+        raise typer.Exit(CheckFailedError.exit_code)
 
 
 def _bench_depths(url: str, *, json_output: bool, unfitting: dict[str, object], **asked: Any) -> None:

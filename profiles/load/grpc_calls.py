@@ -66,7 +66,7 @@ class GrpcTransport(ConnectingTransport["_Connection"]):
             why = f"no answer within {timeout_s:g} s" if isinstance(error, TimeoutError) else f"{error}"
             raise UnreachableError(
                 f"no gRPC connection to {self._target.url}: {why or 'refused, or not a gRPC server'}",
-                hint="Check the address, that the server runs, and whether it wants TLS.",
+                hint="Check that the server runs, whether it wants TLS, and that this is its gRPC port (REST: http://).",
             ) from error
 
     def settle(self, then: Then, reply: Reply) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import http.client
+import json
 import socket
 import ssl
 import threading
@@ -46,6 +47,21 @@ def ask(
     if len(body) > MOST_BYTES:
         raise ValueError(f"an answer of more than {MOST_BYTES} bytes")
     return response.status, body
+
+
+def what_is_wrong(error: Exception) -> str:
+    """What an error of `ask`, or of reading its answer as a JSON document, says to a user."""
+    if isinstance(error, OSError):
+        return str(error) or type(error).__name__
+    if isinstance(error, json.JSONDecodeError | UnicodeDecodeError):
+        return "the answer is no JSON"
+    if isinstance(error, http.client.InvalidURL):
+        return str(error)
+    if isinstance(error, http.client.HTTPException):
+        return "the answer is none of HTTP"
+    if isinstance(error, AttributeError | KeyError | TypeError):
+        return "the answer is none of V2"
+    return str(error)
 
 
 class _Deadline:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from profiles.load.engine import LoadGenerator
 from profiles.load.payloads import Payload
-from profiles.measure.asking import ask
+from profiles.measure.asking import ask, what_is_wrong
 from profiles.measure.capacity import find_capacity
 from profiles.measure.levels import Level, find_level
 from profiles.measure.rounds import CLOSED, reduce_rounds, run_until_valid, window_profile
@@ -131,6 +131,6 @@ def takes_binary(target: Target) -> bool:
         return "binary_tensor_data" in json.loads(body).get("extensions", [])
     except (OSError, http.client.HTTPException, ValueError, AttributeError, TypeError) as error:
         raise UnreachableError(
-            f"no V2 endpoint answers at {target.url}: {error}",
+            f"no V2 endpoint answers at {target.url}: {what_is_wrong(error)}",
             hint="Give host:port of a REST endpoint, or take --protocol grpc.",
         ) from error

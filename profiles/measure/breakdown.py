@@ -25,7 +25,7 @@ from profiles.load import gates
 from profiles.load.engine import LoadGenerator
 from profiles.load.recording import NS_PER_MS, NS_PER_S, load_arrays
 from profiles.load.transports import Status
-from profiles.measure.asking import ask
+from profiles.measure.asking import ask, what_is_wrong
 from profiles.measure.percentiles import estimate_over_runs
 from registry.errors import InputError
 from registry.records import Breakdown, Depth, Estimate, GateFinding, LoadProfile, RunRecord, Target
@@ -110,7 +110,7 @@ def read_counts(statistics: Statistics | None) -> Counts | None:
         text = ask(statistics.address, path, timeout_s=_ASK_S)[1].decode()
         return parse_triton(text, statistics.model) if triton else parse_mlserver(text, statistics.model)
     except (OSError, http.client.HTTPException, ValueError) as error:
-        logger.warning("%s does not tell of its times: %s", statistics.address, error)
+        logger.warning("%s does not tell of its times: %s", statistics.address, what_is_wrong(error))
         return None
 
 

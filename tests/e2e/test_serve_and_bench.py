@@ -41,8 +41,9 @@ def test_a_served_model_can_be_measured_over_both_protocols(tiny: Path, server: 
                 text=True,
                 timeout=120,
             )
-            assert done.returncode == 0, done.stderr
             found = json.loads(done.stdout)
+            # A machine that is too busy leaves no window valid.
+            assert done.returncode == (0 if found["valid_windows"] else 5), done.stderr
             assert found["target"]["binary"] == (server == "triton" and protocol == "rest")
             assert found["measurements"] or found["invalid"]
         serving.send_signal(signal.SIGINT)

@@ -93,6 +93,10 @@ def test_only_who_says_so_takes_binary_tensors() -> None:
     ):
         with talker(said) as url:
             assert takes_binary(Target(url=url, protocol="rest", model="m")) == takes
-    for said in (answer(200, b"<html>It works!</html>"), answer(200, b"[1]"), b"SSH-2.0\r\n"):
-        with talker(said) as url, pytest.raises(UnreachableError, match="no V2 endpoint answers"):
+    for said, problem in (
+        (answer(200, b"<html>It works!</html>"), "no JSON"),
+        (answer(200, b"[1]"), "none of V2"),
+        (b"\x00\x00\x12\x04SETTINGS\r\n", "none of HTTP"),
+    ):
+        with talker(said) as url, pytest.raises(UnreachableError, match=f"no V2 endpoint answers at .*{problem}"):
             takes_binary(Target(url=url, protocol="rest", model="m"))
