@@ -229,5 +229,7 @@ def duration(seconds: float) -> str:
 
 
 def remaining(left_s: float | None) -> str:
-    """How long the rest of a phase may take, in words."""
-    return "time left not known yet" if left_s is None else f"about {duration(left_s)} left"
+    """How long the rest of a phase may take, in words; what takes longer than most did is due."""
+    if left_s is None:
+        return "time left not known yet"
+    return f"about {duration(left_s)} left" if left_s >= 0.5 else "due now"

@@ -114,7 +114,7 @@ def _now(found: dict[str, Any]) -> list[str]:
     phase = found["phase"]
     if phase is None:
         return []
-    left = f", {remaining(phase['left_s'])} in this phase" if found["state"] in _LIVE else ""
+    left = f", {remaining(phase['left_s'])}" if found["state"] in _LIVE else ""
     failed = f", {phase['failed']} failed" if phase["failed"] else ""
     now = [f"  now: {one['words']}, for {duration(one['for_s'])}" for one in found["running"]]
     return [f"{phase['name']}: {phase['done']} of {phase['total']}{failed}{left}", *now]

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from optimize.reporting import read_campaign
+from optimize.status import read_status
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -33,10 +34,8 @@ def test_a_campaign_without_time_ends_with_a_report_and_nothing_wins(tiny: Path)
     assert all("the budget of 0.001 minutes was used up" in one.reason for one in campaign.verdict.rejections)
     unmade = {one.subject: (one.phase, one.kind) for one in campaign.failures if "@" not in one.subject}
     assert unmade == dict.fromkeys(("int8-dynamic", "int8-static"), ("make", "budget"))
-    shown = subprocess.run(
-        [BURNISH, "status", str(work)], check=True, capture_output=True, text=True, timeout=60
-    ).stdout
-    assert "is done" in shown
-    assert "The same command with more minutes goes on where it stopped." in shown
+    left = read_status(work)
+    assert (left["state"], left["resumable"]) == ("done", True)
+    assert left["verdict"]["cut_short"] == "The budget of 0.001 minutes was used up before all was measured."
     kinds = {json.loads(line)["kind"] for line in (work / "ledger.jsonl").read_text().splitlines()}
     assert kinds == {"Source", "Variant", "Fidelity", "Screening"}

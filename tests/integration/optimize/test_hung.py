@@ -19,8 +19,8 @@ import pytest
 
 from optimize import measuring
 from optimize.campaign import judge_campaign
-from optimize.campaign import make_variants as make_variants_of
 from optimize.config import CampaignConfig, LimitsConfig, SamplesConfig, SourceConfig
+from optimize.engines.local import Limits
 from optimize.measuring import Serving, measure
 from optimize.plan import Observer, Plan, Workspace
 from profiles.deploy.cluster import Usage
@@ -51,15 +51,6 @@ def right(outputs, labels):
     return (next(iter(outputs.values())).argmax(axis=1) == labels).astype(np.float64)
 """
 
-CAMPAIGN = """
-name: tiny
-sources: [{onnx: model.onnx}]
-samples: {evaluation: samples.npz, calibration: samples.npz}
-metric: own_metric:right
-variants: [float32, ort-optimized]
-level: quick
-"""
-
 
 class Told(Observer):
     def __init__(self) -> None:
@@ -74,7 +65,6 @@ def test_a_conversion_and_a_judgement_that_take_too_long_are_failures_of_their_v
     x = np.random.default_rng(0).normal(size=(80, FEATURES)).astype(np.float32)
     np.savez(tmp_path / "samples.npz", x=x, labels=mlp_answer(x).argmax(axis=1))
     (tmp_path / "own_metric.py").write_text(METRIC)
-    (tmp_path / "campaign.yaml").write_text(CAMPAIGN)
     base = {
         "name": "tiny",
         "sources": [{"onnx": "model.onnx"}],
@@ -83,36 +73,27 @@ def test_a_conversion_and_a_judgement_that_take_too_long_are_failures_of_their_v
         "level": "quick",
     }
     work = tmp_path / "work"
-    # What others than the two need is made and judged before, with time enough for a busy machine.
+    # What the others need is made and judged before, with time enough for a busy machine.
     config = CampaignConfig.model_validate({**base, "variants": ["float32"]})
     judge_campaign(config, base=tmp_path, work=work, observer=Told())
-    made, _ = make_variants_of(
-        tmp_path / "campaign.yaml", variants=(), calibration=None, out=tmp_path / "out", work=work, observer=Told()
-    )
-    assert [one["name"] for one in made] == ["float32", "ort-optimized"]
     (tmp_path / "hang").touch()
-    limits = {"timeout_s": 2.0}
     variants = ["float32", "ort-optimized", {"name": "late", "stages": [{"name": "quantize.static"}]}]
-    hasty = CampaignConfig.model_validate({**base, "variants": variants, "limits": limits})
     told = Told()
     # The conversion does not hang: it has less time than a Python takes to start.
+    times_s = iter([900.0, 0.1])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("optimize.making.limits_of", lambda workspace: replace(_limits(workspace), timeout_s=0.1))
-        prepared = judge_campaign(hasty, base=tmp_path, work=work, observer=told)
+        patch.setattr("optimize.making.limits_of", lambda workspace: Limits(timeout_s=next(times_s)))
+        patch.setattr("optimize.judging.limits_of", lambda workspace: Limits(timeout_s=1.5))
+        hangs = CampaignConfig.model_validate({**base, "variants": variants})
+        prepared = judge_campaign(hangs, base=tmp_path, work=work, observer=told)
     assert [one.name for one in prepared.judged] == ["float32"]
     failed = {one.subject: (one.phase, one.kind, one.reason) for one in prepared.failures}
     assert set(failed) == {"late", "ort-optimized"}
     assert failed["late"][:2] == ("make", "timeout")
     assert failed["late"][2].endswith("it took longer than its limit of 0.1 s")
     assert failed["ort-optimized"][:2] == ("fidelity", "timeout")
-    assert failed["ort-optimized"][2].endswith("it took longer than its limit of 2 s")
+    assert failed["ort-optimized"][2].endswith("it took longer than its limit of 1.5 s")
     assert any(line.startswith("late: failed: ") for line in told.lines)
-
-
-def _limits(workspace):
-    from optimize.judging import limits_of
-
-    return limits_of(workspace)
 
 
 # --- servers -------------------------------------------------------------------------------------------------------

@@ -147,3 +147,4 @@ def test_lengths_of_time_in_words(seconds: float, words: str):
 def test_the_rest_in_words():
     assert remaining(None) == "time left not known yet"
     assert remaining(75) == "about 1 min 15 s left"
+    assert remaining(0.2) == "due now"

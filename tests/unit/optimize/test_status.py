@@ -331,7 +331,7 @@ def test_lines_say_how_far_the_phase_is(capsys):
     shown.begun("Variant", "int8")
     told = capsys.readouterr().err.splitlines()
     assert told[:2] == ["Making variants: 3", "  float32 begins on node-2"]
-    assert told[2].startswith("  float32: 0.10 MB (1 of 3, about ")
+    assert told[2] == "  float32: 0.10 MB (1 of 3, due now)"
     assert len(told) == 3
 
 
