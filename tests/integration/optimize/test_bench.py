@@ -104,15 +104,6 @@ def test_options_that_do_not_fit(
     assert problem in done.stderr
 
 
-def test_an_endpoint_of_which_nothing_is_known_is_no_success(samples: Path) -> None:
-    with FakeV2Server(Fixed(0.002), fail_every=25) as failing:
-        options = ("--concurrency", "2", "--duration-s", "0.3", "--runs", "1")
-        done = run(failing.target("grpc"), samples, *options)
-    assert done.returncode == 5, done.stderr
-    assert "round 1: errors " in done.stdout
-    assert "Not one window is valid" in done.stdout
-
-
 def test_binary_tensors_where_the_server_takes_none(samples: Path) -> None:
     with FakeV2Server(binary=False) as plain:
         done = run(plain.target("rest"), samples, "--encoding", "binary")
