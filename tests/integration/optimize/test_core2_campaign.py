@@ -461,7 +461,7 @@ def test_a_connection_that_is_lost_in_each_call(folder: Path, double: SchedulerD
     write_campaign(folder, scheduler_section(double))
 
     def lose(text: str) -> None:
-        if text == "Measuring":
+        if text == "Finding capacities":
             double.lost[method] = 1000
         elif "left out" in text:
             double.lost.clear()
@@ -545,7 +545,7 @@ def test_a_token_that_expires_on_the_way_ends_the_campaign(folder: Path, api: Ku
     write_campaign(folder, kubernetes_section(api, folder))
 
     def expire(text: str) -> None:
-        if text == "Measuring":
+        if text == "Finding capacities":
             api.token = "renewed"
 
     observer = Watching(expire)
@@ -559,7 +559,7 @@ def test_a_resource_that_somebody_else_changed_is_a_recorded_failure(folder: Pat
     write_campaign(folder, kubernetes_section(api, folder))
 
     def change(text: str) -> None:
-        if text == "Measuring":
+        if text == "Finding capacities":
             api.refuse("patch", RefusalError(409, "Conflict", "the object has been modified"))
 
     campaign = go(folder, Watching(change))
