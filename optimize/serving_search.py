@@ -13,12 +13,13 @@ from typing import Any
 
 from optimize.adaptation import adapt
 from optimize.config import ServingSearchConfig
+from optimize.fidelity import load_outputs
 from optimize.judging import Judged, judge_one, time_in_process
 from optimize.plan import Plan, Workspace
 from optimize.samples import Samples
 from profiles.deploy.cluster import Cluster
 from profiles.load.engine import LoadGenerator
-from profiles.load.payloads import encode_payloads
+from profiles.load.payloads import encode_payloads, expected_answers
 from profiles.measure.rounds import run_until_valid
 from profiles.search import InProcessCurve, curve_of, highest_bound, search_serving, search_space
 from registry.codec import to_jsonable
@@ -44,7 +45,7 @@ from registry.records import (
 
 CandidateOf = Callable[[Judged, ServingProfile], Candidate]
 
-METHOD = 1  # raised when points are measured in another way, so that earlier ones do not count
+METHOD = 2  # raised when points are measured in another way, so that earlier ones do not count
 # A window after which nothing is known of the server's rate. Other gates say that it may be more, or was disturbed.
 _SPOILING = frozenset({"errors", "mismatch", "answered_by", "restarted", "in_flight"})
 _DISTURBED_NOISE = 1.2
@@ -161,6 +162,9 @@ class _Hunt:
     def __init__(self, place: _Range, one: Judged, space: Sequence[ServingProfile]) -> None:
         self._place, self._workspace, self._one, self._space = place, place.workspace, one, space
         self._inputs = adapt(place.evaluation.inputs, one.variant.adaptation)
+        # A server that answers at once with rubbish is not fast.
+        known = next(iter(one.answers.values()), None)
+        self._answers = None if known is None or one.variant.batch_dependent else load_outputs(known)
         self._looks: dict[str, int] = {}
 
     def search(self, budget: ServingSearchConfig, *, rate_to_beat: float) -> ServingSearch | None:
@@ -254,10 +258,11 @@ class _Hunt:
         )
         try:
             payloads = encode_payloads(self._inputs, target=deployment.target, seed=plan.config.seed)
+            expected = None if self._answers is None else expected_answers(payloads, self._answers)
 
             def run(load: LoadProfile, _: object) -> RunRecord:
                 return self._place.generator.run(
-                    deployment.target, payloads, load, raw_path=raw, usage=deployment.usage
+                    deployment.target, payloads, load, raw_path=raw, usage=deployment.usage, expected=expected
                 )
 
             return rate_of(run_until_valid(run, self._load(), raw, plan.level))

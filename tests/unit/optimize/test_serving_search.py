@@ -103,6 +103,7 @@ class Servers:
     laws: dict[str, MadeUpServer]
     deployed: dict[str, Candidate] = field(default_factory=dict)
     windows: list[tuple[str, LoadProfile]] = field(default_factory=list)
+    checked: set[bool] = field(default_factory=set)
     refuses: int | None = None
     lost_at: int | None = None
 
@@ -124,11 +125,12 @@ class Servers:
         self.deployed[candidate.id] = candidate
         return Deployment(self, candidate)
 
-    def run(self, target: Target, payloads: Any, profile: LoadProfile, **_: Any) -> RunRecord:
+    def run(self, target: Target, payloads: Any, profile: LoadProfile, **given: Any) -> RunRecord:
         if self.lost_at is not None and len(self.windows) >= self.lost_at:
             raise GeneratorLostError("gone")
         candidate = self.deployed[target.model]
         self.windows.append((candidate.name, profile))
+        self.checked.add(given["expected"] is not None)
         rps = self.laws[candidate.variant_name].rps(candidate.serving)
         return summarize(simulate(Queue(1 / rps), profile), profile, raw="r")
 
@@ -292,6 +294,17 @@ def test_a_profile_that_is_not_served_is_a_point_that_failed(tmp_path: Path, ser
     assert {point.failure for point in failed} == {"the worker does not start"}
     assert found.searches[0].best is not None
     assert found.searches[0].best.profile.parallel_workers != 2
+
+
+@pytest.mark.parametrize("depends", [True, False])
+def test_replies_at_every_point_are_held_against_the_variants_answers(
+    tmp_path: Path, servers: Servers, monkeypatch: pytest.MonkeyPatch, depends: bool
+) -> None:
+    monkeypatch.setattr(serving_search, "judge_one", lambda *_: judged("int8", batch_dependent=depends))
+    np.savez(tmp_path / "answers.npz", y=np.zeros((4, 2), "f4"))
+    one = replace(judged("int8", batch_dependent=depends), answers={2: tmp_path / "answers.npz"})
+    find(tmp_path, servers, judged("fp32"), one)
+    assert servers.checked == {not depends}  # what depends on the neighbours cannot be foretold
 
 
 def test_all_points_have_the_same_clients(tmp_path: Path, servers: Servers) -> None:
