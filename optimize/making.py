@@ -144,6 +144,8 @@ def make_variant(
     work = _work(workspace, source, recipe, name, calibration)
 
     def make() -> Variant | Failure:
+        if known := _under_another_name(workspace, work):
+            return known
         with LocalEngine(workspace.store, scratch=workspace.folder("tmp")) as engine:
             (outcome,) = engine.run([work.task(workspace)])
         return _received(workspace, work, outcome)
@@ -244,9 +246,9 @@ def _made(workspace: Workspace, works: Sequence[_Work]) -> _Outcomes:
     """
     unknown = []
     for work in works:
-        found = workspace.ledger.find("Variant", work.components)
+        found = workspace.known("Variant", work.components) or _under_another_name(workspace, work)
         if found is not None:
-            yield work, found
+            yield work, _kept(workspace, work, found)
             continue
         if (why := workspace.ledger.why("Variant", work.name, work.components)) is not None:
             workspace.observer.note(why)
@@ -267,6 +269,33 @@ def _made(workspace: Workspace, works: Sequence[_Work]) -> _Outcomes:
             yield from _made_on(engine, workspace, near)
 
 
+def _under_another_name(workspace: Workspace, work: _Work) -> Variant | None:
+    """The variant of this id that was made under another name, or of a source of another name; None if none was.
+
+    Where outcomes are foreseen, the recipe may be hopeless, which nobody knew then.
+    """
+    if work.components["predict"]:
+        return None
+    for entry in reversed(workspace.ledger.entries("Variant")):
+        one = entry.record
+        if isinstance(one, Variant) and one.id == work.variant["id"] and one.artifact.digest in workspace.store:
+            return _renamed(one, work)
+    return None
+
+
+def _kept(workspace: Workspace, work: _Work, outcome: Variant | Failure) -> Variant | Failure:
+    """The outcome, which is in the journal from here on; where it was before, its files are back now."""
+    if workspace.ledger.find("Variant", work.components) is not None:
+        return outcome
+    return workspace.ledger.commit("Variant", work.name, work.components, outcome)
+
+
+def _renamed(variant: Variant, work: _Work) -> Variant:
+    """The variant under the names that this campaign has for it."""
+    recipe = codec.from_jsonable(Recipe, work.variant["recipe"])
+    return replace(variant, name=work.name, source=work.variant["source"], recipe=recipe)
+
+
 def _made_on(engine: Engine, workspace: Workspace, works: Sequence[_Work]) -> _Outcomes:
     tasks = {work.name: work for work in works}
 
@@ -282,7 +311,7 @@ def _made_on(engine: Engine, workspace: Workspace, works: Sequence[_Work]) -> _O
             except BurnishError as error:
                 yield work, error
                 continue
-            yield work, workspace.ledger.commit("Variant", work.name, work.components, received)
+            yield work, _kept(workspace, work, received)
 
 
 def _received(workspace: Workspace, work: _Work, outcome: Outcome) -> Variant | Failure:
@@ -299,9 +328,7 @@ def _received(workspace: Workspace, work: _Work, outcome: Outcome) -> Variant | 
         raise outcome.error
     variant = codec.from_jsonable(Variant, outcome.result)
     workspace.store.path(variant.artifact)
-    # Another campaign may have made it, under names of its own.
-    recipe = codec.from_jsonable(Recipe, work.variant["recipe"])
-    return replace(variant, name=work.name, source=work.variant["source"], recipe=recipe)
+    return _renamed(variant, work)  # another campaign may have made it
 
 
 def _told(made: Variant | Failure) -> str:

@@ -24,6 +24,7 @@ from registry.ledger import Ledger
 from registry.policy import parse_policy, slo_limit
 from registry.ports import Store
 from registry.records import (
+    Artifact,
     Campaign,
     Candidate,
     Constraint,
@@ -207,6 +208,12 @@ class Workspace:
         """Says that another campaign has this machine's cores alone."""
         self.observer.note("Waiting for cores of this machine, which another campaign uses.")
 
+    def known(self, kind: str, components: Mapping[str, Any]) -> Any:
+        """The record of earlier work, or None; none, too, where the files that it is of are gone from the store."""
+        found = self.ledger.find(kind, components)
+        artifact = getattr(found, "artifact", None)
+        return None if isinstance(artifact, Artifact) and artifact.digest not in self.store else found
+
     def remember(self, kind: str, subject: str, components: Mapping[str, Any], make: Callable[[], R]) -> tuple[R, bool]:
         """The result of earlier work if it is still valid, else that of ``make``, committed before it is returned.
 
@@ -216,9 +223,11 @@ class Workspace:
         Raises:
             BudgetUsedUpError: it was not, and there is no time left to begin with it.
         """
-        found = self.ledger.find(kind, components)
+        found = self.known(kind, components)
         if found is not None:
             return found, True
+        if self.ledger.find(kind, components) is not None:
+            return make(), False  # the journal has it; its files are back
         kept = None if self.mirror is None else self.mirror.find(kind, components)
         if kept is not None:
             return self.ledger.commit(kind, subject, components, kept), True

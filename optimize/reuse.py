@@ -87,6 +87,9 @@ class _Inquiry(Workspace):
             # The id of the variant is made of the other parts, and differs with each of them.
             parts = [one for one in told if not one.startswith("variant ")] if kind == "Variant" else told
             return "; ".join(parts or told) if told else "nothing was done for it before"
+        artifact = getattr(found, "artifact", None)
+        if artifact is not None and artifact.digest not in self.store:
+            return "its files are no longer in the working folder"
         if kind == "Fidelity" and not (self.folder("outputs") / f"{digest(components)}.npz").is_file():
             return "its answers are no longer in the working folder"
         return ""

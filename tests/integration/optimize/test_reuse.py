@@ -128,6 +128,22 @@ def test_answers_that_are_gone(campaign: Path):
     assert "no longer" in asked(campaign, "float32")["Fidelity"].reason
 
 
+def test_files_that_are_gone_are_told_and_made_again(campaign: Path):
+    (record,) = [entry.record for entry in Ledger.read(campaign / "burnish-work" / "ledger.jsonl").entries("Variant")
+                 if entry.subject == "int8-static"]  # fmt: skip
+    shutil.rmtree(campaign / "burnish-work" / "artifacts" / record.artifact.digest)
+    assert "no longer" in asked(campaign)["Variant"].reason
+    prepare(campaign, CAMPAIGN)
+    assert told(asked(campaign)) == ALL
+
+
+def test_a_variant_of_another_name_is_not_made_again(campaign: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("optimize.making.run_in_child", lambda *_, **__: pytest.fail("it was made again"))
+    config = CAMPAIGN | {"variants": [{"name": "mine", "stages": ["quantize.static"]}]}
+    prepare(campaign, config)
+    assert told(asked(campaign, "mine", variants=config["variants"]))["Variant"]
+
+
 def test_another_model_shares_nothing(campaign: Path):
     other = [{"name": "first", "onnx": "second.onnx"}]
     found = asked(campaign, sources=other)
