@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from optimize import reporting
@@ -457,12 +458,27 @@ def _config_for(model: Path, variants: tuple[str, ...], calibration: Path | None
     )
 
 
+_SUFFIXES = frozenset({".onnx", ".data", ".onnx_data", ".xml", ".bin"})
+"""Of the files of variants."""
+
+
 def _placed(workspace: Workspace, variant: Variant, out: Path) -> dict[str, Any]:
-    """Copies a variant to its folder; one that is there already is replaced."""
+    """Copies a variant to its folder, whole or not at all; one that is there already is replaced.
+
+    Raises:
+        InputError: there is something else.
+    """
     folder = out / variant.name.replace("/", "-")
-    if folder.exists():
-        shutil.rmtree(folder)
-    shutil.copytree(workspace.store.path(variant.artifact), folder)
+    strange = [path for path in sorted(folder.rglob("*")) if path.suffix not in _SUFFIXES]
+    if strange or folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        what = strange[0] if strange else folder
+        raise InputError(f"{what} is in the way, and no part of a variant", hint="Name another folder with --out.")
+    out.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=out, prefix=".new-") as draft:
+        made = shutil.copytree(workspace.store.path(variant.artifact), Path(draft) / "made")
+        if folder.exists():
+            folder.rename(Path(draft) / "old")
+        made.rename(folder)
     return {
         "name": variant.name,
         "id": variant.id,

@@ -50,3 +50,16 @@ def test_a_model_alone_cannot_be_judged(folder):
     done = burnish("make", folder / "source" / "model.onnx", "--variant", "float32", "--judge", "--out", folder / "v")
     assert done.returncode == 2
     assert "says nothing of samples and metric" in done.stderr
+
+
+def test_only_a_variant_is_replaced_by_one(folder):
+    out = folder / "v"
+    command = ("make", folder / "source" / "model.onnx", "--variant", "float32", "--out", out)
+    for _ in range(2):
+        assert burnish(*command).returncode == 0
+    assert [path.name for path in out.iterdir()] == ["float32"]
+    (out / "float32" / "notes.txt").write_text("of somebody")
+    done = burnish(*command)
+    assert done.returncode == 2
+    assert "notes.txt is in the way, and no part of a variant" in done.stderr
+    assert (out / "float32" / "notes.txt").read_text() == "of somebody"
