@@ -4,10 +4,10 @@ import http.client
 import logging
 import time
 
-from profiles.deploy.core2_candidates import Mesh
 from profiles.deploy.kubernetes_client import KubernetesClient
 from profiles.deploy.kubernetes_resources import CAMPAIGN, RUN, Applied, is_stale, labels_on, read_state
 from profiles.deploy.rollout import PRODUCTION, owned
+from profiles.deploy.rollout_core2 import Core2Applier
 from profiles.load.transports import ROUTE
 from profiles.serving.core2.manifests import Manifest
 from registry.errors import BurnishError, InputError
@@ -15,7 +15,6 @@ from registry.records import Target
 
 logger = logging.getLogger(__name__)
 
-TIMEOUT_S = 300.0
 SETTLE_S = 2.0
 """How long a changed Experiment is given where its status does not say that it is in force."""
 _POLL_S = 0.1
@@ -23,34 +22,8 @@ _LEAST_WAIT_S = 1.0
 _MESH_TIMEOUT_S = 5.0
 
 
-class KubernetesApplier:
+class KubernetesApplier(Core2Applier[KubernetesClient]):
     """Implements `profiles.deploy.rollout.Applier` in one namespace."""
-
-    def __init__(
-        self,
-        client: KubernetesClient,
-        mesh: Mesh,
-        *,
-        location: str,
-        timeout_s: float = TIMEOUT_S,
-    ) -> None:
-        """Connects to nothing yet.
-
-        Args:
-            client: of Kubernetes; the caller closes it.
-            mesh: where requests go.
-            location: which Core 2 it is, for people.
-            timeout_s: longest wait for one resource.
-        """
-        self._client = client
-        self._mesh = mesh
-        self._location = location
-        self._timeout_s = timeout_s
-
-    @property
-    def location(self) -> str:
-        """Which Core 2 it is."""
-        return self._location
 
     def read(self, kind: str, name: str) -> Manifest | None:
         """What is in force; a resource that is being deleted is, until it is gone.

@@ -3,7 +3,6 @@
 import time
 
 from profiles.deploy import core2_scheduler_pb2 as pb
-from profiles.deploy.core2_candidates import Mesh
 from profiles.deploy.core2_messages import (
     GOING,
     Core2Model,
@@ -14,6 +13,7 @@ from profiles.deploy.core2_messages import (
     model_message,
 )
 from profiles.deploy.core2_pipelines import pipeline_message, pipeline_spec, plain
+from profiles.deploy.rollout_core2 import Core2Applier
 from profiles.deploy.scheduler import SchedulerClient
 from profiles.deploy.scheduler_channel import SchedulerRefusedError
 from profiles.serving.core2.manifests import Manifest
@@ -21,35 +21,15 @@ from profiles.serving.core2.schema import MLOPS
 from profiles.serving.core2.sizing import quantity_bytes
 from registry.errors import InputError
 
-TIMEOUT_S = 300.0
 # States of a pipeline that is as it was loaded, or will be.
 _HOPEFUL = frozenset({"PipelineCreate", "PipelineCreating", "PipelineReady", "PipelineRebalancing"})
 
 
-class SchedulerApplier:
+class SchedulerApplier(Core2Applier[SchedulerClient]):
     """Implements `profiles.deploy.rollout.Applier`.
 
     The scheduler keeps no labels, and does not tell what an experiment is of.
     """
-
-    def __init__(self, client: SchedulerClient, mesh: Mesh, *, location: str, timeout_s: float = TIMEOUT_S) -> None:
-        """Connects to nothing yet.
-
-        Args:
-            client: of the scheduler; the caller closes it.
-            mesh: where requests go.
-            location: which Core 2 it is, for people.
-            timeout_s: longest wait for one resource.
-        """
-        self._client = client
-        self._mesh = mesh
-        self._location = location
-        self._timeout_s = timeout_s
-
-    @property
-    def location(self) -> str:
-        """Which Core 2 it is."""
-        return self._location
 
     def read(self, kind: str, name: str) -> Manifest | None:
         """What is in force; see `profiles.deploy.rollout.Applier`.
