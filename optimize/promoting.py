@@ -505,7 +505,11 @@ class Promoting(BasePromoting):
                 weights=options.weights, mirror=options.mirror, watch_s=options.watch_s, beside=beside
             ),
             reason=campaign.verdict.sentence,
-            notes=(*subject.notes, *self._place_notes(), *_notes(beside=beside, at_once=at_once, options=options)),
+            notes=(
+                *subject.notes,
+                *self._place_notes(),
+                *_notes(beside=beside, at_once=at_once, judged=subject.samples is not None, options=options),
+            ),
         )
 
     def _place_notes(self) -> tuple[str, ...]:
@@ -596,7 +600,7 @@ class Promoting(BasePromoting):
         return frozenset(name for one in fidelities for name in one.metrics) & JUDGED
 
 
-def _notes(*, beside: bool, at_once: bool, options: Options) -> tuple[str, ...]:
+def _notes(*, beside: bool, at_once: bool, judged: bool, options: Options) -> tuple[str, ...]:
     told = []
     if at_once:
         told.append(
@@ -623,7 +627,7 @@ def _notes(*, beside: bool, at_once: bool, options: Options) -> tuple[str, ...]:
         else f"requests of our own alone ({options.rate_rps:g} a second{shared})"
     )
     told.append(f"Latency is that of {source}.")
-    if options.samples is None:
+    if not judged:
         told.append("Live answers are judged where the evaluation samples are known (a campaign file, or --samples).")
     return tuple(told)
 

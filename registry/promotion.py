@@ -74,7 +74,7 @@ def chosen(campaign: Campaign) -> Candidate:
     if verdict.selected is None:
         raise NoVariantError(
             f"the campaign {campaign.name} selected nothing that could be promoted: {verdict.sentence}",
-            hint="`burnish select` judges its results by another policy.",
+            hint="`burnish select ... --record` judges its results by another policy.",
         )
     if verdict.provisional:
         raise InputError(
