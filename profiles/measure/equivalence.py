@@ -263,7 +263,8 @@ class _Check:
         came, due = (_features(each, self._scale, _VALUES_TO_COMPARE) for each in (got, want))
         swaps, apart = find_swaps(came, due, rows)
         self._tally.told_apart += apart
-        self._tally.swapped += [(rows[one], rows[other]) for one, other in swaps]
+        moved = _within(got, want, reference.allowance)
+        self._tally.swapped += [(rows[one], rows[other]) for one, other in swaps if not moved[one]]
 
     def _found(self, reference: Reference) -> Equivalence:
         tally = self._tally
@@ -399,6 +400,17 @@ def _features(outputs: Arrays, scale: Mapping[str, float], values: int) -> Featu
 def _largest(array: NDArray[Any]) -> float:
     """The largest absolute value; 1 where there is none but 0."""
     return float(np.abs(array[np.isfinite(array)]).max(initial=0)) or 1.0
+
+
+def _within(got: Arrays, want: Arrays, allowance: Mapping[str, float]) -> NDArray[np.bool_]:
+    """Of each row, whether it is no farther off than its neighbours in a batch may have moved it."""
+    within = np.full(len(next(iter(want.values()))), any(allowance.values()))
+    for name, array in want.items():
+        if array.dtype.kind == "f":
+            with np.errstate(invalid="ignore"):  # of two infinities
+                off = np.abs(got[name].astype(np.float64) - array).reshape(len(array), -1)
+            within &= np.nan_to_num(off, posinf=np.inf).max(axis=1, initial=0.0) <= allowance.get(name, 0.0)
+    return within
 
 
 def _fits(answer: Arrays, expected: Arrays) -> bool:

@@ -89,7 +89,7 @@ def test_answers_that_go_to_others_are_found(
 
 
 def test_a_swap_names_whose_answer_it_was() -> None:
-    found = check(swapped_once, concurrency=16)
+    found = check(swapped_once, concurrency=16, requests=256)
     pairs = set(found.swapped)
     assert pairs
     assert {(other, one) for one, other in pairs} == pairs
@@ -123,6 +123,10 @@ def test_answers_may_move_by_what_neighbours_move_them() -> None:
 
     allowed = Reference(outputs=SUMS.outputs, allowance={"sum": 3.0})
     assert check(coarse, reference=allowed).reason == ""
+    assert check(coarse, reference=allowed).swapped == ()
+    # What no neighbour explains is a swap all the same.
+    little = Reference(outputs=SUMS.outputs, allowance={"sum": 0.1})
+    assert "got the answer of another one" in check(offset, reference=little).reason
     assert check(coarse, requests=128).wrong > 0
     offset_too = check(lambda answers: coarse(offset(answers)), reference=allowed, requests=128)
     assert "another" in offset_too.reason
