@@ -139,8 +139,13 @@ def summary(choice: Choice) -> dict[str, Any]:
     }
 
 
-def lines(choice: Choice) -> list[str]:
-    """The verdict for people: what becomes of each candidate and why, and what became of it before."""
+def lines(choice: Choice, *, replaced: bool = False) -> list[str]:
+    """The verdict for people: what becomes of each candidate and why, and what became of it before.
+
+    Args:
+        choice: both verdicts.
+        replaced: whether the new one was recorded in place of the other.
+    """
     verdict = choice.chosen.verdict
     before = {candidate.id: was for candidate, was, _ in choice.changes}
     told = [verdict.sentence]
@@ -157,7 +162,8 @@ def lines(choice: Choice) -> list[str]:
     ]
     told += _not_known(choice)
     same = choice.recorded.verdict.selected == verdict.selected
-    told.append("The recorded choice stays." if same else f"Recorded is: {choice.recorded.verdict.sentence}")
+    recorded = f"Recorded {'was' if replaced else 'is'}: {choice.recorded.verdict.sentence}"
+    told.append("The recorded choice stays." if same else recorded)
     return [printable(line) for line in told]
 
 

@@ -41,7 +41,7 @@ def select(
     if json_output:
         emit_json(choosing.summary(choice) | {"report": None if page is None else str(page)})
     else:
-        typer.echo("\n".join(choosing.lines(choice)))
+        typer.echo("\n".join(choosing.lines(choice, replaced=record)))
         if page is not None:
             say(f"Recorded; report: {page}. `burnish report {work} --sync` sends it to MLflow.")
     if choice.chosen.verdict.selected is None:

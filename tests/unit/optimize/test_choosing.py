@@ -49,6 +49,7 @@ def test_another_policy_changes_the_choice_and_tells_of_whom(campaign):
     shown = lines(choice)
     assert any(line.startswith("rejected ") and " (was selected)" in line for line in shown)
     assert shown[-1] == f"Recorded is: {campaign.verdict.sentence}"
+    assert lines(choice, replaced=True)[-1] == f"Recorded was: {campaign.verdict.sentence}"
     assert {one["now"] for one in summary(choice)["changes"]} >= {"selected", "rejected"}
 
 
