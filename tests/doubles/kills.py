@@ -302,8 +302,11 @@ def _descendants(process: psutil.Process) -> list[psutil.Process]:
 
 
 def _workers(cluster: psutil.Process) -> Iterator[psutil.Process]:
-    """Those that run tasks, or wait for one."""
-    return (process for process in _descendants(cluster) if _words(process).startswith("ray::"))
+    """Those that run tasks, or wait for one; a node's agents, with which it ends, have such names, too."""
+    for process in _descendants(cluster):
+        words = _words(process)
+        if words.startswith("ray::") and "Agent" not in words:
+            yield process
 
 
 def _raylets(cluster: psutil.Process) -> Iterator[psutil.Process]:
