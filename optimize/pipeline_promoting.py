@@ -3,8 +3,8 @@
 import re
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +36,7 @@ from registry.promotion import CHALLENGER, CHAMPION, Journal
 from registry.records import Candidate, Estimate, Metrics, Policy, Promotion, Target
 
 if TYPE_CHECKING:
+    from profiles.measure.prometheus import Prometheus
     from registry.mlflow_registry import MlflowRegistry
 
 # What a policy has to have, and a promotion does not look at.
@@ -459,38 +460,29 @@ class PipelinePromoting(BasePromoting):
                 hint="Bring the file up to date: after a promotion its steps are the new Models.",
             )
 
-    @contextmanager
-    def _probe(self, place: Place) -> Iterator[Probe | None]:
+    def _own_probe(self, place: Place, stack: ExitStack) -> Probe:
         from profiles.measure.live import RequestProbe
 
-        options, subject = self._options, self._subject
-        if not options.watch_s:
-            yield None
-            return
-        with ExitStack() as stack:
-            loaded = None if subject.samples is None else load_samples(subject.samples)
-            fidelity = None
-            if loaded is not None and _unjudged(subject, loaded) is None:
-                fidelity = stack.enter_context(PipelineFidelity(subject, loaded))
-            own = RequestProbe(
-                production=place.rollout.production,
-                challenger=place.rollout.challenger,
-                target_of=place.target_of,
-                inputs=_made_up(subject) if loaded is None else loaded.inputs,
-                rate_rps=options.rate_rps,
-                fidelity=fidelity,
-                judged=frozenset() if fidelity is None else fidelity.judged,
-                only=dict.fromkeys(subject.models, "champion") | dict.fromkeys(subject.models.values(), "challenger"),
-            )
-            yield own if options.prometheus is None else self._by_prometheus(own, place)
+        subject = self._subject
+        loaded = None if subject.samples is None else load_samples(subject.samples)
+        fidelity = None
+        if loaded is not None and _unjudged(subject, loaded) is None:
+            fidelity = stack.enter_context(PipelineFidelity(subject, loaded))
+        return RequestProbe(
+            production=place.rollout.production,
+            challenger=place.rollout.challenger,
+            target_of=place.target_of,
+            inputs=_made_up(subject) if loaded is None else loaded.inputs,
+            rate_rps=self._options.rate_rps,
+            fidelity=fidelity,
+            judged=frozenset() if fidelity is None else fidelity.judged,
+            only=dict.fromkeys(subject.models, "champion") | dict.fromkeys(subject.models.values(), "challenger"),
+        )
 
-    def _by_prometheus(self, own: Probe, place: Place) -> Probe:
+    def _by_prometheus(self, own: Probe, place: Place, prometheus: "Prometheus") -> Probe:
         from profiles.measure.gateway_counts import GatewayProbe
-        from profiles.measure.prometheus import Prometheus
 
         options = self._options
-        prometheus = Prometheus(str(options.prometheus))
-        prometheus.query("vector(1)")
         return GatewayProbe(
             prometheus=prometheus,
             production=place.rollout.production,

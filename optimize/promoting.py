@@ -27,6 +27,7 @@ from registry.tracking import store_uri
 
 if TYPE_CHECKING:
     from optimize.samples import Samples
+    from profiles.measure.prometheus import Prometheus
     from registry.mlflow_registry import MlflowRegistry
 
 JOURNAL = "promotions.jsonl"
@@ -302,6 +303,23 @@ class BasePromoting(ABC):
 
     # --- parts of it ---
 
+    @contextmanager
+    def _probe(self, place: Place) -> Iterator[Probe | None]:
+        """What watches; None where nothing is watched."""
+        from profiles.measure.prometheus import Prometheus
+
+        if not self._options.watch_s:
+            yield None
+            return
+        with ExitStack() as stack:
+            own = self._own_probe(place, stack)
+            if self._options.prometheus is None:
+                yield own
+                return
+            prometheus = Prometheus(self._options.prometheus)
+            prometheus.query("vector(1)")
+            yield self._by_prometheus(own, place, prometheus)
+
     def _carried_out(self, journal: Journal, place: Place) -> Planned:
         with self._probe(place) as probe:
             registered = self._registered() or self._register()
@@ -400,8 +418,12 @@ class BasePromoting(ABC):
         """What is to be done, where nothing of it was begun."""
 
     @abstractmethod
-    def _probe(self, place: Place) -> AbstractContextManager[Probe | None]:
-        """What watches; None where nothing is watched."""
+    def _own_probe(self, place: Place, stack: ExitStack) -> Probe:
+        """What watches by requests of our own; what it holds open is closed by the stack."""
+
+    @abstractmethod
+    def _by_prometheus(self, own: Probe, place: Place, prometheus: "Prometheus") -> Probe:
+        """What watches by what a Prometheus knows, with requests of our own meanwhile."""
 
 
 class Promoting(BasePromoting):
@@ -533,38 +555,30 @@ class Promoting(BasePromoting):
             signature=promotions.described(artifact.inputs, artifact.outputs),
         )
 
-    @contextmanager
-    def _probe(self, place: Place) -> Iterator[Probe | None]:
+    def _own_probe(self, place: Place, stack: ExitStack) -> Probe:
         from profiles.measure.live import RequestProbe, made_up
 
-        options, subject = self._options, self._subject
-        if not options.watch_s:
-            yield None
-            return
-        with ExitStack() as stack:
-            loaded, fidelity = None, None
-            if subject.samples is not None:
-                loaded, fidelity = self._fidelity(subject.samples)
-                stack.callback(fidelity.close)
-            own = RequestProbe(
-                production=place.rollout.production,
-                challenger=place.rollout.challenger,
-                target_of=place.target_of,
-                inputs=made_up(subject.variant.artifact.inputs) if loaded is None else self._inputs(loaded),
-                rate_rps=options.rate_rps,
-                fidelity=fidelity,
-                judged=frozenset() if fidelity is None else self._judged(),
-            )
-            yield own if options.prometheus is None else self._by_prometheus(own, place)
+        subject = self._subject
+        loaded, fidelity = None, None
+        if subject.samples is not None:
+            loaded, fidelity = self._fidelity(subject.samples)
+            stack.callback(fidelity.close)
+        return RequestProbe(
+            production=place.rollout.production,
+            challenger=place.rollout.challenger,
+            target_of=place.target_of,
+            inputs=made_up(subject.variant.artifact.inputs) if loaded is None else self._inputs(loaded),
+            rate_rps=self._options.rate_rps,
+            fidelity=fidelity,
+            judged=frozenset() if fidelity is None else self._judged(),
+        )
 
-    def _by_prometheus(self, own: Probe, place: Place) -> Probe:
+    def _by_prometheus(self, own: Probe, place: Place, prometheus: "Prometheus") -> Probe:
         from profiles.deploy.envoy_config import FLUSH_S as FLUSH_HERE_S
-        from profiles.measure.prometheus import FLUSH_S, Prometheus, PrometheusProbe
+        from profiles.measure.prometheus import FLUSH_S, PrometheusProbe
 
         options = self._options
         flush_s = FLUSH_HERE_S if isinstance(self._subject.cluster, LocalConfig) else FLUSH_S
-        prometheus = Prometheus(str(options.prometheus))
-        prometheus.query("vector(1)")
         return PrometheusProbe(
             prometheus=prometheus,
             production=place.rollout.production,
