@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -207,7 +208,8 @@ def test_a_server_that_takes_requests_and_never_answers_is_ended_and_the_rest_is
         assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
     [failure] = found.failures
     assert (failure.subject, failure.phase, failure.kind) == ("hangs", "measure", "error")
-    assert "no answer within 0.5 s" in failure.reason
+    # What is left of the half second by then: a busy machine takes some of it before the request is sent.
+    assert re.search(r"no answer within 0\.\d+ s", failure.reason)
     assert {one.candidate_id for one in found.rounds} == {"answers"}
     assert any(line == f"hangs: failed: {failure.reason}" for line in told.lines)
 
