@@ -15,6 +15,7 @@ from profiles.measure.bench import takes_binary
 from profiles.testing import FakeV2Server
 from registry.errors import UnreachableError
 from registry.records import Target
+from tests.doubles.busy import LONG_S
 
 
 @contextmanager
@@ -41,14 +42,14 @@ def talker(*parts: bytes, drip: bytes = b"") -> Iterator[str]:
         yield f"127.0.0.1:{listener.getsockname()[1]}"
         over.set()
         listener.close()
-        thread.join(5)
+        thread.join(LONG_S)
 
 
 def test_an_answer_comes_whole_with_its_status() -> None:
     with FakeV2Server() as server:
         url = server.target("rest").url
-        assert ask(url, "/v2", timeout_s=5)[0] == 200
-        assert ask(f"{url}/below/", "/v2", timeout_s=5)[0] in (200, 404)
+        assert ask(url, "/v2", timeout_s=LONG_S)[0] == 200
+        assert ask(f"{url}/below/", "/v2", timeout_s=LONG_S)[0] in (200, 404)
 
 
 @pytest.mark.parametrize(
@@ -69,16 +70,16 @@ def test_an_answer_without_end_is_given_up(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(asking, "MOST_BYTES", 1000)
     head = b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n"
     with talker(head, drip=b"x" * 4096) as url, pytest.raises(ValueError, match="more than 1000 bytes"):
-        ask(url, "/v2", timeout_s=5)
+        ask(url, "/v2", timeout_s=LONG_S)
 
 
 def test_what_is_no_answer() -> None:
     with talker(b"SSH-2.0-server\r\n") as url, pytest.raises(http.client.HTTPException):
-        ask(url, "/v2", timeout_s=5)
+        ask(url, "/v2", timeout_s=LONG_S)
     with talker() as url, pytest.raises(OSError, match="without response"):
-        ask(url, "/v2", timeout_s=5)
+        ask(url, "/v2", timeout_s=LONG_S)
     with pytest.raises(http.client.InvalidURL):
-        ask("host:port", "/v2", timeout_s=5)
+        ask("host:port", "/v2", timeout_s=LONG_S)
 
 
 def answer(status: int, body: bytes) -> bytes:

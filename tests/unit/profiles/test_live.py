@@ -105,8 +105,8 @@ def test_failures_of_the_challenger(servers: dict[str, FakeV2Server]):
         assert "latency_p90_ms" not in mirrored.challenger
         assert mirrored.notes[0].startswith("failed: ")
         # What fails where callers ask is the challenger's, once it has a share; callers do not bear with it for long.
-        shared = probe(both, led="digits-challenger").watch(replace(ALL, watch_s=5.0))
-        assert shared.challenger["failed_share"].runs < 2500
+        shared = probe(both, led="digits-challenger").watch(replace(ALL, watch_s=60.0))
+        assert shared.challenger["failed_share"].runs < 30_000
         assert shared.challenger["failed_share"].value == pytest.approx(0.5, abs=0.1)
 
 
@@ -135,9 +135,7 @@ def test_in_the_champions_place_without_a_route():
 def test_nobody_there():
     with FakeV2Server(model="digits") as gone:
         target = gone.target("grpc")
-    lost = RequestProbe(
-        production="digits", challenger="c", target_of=lambda _: target, inputs=INPUTS, rate_rps=100, timeout_s=1
-    )
+    lost = RequestProbe(production="digits", challenger="c", target_of=lambda _: target, inputs=INPUTS, rate_rps=100)
     with pytest.raises(UnreachableError):
         lost.watch(MIRROR)
 

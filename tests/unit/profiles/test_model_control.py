@@ -1,14 +1,18 @@
 """Model control against a server that answers whatever a test says; the real servers are asked elsewhere."""
 
+import itertools
 import json
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from profiles.deploy import model_control
 from profiles.deploy.model_control import ModelControl, ModelRefusedError
+from tests.doubles.busy import LONG_S
 
 
 class Answers(ThreadingHTTPServer):
@@ -89,7 +93,11 @@ def test_nobody_there() -> None:
     control = ModelControl("127.0.0.1:1")
     assert control.server_name() is None
     assert not control.is_ready("m_1")
-    for ask in (control.index, lambda: control.load("m_1", timeout_s=1), lambda: control.unload("m_1", timeout_s=1)):
+    for ask in (
+        control.index,
+        lambda: control.load("m_1", timeout_s=LONG_S),
+        lambda: control.unload("m_1", timeout_s=LONG_S),
+    ):
         with pytest.raises(ConnectionError):
             ask()
 
@@ -119,7 +127,7 @@ def test_a_refusal_is_told_in_the_servers_words(
 ) -> None:
     server.says("POST /v2/repository/models/m_1/load", answer)
     with pytest.raises(ModelRefusedError, match=f"^{reason}$"):
-        control.load("m_1", timeout_s=5)
+        control.load("m_1", timeout_s=LONG_S)
     server.says("POST /v2/repository/index", answer)
     with pytest.raises(ModelRefusedError, match=f"^{reason}$"):
         control.index()
@@ -128,23 +136,29 @@ def test_a_refusal_is_told_in_the_servers_words(
 def test_a_server_that_goes_away_has_not_refused(server: Answers, control: ModelControl) -> None:
     server.says("POST /v2/repository/models/m_1/load", (0, b""))
     with pytest.raises(ConnectionError):
-        control.load("m_1", timeout_s=5)
+        control.load("m_1", timeout_s=LONG_S)
 
 
 def test_unloading_waits_until_the_model_is_gone(server: Answers, control: ModelControl) -> None:
     states = ("READY", "UNLOADING", "UNLOADING", "UNAVAILABLE")
     server.says("POST /v2/repository/index", *((200, [{"name": "m_1", "state": state}]) for state in states))
     server.says("POST /v2/repository/models/m_1/unload", (200, b""))
-    control.unload("m_1", timeout_s=5)
+    control.unload("m_1", timeout_s=LONG_S)
     assert [asked.rpartition("/")[2] for asked in server.asked] == ["index", "unload", "index", "index", "index"]
     # What is not there needs no unloading, which MLServer would refuse.
-    control.unload("m_1", timeout_s=5)
-    control.unload("other_1", timeout_s=5)
+    control.unload("m_1", timeout_s=LONG_S)
+    control.unload("other_1", timeout_s=LONG_S)
     assert [asked.rpartition("/")[2] for asked in server.asked[5:]] == ["index", "index"]
 
 
-def test_unloading_does_not_wait_for_ever(server: Answers, control: ModelControl) -> None:
+def test_unloading_does_not_wait_for_ever(
+    server: Answers, control: ModelControl, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now_s = itertools.count(step=LONG_S / 4)
+    clock = SimpleNamespace(monotonic=lambda: next(now_s), sleep=lambda seconds: None)
+    monkeypatch.setattr(model_control, "time", clock)
     server.says("POST /v2/repository/index", (200, [{"name": "m_1", "state": "UNLOADING"}]))
     server.says("POST /v2/repository/models/m_1/unload", (200, b""))
     with pytest.raises(TimeoutError, match="m_1 is still being unloaded"):
-        control.unload("m_1", timeout_s=0.05)
+        control.unload("m_1", timeout_s=LONG_S)
+    assert next(now_s) > LONG_S

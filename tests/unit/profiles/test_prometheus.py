@@ -12,6 +12,7 @@ import pytest
 from profiles.measure.prometheus import Counted, Prometheus, PrometheusProbe, between, counted
 from registry.errors import InputError, UnreachableError
 from registry.records import PromotionStep
+from tests.doubles.busy import LONG_S
 from tests.doubles.promotions import StatedProbe
 
 INF = float("inf")
@@ -133,7 +134,7 @@ def server() -> Iterator[ThreadingHTTPServer]:
 
 @pytest.fixture
 def prometheus(server: ThreadingHTTPServer) -> Prometheus:
-    return Prometheus(f"http://127.0.0.1:{server.server_address[1]}/", timeout_s=5)
+    return Prometheus(f"http://127.0.0.1:{server.server_address[1]}/", timeout_s=LONG_S)
 
 
 def test_the_counts_of_a_model(prometheus: Prometheus, server: ThreadingHTTPServer):

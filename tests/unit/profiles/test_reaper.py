@@ -9,8 +9,9 @@ import pytest
 
 from profiles.deploy.reaper import end_server, reap
 from profiles.deploy.supervise import MARK, start_ticks
+from tests.doubles.busy import LONG_S
 
-SLEEP = [sys.executable, "-I", "-S", "-c", "import time; time.sleep(60)"]
+SLEEP = [sys.executable, "-I", "-S", "-c", "import time; time.sleep(200)"]
 KEYS = ("mark", "shm_prefix", "server", "supervisor", "parent")
 GONE = [2**22 - 1, 1]
 
@@ -43,7 +44,7 @@ def test_ends_the_server_of_a_parent_that_is_gone(tmp_path: Path, sleeper: subpr
     path = record(tmp_path, server=named(sleeper))
     (told,) = reap(tmp_path)
     assert "1 processes" in told
-    assert sleeper.wait(5) == -9
+    assert sleeper.wait(LONG_S) == -9
     assert not path.exists()
 
 
@@ -65,13 +66,13 @@ def test_leaves_a_pid_that_somebody_else_has_since(tmp_path: Path, sleeper: subp
 def test_a_parents_pid_in_other_hands_is_no_parent(tmp_path: Path, sleeper: subprocess.Popen[bytes]) -> None:
     record(tmp_path, server=named(sleeper), parent=[os.getpid(), start_ticks(os.getpid()) - 1])
     reap(tmp_path)
-    assert sleeper.wait(5) == -9
+    assert sleeper.wait(LONG_S) == -9
 
 
 def test_finds_descendants_by_their_mark(tmp_path: Path, sleeper: subprocess.Popen[bytes]) -> None:
     record(tmp_path, mark=f"reaper-test-{os.getpid()}")
     reap(tmp_path)
-    assert sleeper.wait(5) == -9
+    assert sleeper.wait(LONG_S) == -9
 
 
 def test_removes_leaked_shared_memory(tmp_path: Path) -> None:
@@ -95,6 +96,6 @@ def test_a_file_that_is_no_record_is_removed(tmp_path: Path, text: str) -> None:
 def test_end_server_asks_for_no_parent(tmp_path: Path, sleeper: subprocess.Popen[bytes]) -> None:
     path = record(tmp_path, server=named(sleeper), parent=[os.getpid(), start_ticks(os.getpid())])
     end_server(path)
-    assert sleeper.wait(5) == -9
+    assert sleeper.wait(LONG_S) == -9
     assert not path.exists()
     end_server(path)

@@ -15,6 +15,7 @@ from profiles.measure.resources import NvmlProbe, PackageEnergy, ResourceMeter, 
 from profiles.testing import FakeV2Server, Fixed
 from registry.errors import InputError, ServerDiedError
 from registry.records import ClosedLoop, LoadProfile, RunRecord, Target
+from tests.doubles.busy import LONG_S
 from tests.doubles.gpus import FakeGpu, FakeNvml, FakeProcess
 
 PROFILE = LoadProfile(name="closed", load=ClosedLoop(concurrency=1), warmup_s=0.0, duration_s=2.0)
@@ -36,7 +37,7 @@ def test_the_peak_of_this_process_is_no_less_than_what_it_has_now() -> None:
 
 
 def test_a_process_of_somebody_elses_is_watched_with_its_children() -> None:
-    child = "import time; print(1, flush=True); time.sleep(60)"
+    child = "import time; print(1, flush=True); time.sleep(200)"
     code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, start_new_session=True) as process:
         assert process.stdout is not None
@@ -161,9 +162,9 @@ def test_the_first_request_is_timed(protocol: str) -> None:
     inputs = {"x": np.zeros((4, 16), dtype=np.float32)}
     with FakeV2Server(Fixed(0.05)) as server:
         target = server.target(protocol)  # type: ignore[arg-type]
-        took_ms = first_request_ms(target, encode_payloads(inputs, target=target, seed=0)[0], timeout_s=5.0)
+        took_ms = first_request_ms(target, encode_payloads(inputs, target=target, seed=0)[0], timeout_s=LONG_S)
         assert took_ms is not None
         assert took_ms >= 50
         gone = Target(url=target.url, protocol=target.protocol, model="another", binary=target.binary)
-        assert first_request_ms(gone, encode_payloads(inputs, target=gone, seed=0)[0], timeout_s=5.0) is None
-    assert first_request_ms(target, encode_payloads(inputs, target=target, seed=0)[0], timeout_s=5.0) is None
+        assert first_request_ms(gone, encode_payloads(inputs, target=gone, seed=0)[0], timeout_s=LONG_S) is None
+    assert first_request_ms(target, encode_payloads(inputs, target=target, seed=0)[0], timeout_s=LONG_S) is None

@@ -3,7 +3,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,8 +10,9 @@ import pytest
 
 from profiles.deploy import supervise
 from profiles.deploy.supervise import MARK, descendants, remove_shared_memory, start_ticks
+from tests.doubles.busy import LONG_S, until
 
-SLEEP = [sys.executable, "-I", "-S", "-c", "import time; time.sleep(60)"]
+SLEEP = [sys.executable, "-I", "-S", "-c", "import time; time.sleep(200)"]
 # Ignores SIGTERM, and starts a child in a session of its own that does so too.
 STUBBORN = """
 import signal, subprocess, sys, time
@@ -20,15 +20,8 @@ signal.signal(signal.SIGTERM, signal.SIG_IGN)
 if len(sys.argv) == 1:
     subprocess.Popen([sys.executable, "-I", "-S", __file__, "child"], start_new_session=True)
 open(sys.argv[1] if len(sys.argv) > 2 else __file__ + "." + str(len(sys.argv)), "w").close()
-time.sleep(60)
+time.sleep(200)
 """
-
-
-def until(condition: Callable[[], bool], *, limit_s: float = 10.0) -> None:
-    deadline = time.monotonic() + limit_s
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.01)
 
 
 @pytest.fixture
@@ -46,7 +39,7 @@ def started(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
     yield start
     for process in running:
         process.stdin.close()
-        process.wait(15)
+        process.wait(LONG_S)
 
 
 def server_of(tmp_path: Path) -> int:
@@ -54,8 +47,8 @@ def server_of(tmp_path: Path) -> int:
 
 
 def test_exits_as_the_server_does(started: Callable[..., subprocess.Popen[bytes]], tmp_path: Path) -> None:
-    assert started(sys.executable, "-c", "import sys; sys.exit(7)").wait(10) == 7
-    assert started(sys.executable, "-c", "import os; os.kill(os.getpid(), 9)").wait(10) == 128 + 9
+    assert started(sys.executable, "-c", "import sys; sys.exit(7)").wait(LONG_S) == 7
+    assert started(sys.executable, "-c", "import os; os.kill(os.getpid(), 9)").wait(LONG_S) == 128 + 9
     assert not (tmp_path / "record.json").exists()
 
 
@@ -80,7 +73,7 @@ def test_ends_the_server_when_told(
         supervisor.stdin.close()
     else:
         supervisor.send_signal(way)
-    assert supervisor.wait(10) == 128 + signal.SIGTERM
+    assert supervisor.wait(LONG_S) == 128 + signal.SIGTERM
     assert start_ticks(server) is None
     assert not (tmp_path / "record.json").exists()
 
@@ -95,7 +88,7 @@ def test_kills_what_does_not_end_and_what_it_started(
     family = descendants(supervisor.pid)
     assert len(family) == 2
     supervisor.stdin.close()
-    assert supervisor.wait(10) == 128 + signal.SIGKILL
+    assert supervisor.wait(LONG_S) == 128 + signal.SIGKILL
     assert [pid for pid in family if start_ticks(pid) is not None] == []
 
 
@@ -106,7 +99,7 @@ def test_kills_an_orphan_of_the_server(started: Callable[..., subprocess.Popen[b
     until((tmp_path / "stubborn.py.2").exists)
     family = descendants(supervisor.pid)
     os.kill(server_of(tmp_path), signal.SIGKILL)
-    assert supervisor.wait(10) == 128 + signal.SIGKILL
+    assert supervisor.wait(LONG_S) == 128 + signal.SIGKILL
     assert [pid for pid in family if start_ticks(pid) is not None] == []
 
 
@@ -116,7 +109,7 @@ def test_the_server_dies_with_a_killed_supervisor(
     supervisor = started(*SLEEP)
     server = server_of(tmp_path)
     supervisor.kill()
-    supervisor.wait(10)
+    supervisor.wait(LONG_S)
     until(lambda: start_ticks(server) is None)
 
 
@@ -131,7 +124,7 @@ while not os.path.exists({str(record)!r}):
     time.sleep(0.01)
 holder = os.fork()
 if holder == 0:
-    time.sleep(20)
+    time.sleep(200)
     os._exit(0)
 print(holder, flush=True)
 os._exit(0)
@@ -161,7 +154,7 @@ def test_removes_the_servers_shared_memory_only(
     try:
         supervisor = started(*SLEEP, options=("--shm-prefix", prefix))
         supervisor.stdin.close()
-        supervisor.wait(10)
+        supervisor.wait(LONG_S)
         assert not region.exists()
         assert other.exists()
         assert remove_shared_memory("") == []
@@ -170,7 +163,7 @@ def test_removes_the_servers_shared_memory_only(
 
 
 def test_a_command_that_does_not_exist_is_an_error(started: Callable[..., subprocess.Popen[bytes]]) -> None:
-    assert started("/nonexistent/server").wait(10) == 127
+    assert started("/nonexistent/server").wait(LONG_S) == 127
 
 
 def test_start_ticks_of_nobody() -> None:

@@ -10,6 +10,7 @@ from profiles.load.transports import Reply, Status, make_transport
 from profiles.testing import FakeV2Server, TransportContract
 from registry.errors import UnreachableError
 from registry.records import Target
+from tests.doubles.busy import LONG_S
 
 
 class TestGrpc(TransportContract):
@@ -24,8 +25,8 @@ def ask(target: Target) -> Reply:
     async def one() -> Reply:
         transport = make_transport(target, connections=1)
         try:
-            await transport.open(5.0)
-            return await transport.infer(encode_payloads({"x": np.ones((1, 3), "f4")}, target=target)[0], 5.0)
+            await transport.open(LONG_S)
+            return await transport.infer(encode_payloads({"x": np.ones((1, 3), "f4")}, target=target)[0], LONG_S)
         finally:
             await transport.close()
 
@@ -51,9 +52,9 @@ def test_large_messages_pass() -> None:
     async def one(target: Target) -> Reply:
         transport = make_transport(target, connections=1)
         try:
-            await transport.open(5.0)
+            await transport.open(LONG_S)
             payload = encode_payloads({"x": np.ones((1, 3_000_000), "f4")}, target=target)[0]
-            return await transport.infer(payload, 10.0)
+            return await transport.infer(payload, LONG_S)
         finally:
             await transport.close()
 

@@ -15,6 +15,7 @@ from profiles.load.payloads import Payload
 from profiles.load.transports import ROUTE, Reply, Status, make_transport
 from registry.errors import InputError, UnreachableError
 from registry.records import Target
+from tests.doubles.busy import LONG_S
 
 BODY = Payload(body=b"question", headers={"Content-Type": "application/json"})
 Protocol = Literal["grpc", "rest"]
@@ -53,11 +54,11 @@ def asked(
             Target(url=f"127.0.0.1:{port}{path}", protocol=protocol, model="m", **target), connections=1
         )
         try:
-            await transport.open(2.0)
+            await transport.open(LONG_S)
             if together:
-                replies = await asyncio.gather(*(transport.infer(payload, 2.0) for _ in range(times)))
+                replies = await asyncio.gather(*(transport.infer(payload, LONG_S) for _ in range(times)))
             else:
-                replies = [await transport.infer(payload, 2.0) for _ in range(times)]
+                replies = [await transport.infer(payload, LONG_S) for _ in range(times)]
             assert transport.in_flight == 0
             return list(replies)
         finally:
@@ -440,9 +441,9 @@ def test_a_target_without_a_port_has_that_of_its_scheme() -> None:
 
     async def main(one: Target) -> str:
         transport = make_transport(one, connections=1)
-        await transport.open(1.0)
+        await transport.open(LONG_S)
         try:
-            return (await transport.infer(BODY, 2.0)).message
+            return (await transport.infer(BODY, LONG_S)).message
         finally:
             await transport.close()
 
@@ -480,14 +481,14 @@ def test_whoever_waits_when_the_transport_closes_is_told(protocol: Protocol) -> 
         port = listening.sockets[0].getsockname()[1]
         transport = make_transport(Target(url=f"127.0.0.1:{port}", protocol=protocol, model="m"), connections=1)
         if protocol == "rest":
-            await transport.open(1.0)
+            await transport.open(LONG_S)
         else:
             with pytest.raises(UnreachableError):
                 await transport.open(0.1)  # it never says a word
-        waiting = [asyncio.create_task(transport.infer(BODY, 5.0)) for _ in range(2)]
+        waiting = [asyncio.create_task(transport.infer(BODY, LONG_S)) for _ in range(2)]
         await asyncio.sleep(0.05)
         await transport.close()
-        replies = await asyncio.wait_for(asyncio.gather(*waiting), 1.0)
+        replies = await asyncio.wait_for(asyncio.gather(*waiting), LONG_S / 2)
         listening.close()
         for writer in writers:
             writer.transport.abort()
@@ -611,13 +612,13 @@ def test_whoever_waits_for_a_server_that_goes_is_told_when_the_transport_closes(
         listening = await asyncio.start_server(script, "127.0.0.1", 0)
         port = listening.sockets[0].getsockname()[1]
         transport = make_transport(Target(url=f"127.0.0.1:{port}", protocol="grpc", model="m"), connections=1)
-        await transport.open(1.0)
+        await transport.open(LONG_S)
         waiting = []
         for _ in range(2):
-            waiting.append(asyncio.create_task(transport.infer(BODY, 5.0)))
+            waiting.append(asyncio.create_task(transport.infer(BODY, LONG_S)))
             await asyncio.sleep(0.05)
         await transport.close()
-        replies = await asyncio.wait_for(asyncio.gather(*waiting), 1.0)
+        replies = await asyncio.wait_for(asyncio.gather(*waiting), LONG_S / 2)
         listening.close()
         await asyncio.sleep(0.01)
         return replies
