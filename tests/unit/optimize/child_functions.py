@@ -39,11 +39,12 @@ def fail():
 
 
 def sleep(pid_file=None):
-    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(200)"])
     if pid_file:
-        with Path(pid_file).open("w") as file:
-            file.write(f"{os.getpid()} {child.pid}")
-    time.sleep(60)
+        draft = Path(f"{pid_file}.draft")
+        draft.write_text(f"{os.getpid()} {child.pid}")
+        draft.replace(pid_file)
+    time.sleep(200)
 
 
 def eat():

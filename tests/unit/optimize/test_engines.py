@@ -20,6 +20,7 @@ from optimize.engines.port import Engine, Resources, Task
 from optimize.engines.scratch import scratch_folder
 from registry.errors import InputError
 from registry.store import FolderStore
+from tests.doubles.busy import LONG_S, until
 
 ROOT = Path(__file__).parents[3]
 STEPS = "tests.doubles.steps"
@@ -114,9 +115,7 @@ def test_who_has_to_wait_is_told_once(locks: Path):
     waiting = threading.Thread(target=wait)
     with reserve_cores(1, alone=True, among=range(1), folder=locks):
         waiting.start()
-        deadline = time.monotonic() + 20
-        while not told and time.monotonic() < deadline:
-            time.sleep(0.01)
+        until(lambda: told)
     waiting.join()
     assert told == ["waits"]
 
@@ -218,8 +217,9 @@ def test_who_stops_asking_ends_what_runs(tmp_path: Path):
 
 
 def test_who_waits_for_cores_of_others_stops_waiting_when_nobody_asks(tmp_path: Path):
-    engine = engine_in(tmp_path, 2)
-    ended: list[BaseException] = []
+    waits, ended = threading.Event(), list[BaseException]()
+    store, locks = FolderStore(tmp_path / "work"), tmp_path / "locks"
+    engine = LocalEngine(store, scratch=tmp_path, workers=2, locks=locks, waiting=waits.set)
 
     def ask() -> None:
         try:
@@ -228,11 +228,11 @@ def test_who_waits_for_cores_of_others_stops_waiting_when_nobody_asks(tmp_path: 
             ended.append(error)
 
     asking = threading.Thread(target=ask, daemon=True)
-    with reserve_cores(None, alone=True, folder=tmp_path / "locks"):
+    with reserve_cores(None, alone=True, folder=locks):
         asking.start()
-        asking.join(0.2)
+        assert waits.wait(LONG_S)
         engine.__exit__()
-        asking.join(5)
+        asking.join(LONG_S)
         assert ended
 
 
