@@ -1,8 +1,13 @@
 """For tests on a machine that others use, too: any process of it may stand still for seconds, or be slow throughout."""
 
+import re
 import time
 from collections.abc import Callable
 from typing import TypeVar
+
+import pytest
+
+from registry.errors import UnreachableError
 
 T = TypeVar("T")
 
@@ -16,6 +21,22 @@ def until(condition: Callable[[], object], *, limit_s: float = LONG_S) -> None:
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.01)
+
+
+def ends_in_vain(wait: Callable[[float], object], words: str, *, first_s: float = 0.15) -> UnreachableError:
+    """The error that waits for so many seconds end with, for what does not come about.
+
+    Args:
+        wait: what is done within so many seconds.
+        words: a pattern of the error's message, in which ``{limit}`` stands for these seconds.
+        first_s: of the first wait. Longer ones follow where a busy machine saw nothing to speak of in it.
+    """
+    for limit_s in (first_s, 2.0, 20.0):
+        with pytest.raises(UnreachableError) as caught:
+            wait(limit_s)
+        if re.search(words.replace("{limit}", re.escape(f"{limit_s:g}")), caught.value.message):
+            return caught.value
+    raise AssertionError(caught.value.message)
 
 
 def undisturbed(attempt: Callable[[], T], seen: Callable[[T], object], *, tries: int = 6) -> T:

@@ -55,11 +55,11 @@ def test_what_is_known_waits_for_nobody(workspace: Workspace):
     def hold() -> None:
         with reserve_cores(None, alone=True):
             holding.set()
-            done.wait(20)
+            done.wait(60)
 
     holder = threading.Thread(target=hold)
     holder.start()
-    assert holding.wait(20)
+    assert holding.wait(60)
     try:
         with with_cores_alone(workspace) as alone:
             assert alone.remember("Screening", "v", {"known": True}, lambda: RESULT) == (RESULT, True)
@@ -76,7 +76,7 @@ def test_work_waits_until_another_campaign_has_measured(workspace: Workspace):
     def hold() -> None:
         with reserve_cores(None, alone=True):
             holding.set()
-            deadline = time.monotonic() + 20
+            deadline = time.monotonic() + 60
             while not workspace.observer.notes and time.monotonic() < deadline:  # type: ignore[attr-defined]
                 time.sleep(0.01)
             order.append("the other is done")
@@ -88,7 +88,7 @@ def test_work_waits_until_another_campaign_has_measured(workspace: Workspace):
 
     holder = threading.Thread(target=hold)
     holder.start()
-    assert holding.wait(20)
+    assert holding.wait(60)
     with with_cores_alone(workspace) as alone:
         for number in range(2):
             alone.remember("Screening", f"v{number}", {"number": number}, work)

@@ -244,7 +244,7 @@ def test_parts_over_runs_count_the_negative_ones_too() -> None:
 def test_a_generator_that_watches_asks_around_each_window(tmp_path: Path) -> None:
     import numpy as np
 
-    profile = LoadProfile(name="n", load=ClosedLoop(concurrency=1), warmup_s=0.0, duration_s=0.2)
+    profile = LoadProfile(name="n", load=OpenLoop(rate_rps=100), warmup_s=0.0, duration_s=0.2)
     with FakeV2Server() as server, serving("/v2/models/m_1/stats", triton(100, 50, model="m_1")) as address:
         where = server.target("grpc")
         payloads = encode_payloads({"x": np.ones((4, 16), np.float32)}, target=where)

@@ -18,6 +18,7 @@ from registry.mlflow_sending import (
     sender_of,
     sender_tags,
 )
+from tests.doubles.busy import LONG_S, until
 
 
 def test_what_another_folder_has_just_begun_may_go_on(tmp_path: Path):
@@ -49,12 +50,10 @@ def test_the_second_of_a_folder_waits_for_the_first(tmp_path: Path, caplog: pyte
     thread = threading.Thread(target=second)
     with one_at_a_time(tmp_path):
         thread.start()
-        begun.wait(10)
-        deadline = time.monotonic() + 10
-        while "waiting for it to end" not in caplog.text and time.monotonic() < deadline:
-            time.sleep(0.005)
+        assert begun.wait(LONG_S)
+        until(lambda: "waiting for it to end" in caplog.text)
         order.append("first")
-    thread.join(10)
+    thread.join(LONG_S)
     assert order == ["first", "second"]
     assert "another burnish is sending the results of" in caplog.text
     # And another folder's need not wait.
