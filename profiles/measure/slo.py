@@ -10,7 +10,7 @@ the final run fails); the confirmation is burnish's own.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from profiles.load.recording import latency_ms, load_arrays
-from profiles.measure.early_stopping import decide
+from profiles.measure.early_stopping import decide, requests_needed
 from profiles.measure.levels import Level
 from profiles.measure.percentiles import EARNED, estimate_percentile
 from registry.errors import InputError
@@ -72,7 +72,8 @@ class SloRun:
         rate_rps: offered.
         requests: that were due in its window.
         over: those of them over the limit; failed ones are.
-        kept: whether so few are over that the limit is kept; never where the window was invalid (no requests).
+        kept: whether so few are over that the limit is kept; never where the window was invalid (no requests), or had
+            fewer requests than can tell.
     """
 
     phase: Phase
@@ -88,7 +89,8 @@ class SloSearch:
 
     Attributes:
         rate_rps: the highest rate that was confirmed, or None.
-        failing_rps: the lowest rate above it that did not keep the limit; None where none was tried.
+        failing_rps: the lowest rate above it that did not keep the limit, as far as its requests could tell; None where
+            none was tried.
         runs: all of them, in their order.
         reason: one sentence for the user.
     """
@@ -124,8 +126,7 @@ def find_slo_max(probe: Probe, limit: LatencyLimit, *, most_rps: float) -> SloSe
     search = _Search(probe, limit)
     low, high = _bracket(search, FIRST_SHARE * most_rps)
     if low is None:
-        reason = f"Not even {high:.3g} requests a second keep the limit."
-        return SloSearch(limit=limit, rate_rps=None, failing_rps=high, runs=tuple(search.runs), reason=reason)
+        return search.found(None)
     while high is not None and high / low > CLOSE:
         middle = math.sqrt(low * high)
         low, high = (middle, high) if search.passes("bisect", middle) else (low, middle)
@@ -167,6 +168,7 @@ def measure_slo_max(
     if most_rps <= 0:
         reason = "The server answered nothing in a closed loop."
         return SloSearch(limit=limit, rate_rps=None, failing_rps=None, runs=(), reason=reason)
+    longest_s = max(level.open_s, _LONGEST_S)
 
     def probe(rate_rps: float, number: int) -> NDArray[np.float64] | None:
         wanted_s = max(level.open_s, max(RUN_REQUESTS, EARNED[limit.percentile]) / rate_rps)
@@ -174,7 +176,7 @@ def measure_slo_max(
             name="slo",
             load=OpenLoop(rate_rps=rate_rps),
             warmup_s=level.warmup_s,
-            duration_s=min(wanted_s, _LONGEST_S),
+            duration_s=min(wanted_s, longest_s),
             timeout_s=level.timeout_s,
             seed=seed + number,
         )
@@ -213,15 +215,26 @@ class _Search:
         told = estimate_percentile(runs, self.limit.percentile)
         return told is not None and told.high is not None and told.high <= self.limit.latency_ms
 
+    @property
+    def fewest(self) -> int:
+        """So many requests a run takes to show that the limit is kept."""
+        return requests_needed(self.limit.percentile, 0, RUN_CONFIDENCE)
+
+    def has_too_few(self, run: SloRun) -> bool:
+        """Whether a run was valid, and its requests are too few to tell anything."""
+        if not 0 < run.requests < self.fewest:
+            return False
+        return decide(self.limit.percentile, run.over, run.requests, RUN_CONFIDENCE) == "undecided"
+
     def found(self, rate_rps: float | None) -> SloSearch:
-        failed = [one.rate_rps for one in self.runs if one.requests and not one.kept]
+        failed = [one.rate_rps for one in self.runs if one.requests and not (one.kept or self.has_too_few(one))]
         failing = min((rate for rate in failed if rate_rps is None or rate > rate_rps), default=None)
         return SloSearch(
             limit=self.limit,
             rate_rps=rate_rps,
             failing_rps=failing,
             runs=tuple(self.runs),
-            reason=self._reason(rate_rps),
+            reason=self._reason(rate_rps, failing),
         )
 
     def _run(self, phase: Phase, rate_rps: float) -> tuple[bool, NDArray[np.float64]]:
@@ -232,15 +245,30 @@ class _Search:
         self.runs.append(SloRun(phase=phase, rate_rps=rate_rps, requests=len(seen), over=over, kept=kept))
         return kept, seen
 
-    def _reason(self, rate_rps: float | None) -> str:
-        invalid = sum(not one.requests for one in self.runs)
-        spoiled = f" {invalid} windows were invalid, which counts as failing." if invalid else ""
-        if rate_rps is None:
-            return f"No rate was confirmed in {MOST_LOWERINGS + 1} attempts.{spoiled}"
-        requests = sum(one.requests for one in self.runs if one.phase == "confirm" and one.rate_rps == rate_rps)
-        said = f"{CONFIRM_RUNS} of {CONFIRM_RUNS} fresh runs keep the limit ({requests:,} requests)."
-        order = self._disorder()
-        return " ".join(part for part in (said, order, spoiled.strip()) if part)
+    def _reason(self, rate_rps: float | None, failing_rps: float | None) -> str:
+        return " ".join(part for part in (self._outcome(rate_rps, failing_rps), *self._doubts(rate_rps)) if part)
+
+    def _outcome(self, rate_rps: float | None, failing_rps: float | None) -> str:
+        if rate_rps is not None:
+            requests = sum(one.requests for one in self.runs if one.phase == "confirm" and one.rate_rps == rate_rps)
+            return f"{CONFIRM_RUNS} of {CONFIRM_RUNS} fresh runs keep the limit ({requests:,} requests)."
+        if any(one.phase == "confirm" for one in self.runs):
+            return f"No rate was confirmed in {MOST_LOWERINGS + 1} attempts."
+        if failing_rps is not None:
+            return f"Not even {failing_rps:.3g} requests a second keep the limit."
+        return "No window told whether the limit is kept."
+
+    def _doubts(self, rate_rps: float | None) -> Iterator[str]:
+        """What else there is to know of the outcome."""
+        if rate_rps is not None:
+            yield self._disorder()
+        if invalid := sum(not one.requests for one in self.runs):
+            yield f"{_windows(invalid)} invalid, which counts as failing."
+        if few := sum(map(self.has_too_few, self.runs)):
+            yield (
+                f"{_windows(few)} too short to tell, at so low a rate: a p{self.limit.percentile} takes {self.fewest} "
+                "requests (a load profile's duration_s makes windows longer)."
+            )
 
     def _disorder(self) -> str:
         """That a lower rate failed where a higher one passed, which a queue does not do."""
@@ -268,7 +296,13 @@ def _bracket(search: _Search, rate_rps: float) -> tuple[float | None, float | No
         return low, None
     high = rate_rps
     for _ in range(MOST_DOWN):
+        if search.has_too_few(search.runs[-1]):  # and lower rates have fewer
+            break
         if search.passes("bracket", high / WIDER):
             return high / WIDER, high
         high /= WIDER
     return None, high
+
+
+def _windows(count: int) -> str:
+    return "1 window was" if count == 1 else f"{count} windows were"

@@ -81,6 +81,26 @@ def test_a_server_without_a_limit_ends_the_search() -> None:
 def test_too_few_requests_confirm_nothing() -> None:
     found = find_slo_max(lambda *_: np.full(200, 1.0), P99, most_rps=1000)
     assert found.rate_rps is None
+    assert found.failing_rps is None  # nothing is known of the server, and lower rates have fewer requests still
+    assert len(found.runs) == 1
+    assert found.reason == (
+        "No window told whether the limit is kept. 1 window was too short to tell, at so low a rate: a p99 takes 299 "
+        "requests (a load profile's duration_s makes windows longer)."
+    )
+
+
+def test_few_requests_tell_that_a_limit_is_missed_by_far() -> None:
+    found = find_slo_max(lambda *_: np.full(200, 90.0), P99, most_rps=1000)
+    assert found.failing_rps is not None
+    assert found.reason == f"Not even {found.failing_rps:.3g} requests a second keep the limit."
+
+
+def test_windows_that_were_all_invalid_say_nothing_of_the_server() -> None:
+    found = find_slo_max(lambda *_: None, P99, most_rps=1000)
+    assert (found.rate_rps, found.failing_rps) == (None, None)
+    assert found.reason == (
+        "No window told whether the limit is kept. 7 windows were invalid, which counts as failing."
+    )
 
 
 def test_an_invalid_window_never_passes() -> None:
@@ -144,6 +164,19 @@ def test_windows_are_long_enough_and_leave_nothing_behind(tmp_path: Path) -> Non
     assert not list(tmp_path.iterdir())
     assert len({profile.seed for profile in offered}) == len(offered)
     assert min(one.requests for one in found.runs) >= 1000
+
+
+def test_windows_that_were_asked_to_be_long_are(tmp_path: Path) -> None:
+    offered: list[LoadProfile] = []
+
+    def run(profile: LoadProfile, path: Path) -> RunRecord:
+        offered.append(profile)
+        return serve(profile, path)
+
+    level, slow = replace(LEVEL, open_s=90.0), replace(CAPACITY, ladder=((1, 20.0),))
+    limit = LatencyLimit(percentile=90, latency_ms=20)
+    measure_slo_max(run, limit, slow, level=level, seed=3, raw=tmp_path / "slo.npz")
+    assert {profile.duration_s for profile in offered} == {90.0}
 
 
 def test_what_the_client_spoiled_passes_nothing_but_errors_are_the_servers(tmp_path: Path) -> None:
