@@ -47,9 +47,7 @@ def advise(capacity: Capacity, *, for_rate_rps: float | None = None) -> Advice:
     target = replicas = None
     lines = []
     if knee is not None:
-        lines.append(f"More than {knee} requests at a time only wait longer.")
-    if knee is not None:
-        lines.append(_explained(law))
+        lines += [f"More than {knee} requests at a time only wait longer.", _explained(law)]
     if saturation is not None:
         # The lower end: what was sustained.
         known_rps = saturation.value if saturation.low is None else saturation.low
@@ -83,4 +81,5 @@ def advice_of(capacity: Capacity) -> CapacityAdvice:
 def _explained(law: UslFit | str) -> str:
     if isinstance(law, str):
         return f"{law[0].upper()}{law[1:]}."
-    return f"{explain_fit(law)} (Universal Scalability Law, at most {law.worst:.1%} off)."
+    told = explain_fit(law)
+    return f"{told[0].upper()}{told[1:]} (Universal Scalability Law, at most {law.worst:.1%} off)."

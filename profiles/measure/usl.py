@@ -24,6 +24,9 @@ KNEE_SHARE = 0.05
 _RESAMPLES = 400
 _CONFIDENCE = 0.95
 _PARAMETERS = 3
+# From this share on it is all of the work, as a server with one worker has it.
+_ALL_OF_IT = 0.995
+_NOT_THE_LAW = "the Universal Scalability Law does not fit"
 
 Ladder = Sequence[tuple[int, float]]
 """(requests outstanding, throughput a second), in any order; a concurrency may stand in it more than once."""
@@ -78,13 +81,15 @@ def fit_usl(ladder: Ladder, *, seed: int = 0) -> UslFit | str:
         return f"no law is fitted: {known} concurrencies were tried, it takes {FEWEST_POINTS}"
     n, rps = (np.array(column, dtype=np.float64) for column in zip(*points, strict=True))
     found = _fit(n, rps)
+    if found is None:
+        return f"{_NOT_THE_LAW}: throughput falls faster than requests that get in each other's way explain"
     law = _law(n, found)
     residuals = rps / law - 1
     worst = float(np.abs(residuals).max())
     if worst > LARGEST_RESIDUAL:
         place = int(np.abs(residuals).argmax())
         return (
-            f"the Universal Scalability Law does not fit: it is {worst:.0%} off at concurrency {n[place]:.0f}, "
+            f"{_NOT_THE_LAW}: it is {worst:.0%} off at concurrency {n[place]:.0f}, "
             "as it is where a batch size or workers set a sharp limit"
         )
     _, sigma, kappa = found
@@ -112,9 +117,12 @@ def fit_usl(ladder: Ladder, *, seed: int = 0) -> UslFit | str:
 def explain_fit(fit: UslFit) -> str:
     """What the law says, in one sentence."""
     sigma, kappa = fit.sigma, fit.kappa
-    # Concurrency can gain no more than this, however far it is driven.
-    most = f"at most {1 / sigma.value:.3g} times the rate of one request at a time" if sigma.value > 0 else ""
-    parts = [f"{sigma.value:.0%} of the work cannot be done side by side" + (f" ({most})" if most else "")]
+    if sigma.value >= _ALL_OF_IT:
+        parts = ["none of the work can be done side by side: more requests at a time bring nothing"]
+    else:
+        # Concurrency can gain no more than this, however far it is driven.
+        most = f" (at most {1 / sigma.value:.3g} times the rate of one request at a time)" if sigma.value > 0 else ""
+        parts = [f"{sigma.value:.0%} of the work cannot be done side by side{most}"]
     if kappa.low is not None and kappa.low > 0 and fit.peak is not None:
         parts.append(f"requests get in each other's way: throughput falls beyond {fit.peak:.0f} outstanding")
     return "; ".join(parts)
@@ -127,14 +135,14 @@ def _means(ladder: Ladder) -> dict[int, float]:
     return {n: float(np.mean(rates)) for n, rates in at.items()}
 
 
-def _fit(n: NDArray[np.float64], rps: NDArray[np.float64]) -> tuple[float, float, float]:
-    """(gamma, sigma, kappa) that are nearest by relative error."""
+def _fit(n: NDArray[np.float64], rps: NDArray[np.float64]) -> tuple[float, float, float] | None:
+    """(gamma, sigma, kappa) that are nearest by relative error; None where that leaves no rate of one request."""
     from scipy.optimize import nnls
 
     time = n / rps
     terms = np.stack([np.ones_like(n), n - 1, n * (n - 1)], axis=1) / time[:, np.newaxis]
     (one, serial, pairs), _ = nnls(terms, np.ones_like(n))
-    return 1 / one, serial / one, pairs / one
+    return (1 / one, serial / one, pairs / one) if one > 0 else None
 
 
 def _law(n: NDArray[np.float64], found: tuple[float, float, float]) -> NDArray[np.float64]:
@@ -150,7 +158,7 @@ def _ends(
     chance = np.random.default_rng(seed)
     scaled = residuals * np.sqrt(len(n) / max(1, len(n) - _PARAMETERS))
     drawn = chance.choice(scaled, (_RESAMPLES, len(n)))
-    fits = np.array([_fit(n, law * (1 + errors)) for errors in drawn])
+    fits = np.array([fit for errors in drawn if (fit := _fit(n, law * (1 + errors))) is not None])
     tail = 50 * (1 - _CONFIDENCE)
     low, high = np.percentile(fits, [tail, 100 - tail], axis=0)
     return low, high

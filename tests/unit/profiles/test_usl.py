@@ -78,3 +78,16 @@ def test_the_knee_is_where_the_plateau_begins() -> None:
     assert find_knee([(1, 99), (1, 101), (2, 104)]) == 1
     assert find_knee([]) is None
     assert find_knee([(1, 0.0)]) is None
+
+
+def test_a_server_that_breaks_down_follows_no_such_law() -> None:
+    told = fit_usl([(n, 1000 / n**2) for n in (8, 16, 32, 64, 128, 256)])
+    assert isinstance(told, str)
+    assert told.startswith("the Universal Scalability Law does not fit: throughput falls faster")
+
+
+@pytest.mark.parametrize("sigma", [0.999, 1.0, 1.02])
+def test_a_server_with_one_worker_gains_nothing(sigma: float) -> None:
+    fit = fit_usl(law(sigma, 0))
+    assert isinstance(fit, UslFit)
+    assert explain_fit(fit) == "none of the work can be done side by side: more requests at a time bring nothing"
