@@ -8,7 +8,7 @@ from typing import Generic, Protocol, TypeVar
 from urllib.parse import urlsplit
 
 from profiles.load.payloads import Payload
-from profiles.load.transports import Reply, Status, check_headers
+from profiles.load.transports import IN_TIME, Reply, Status, check_headers, with_limit
 from registry.errors import InputError
 from registry.records import Target
 
@@ -84,7 +84,7 @@ class ConnectingTransport(ABC, Generic[C]):
                 answer.set_result(reply)
 
         self.send(payload, timeout_s, settle)
-        return await answer
+        return with_limit(await answer, timeout_s)
 
     async def close(self) -> None:
         """Closes all connections."""
@@ -134,7 +134,7 @@ class ConnectingTransport(ABC, Generic[C]):
             async with asyncio.timeout(timeout_s):
                 connection = await connect()
         except TimeoutError:
-            self._settle(then, Reply(Status.TIMEOUT, message=f"no connection within {timeout_s:.3g} s"))
+            self._settle(then, Reply(Status.TIMEOUT, message=f"no connection{IN_TIME}"))
         except OSError as error:
             self._settle(then, Reply(Status.CONNECTION, message=f"{type(error).__name__}: {error}"))
         except asyncio.CancelledError:

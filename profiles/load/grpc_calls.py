@@ -18,7 +18,7 @@ from profiles.load import http2
 from profiles.load.connecting import ConnectingTransport, Then
 from profiles.load.http2 import Http2Error, Kind, Setting
 from profiles.load.payloads import Payload
-from profiles.load.transports import GRPC_METHOD, NO_HEADERS, ROUTE, Reply, Status
+from profiles.load.transports import GRPC_METHOD, IN_TIME, NO_HEADERS, ROUTE, Reply, Status
 from registry.errors import InputError, UnreachableError
 from registry.records import Target
 
@@ -204,7 +204,7 @@ class _Connection(asyncio.BufferedProtocol):
     def ask(self, block: bytes, prefix: bytes, body: bytes, timeout_s: float, then: Then) -> None:
         """Makes a call; ``then`` gets its answer."""
         call = _Call(then)
-        call.timer = self._loop.call_later(timeout_s, self._give_up, call, timeout_s)
+        call.timer = self._loop.call_later(timeout_s, self._give_up, call)
         if self._closed:  # between connecting and asking
             gone = Reply(Status.CONNECTION, message="UNAVAILABLE: the server closed the connection")
             self._loop.call_soon(self._settle, call, gone)
@@ -418,10 +418,10 @@ class _Connection(asyncio.BufferedProtocol):
 
     # --- the end of a call ---
 
-    def _give_up(self, call: _Call, timeout_s: float) -> None:
+    def _give_up(self, call: _Call) -> None:
         if self._calls.pop(call.id, None) is not None:
             self._transport.write(http2.reset(call.id, http2.CANCEL))
-        self._settle(call, Reply(Status.TIMEOUT, message=f"DEADLINE_EXCEEDED: no answer within {timeout_s:.3g} s"))
+        self._settle(call, Reply(Status.TIMEOUT, message=f"DEADLINE_EXCEEDED: no answer{IN_TIME}"))
         self._go_on()
 
     def _end(self, call: _Call, reply: Reply) -> None:

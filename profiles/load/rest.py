@@ -13,7 +13,7 @@ from urllib.parse import quote
 
 from profiles.load.connecting import ConnectingTransport, Then
 from profiles.load.payloads import HEADER_LENGTH, Payload
-from profiles.load.transports import KEEP_ALIVE_S, NO_HEADERS, ROUTE, Reply, Status
+from profiles.load.transports import IN_TIME, KEEP_ALIVE_S, NO_HEADERS, ROUTE, Reply, Status
 from registry.records import Target
 
 # A message so small is written in one piece with its head.
@@ -110,7 +110,7 @@ class _Connection(asyncio.BufferedProtocol):
         self._body: list[bytes] = []
         self._left: int | None = None
         self._chunks: _Chunks | None = None
-        self._timer = self._loop.call_later(timeout_s, self._give_up, timeout_s)
+        self._timer = self._loop.call_later(timeout_s, self._give_up)
         if self._closed:  # between connecting and asking
             self._loop.call_soon(self._lose, "the server closed the connection")
             return
@@ -224,8 +224,8 @@ class _Connection(asyncio.BufferedProtocol):
         else:
             self._end(Reply(Status.STATUS, message=f"HTTP {self._status}: {_server_message(body)}"), keep=keep)
 
-    def _give_up(self, timeout_s: float) -> None:
-        self._end(Reply(Status.TIMEOUT, message=f"no answer within {timeout_s:.3g} s"), keep=False)
+    def _give_up(self) -> None:
+        self._end(Reply(Status.TIMEOUT, message=f"no answer{IN_TIME}"), keep=False)
 
     def _lose(self, why: str) -> None:
         if self._then is not None:

@@ -23,6 +23,8 @@ ROUTE = "x-seldon-route"
 # RFC 9110, "HTTP Semantics", section 5.1 and 5.5.
 _NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _VALUE = re.compile(r"[\t -~]*")
+# How a message ends that says that something did not come in time; see `with_limit`.
+IN_TIME = " in time"
 NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 
 
@@ -49,6 +51,21 @@ class Reply(NamedTuple):
     headers: Mapping[str, str] = NO_HEADERS
     message: str = ""
     first: bool = False
+
+
+def with_limit(reply: Reply, limit_s: float, since: str = "") -> Reply:
+    """The reply; where it did not come in time, with the limit that its sender had.
+
+    A transport knows only what was left of it by then.
+
+    Args:
+        reply: what a transport gave.
+        limit_s: of whoever sent the request.
+        since: from when on it is, where that is not the request itself: `` of when it was due``.
+    """
+    if reply.status != Status.TIMEOUT or not reply.message.endswith(IN_TIME):
+        return reply
+    return reply._replace(message=f"{reply.message.removesuffix(IN_TIME)} within {limit_s:g} s{since}")
 
 
 class Transport(Protocol):
@@ -106,6 +123,9 @@ def check_headers(target: Target) -> None:
     """
     for name, value in target.headers.items():
         if not _NAME.fullmatch(name) or not _VALUE.fullmatch(value):
+            # The value may be a credential.
+            what = f"the value of the header {name!r}" if _NAME.fullmatch(name) else f"the name of the header {name!r}"
             raise InputError(
-                f"{name!r}: {value!r} is no header", hint="Give NAME=VALUE, both of ASCII, without control characters."
+                f"{what} has characters that none may have",
+                hint="Give NAME=VALUE, both of ASCII, without control characters, and without spaces in the name.",
             )

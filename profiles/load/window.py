@@ -21,7 +21,7 @@ from profiles.load.alarm import Alarm
 from profiles.load.arrivals import schedule_blocks
 from profiles.load.payloads import Payload
 from profiles.load.recording import NS_PER_S, Trace
-from profiles.load.transports import Reply, Status, Transport
+from profiles.load.transports import Reply, Status, Transport, with_limit
 from registry.errors import UnreachableError
 from registry.records import ClosedLoop, LoadProfile, OpenLoop, Replay
 
@@ -324,7 +324,8 @@ class Window:
             held.append(Kept(payload=payload, reply=reply))
 
     def _note_failure(self, reply: Reply, done_ns: int) -> None:
-        self._first_error = self._first_error or reply.message
+        if not self._first_error:
+            self._first_error = with_limit(reply, self._profile.timeout_s, " of when it was due").message
         if reply.status == Status.CONNECTION:
             if self._refused == 0:
                 self._refused_since_ns = done_ns

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import re
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import Any, Literal
@@ -12,7 +13,7 @@ import pytest
 from profiles.load import http2
 from profiles.load.http2 import Frames, HeaderBlocks, Http2Error, Kind, Setting
 from profiles.load.payloads import Payload
-from profiles.load.transports import ROUTE, Reply, Status, make_transport
+from profiles.load.transports import ROUTE, Reply, Status, make_transport, with_limit
 from registry.errors import InputError, UnreachableError
 from registry.records import Target
 from tests.doubles.busy import LONG_S
@@ -30,6 +31,7 @@ def asked(
     times: int = 1,
     together: bool = False,
     path: str = "",
+    limit_s: float = LONG_S,
     **target: Any,
 ) -> list[Reply]:
     """The replies to so many requests on one connection, one after the other or together."""
@@ -56,9 +58,9 @@ def asked(
         try:
             await transport.open(LONG_S)
             if together:
-                replies = await asyncio.gather(*(transport.infer(payload, LONG_S) for _ in range(times)))
+                replies = await asyncio.gather(*(transport.infer(payload, limit_s) for _ in range(times)))
             else:
-                replies = [await transport.infer(payload, LONG_S) for _ in range(times)]
+                replies = [await transport.infer(payload, limit_s) for _ in range(times)]
             assert transport.in_flight == 0
             return list(replies)
         finally:
@@ -167,10 +169,38 @@ def test_a_large_request_arrives_whole() -> None:
 
 
 @pytest.mark.parametrize("protocol", ["rest", "grpc"])
-@pytest.mark.parametrize(("name", "value"), [("bad name", "x"), ("x", "a\r\nInjected: 1"), ("x", "é"), ("", "x")])
-def test_headers_that_are_none_are_refused(protocol: Protocol, name: str, value: str) -> None:
-    with pytest.raises(InputError, match="is no header"):
+@pytest.mark.parametrize(
+    ("name", "value"), [("bad name", "secret"), ("x", "secret\r\nInjected: 1"), ("x", "secreté"), ("", "secret")]
+)
+def test_headers_that_are_none_are_refused_and_their_values_not_shown(
+    protocol: Protocol, name: str, value: str
+) -> None:
+    with pytest.raises(InputError, match=f"of the header {name!r}") as caught:
         asked(says(PLAIN), protocol=protocol, headers={name: value})
+    assert "secret" not in f"{caught.value.message}{caught.value.hint}"
+
+
+@pytest.mark.parametrize("protocol", ["rest", "grpc"])
+def test_what_does_not_answer_in_time_is_told_with_the_limit_that_was_given(protocol: Protocol) -> None:
+    async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if protocol == "grpc":
+            writer.write(http2.settings({}))
+            await writer.drain()
+        await reader.read(-1)
+
+    (reply,) = asked(silent, protocol=protocol, limit_s=0.2)
+    assert reply.status == Status.TIMEOUT
+    # Where the machine is so busy that not even the connection was there by then, that is what is told.
+    assert re.fullmatch(r"(DEADLINE_EXCEEDED: )?no (answer|connection) within 0\.2 s", reply.message)
+
+
+def test_a_servers_own_words_on_time_stay_as_they_are() -> None:
+    own = Reply(Status.TIMEOUT, message="DEADLINE_EXCEEDED: the batch was not full in time, and more")
+    assert with_limit(own, 0.5) == own
+    done = Reply(Status.OK, b"x", message="in time")
+    assert with_limit(done, 0.5) == done
+    late = Reply(Status.TIMEOUT, message="no answer in time")
+    assert with_limit(late, 10.0, " of when it was due").message == "no answer within 10 s of when it was due"
 
 
 # --- gRPC --------------------------------------------------------------------------------------------------------
