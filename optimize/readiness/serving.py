@@ -4,7 +4,7 @@ Sources: the README of Triton's onnxruntime backend (accelerators, graph levels)
 ONNX Runtime's page on its TensorRT execution provider.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from optimize.readiness.graph import Graph, named
@@ -44,8 +44,9 @@ def profile_in(config: Any) -> Profile | None:
     given = Target(tensorrt=(10, 0), config=config).provider or {}
     ends = [_shapes(given.get(f"trt_profile_{end}_shapes", "")) for end in ENDS]
     least, best, most = ends
-    whole = least and least.keys() == best.keys() == most.keys()
-    return {name: Range(min=least[name], opt=best[name], max=most[name]) for name in least} if whole else None
+    if not least or not least.keys() == best.keys() == most.keys() or _unequal_ranks(ends):
+        return None
+    return {name: Range(min=least[name], opt=best[name], max=most[name]) for name in least}
 
 
 def _shapes(text: str) -> dict[str, tuple[int, ...]]:
@@ -55,6 +56,15 @@ def _shapes(text: str) -> dict[str, tuple[int, ...]]:
         return {name: tuple(int(size) for size in shape.split("x")) for name, _, shape in parts}
     except ValueError:
         return {}
+
+
+def _unequal_ranks(ends: Iterable[Mapping[str, tuple[int, ...]]]) -> list[str]:
+    """The inputs whose shapes have other numbers of dimensions at one end than at another."""
+    ranks: dict[str, set[int]] = {}
+    for shapes in ends:
+        for name, shape in shapes.items():
+            ranks.setdefault(name, set()).add(len(shape))
+    return [name for name, found in ranks.items() if len(found) > 1]
 
 
 # --- what a configuration says -----------------------------------------------------------------------------------
@@ -116,6 +126,8 @@ def provider_settings(graph: Graph, target: Target) -> Iterator[Hit]:
         lacking = [value.name for value in graph.inputs if None in (graph.shape(value.name) or ())]
         if missing := [name for name in lacking if name not in shapes]:
             yield Hit(message=f"trt_profile_{end}_shapes lacks the input {missing[0]!r}", nodes=tuple(missing))
+    if odd := _unequal_ranks(_shapes(given[f"trt_profile_{end}_shapes"]) for end in named_ends):
+        yield Hit(message=f"the shapes of {odd[0]!r} at min, opt and max differ in rank", nodes=tuple(odd))
 
 
 def int8_settings(graph: Graph, target: Target) -> Iterator[Hit]:

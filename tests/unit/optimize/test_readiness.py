@@ -294,6 +294,8 @@ CASES = [
     ("E702", parsed(FREE), {"config": on_onnx_runtime(trt_profile_min_shapes="x:1x4")}),
     ("E702", parsed(FREE), {"config": on_onnx_runtime(
         trt_profile_min_shapes="z:1x4", trt_profile_opt_shapes="x:1x4", trt_profile_max_shapes="x:1x4")}),
+    ("E702", parsed(FREE), {"config": on_onnx_runtime(
+        trt_profile_min_shapes="x:1x4", trt_profile_opt_shapes="x:4", trt_profile_max_shapes="x:1x4")}),
     ("E703", quantized_product(), {"config": on_onnx_runtime(precision_mode="FP16")}),
     ("E703", quantized_product(), {"config": on_onnx_runtime(
         precision_mode="INT8", int8_calibration_table_name="table")}),
@@ -421,7 +423,8 @@ def test_the_shapes_of_a_configuration_are_the_profile() -> None:
         "x": Range(min=(1, 4), opt=(2, 4), max=(8, 4)),
         "m": Range(min=(1,), opt=(2,), max=(8,)),
     }
-    for odd in ({**shapes, "trt_profile_max_shapes": "x:8xn"}, dict(list(shapes.items())[:2]), {}):
+    ranks = {**shapes, "trt_profile_max_shapes": "x:8x4x1,m:8"}
+    for odd in (ranks, {**shapes, "trt_profile_max_shapes": "x:8xn"}, dict(list(shapes.items())[:2]), {}):
         assert profile_in(parse_config(on_onnx_runtime(**odd))) is None
     assert profile_in(None) is None
 
