@@ -18,6 +18,7 @@ from registry.records import (
     Capacity,
     ClosedLoop,
     LoadProfile,
+    Measurement,
     OpenLoop,
     RateStage,
     Replay,
@@ -118,17 +119,16 @@ class _Bench:
         return self._windows(loads, capacity)
 
     def _sweep(self, load: SweepPlan) -> Planned:
-        closed = self._windows([(f"concurrency {n}", ClosedLoop(concurrency=n)) for n in load.concurrency])
-        most_rps = max((_throughput(run) for one in closed.rounds for run in one.runs if run.valid), default=0.0)
+        closed = self._offered([(f"concurrency {n}", ClosedLoop(concurrency=n)) for n in load.concurrency])
+        most_rps = max((_throughput(run) for one in closed for run in one.runs if run.valid), default=0.0)
         if most_rps <= 0:
-            return closed
+            return self._reduced(closed, None)
         rates = [share * most_rps for share in load.shares]
-        opened = self._windows([(f"{rate:.4g} rps", _open(rate)) for rate in rates], first=len(load.concurrency))
-        return Planned(
-            capacity=None,
-            measurements=(*closed.measurements, *opened.measurements),
-            rounds=(*closed.rounds, *opened.rounds),
-        )
+        opened = self._offered([(f"{rate:.4g} rps", _open(rate)) for rate in rates], first=len(load.concurrency))
+        # Saturation, which was not looked for, is no higher: a tail that is too near to this is too near to that.
+        most = Capacity(candidate_id=_ID, concurrency=1, ladder=(), stages=(), saturation_rps=most_rps)
+        found = self._reduced([*closed, *opened], most)
+        return replace(found, capacity=None, measurements=_without(found.measurements, "saturation_rps"))
 
     def _staged(self, load: StagedPlan) -> Planned:
         concurrency, rates = 1, load.rates_rps
@@ -150,7 +150,8 @@ class _Bench:
                 if len(runs) > 1 and not any(_sustained(run, concurrency) for run in runs[-2:]):
                     break
             rounds.append(Round(candidate_id=_ID, number=number, position=0, runs=tuple(runs)))
-        stages = tuple(_stage(rate, records, concurrency) for rate, records in seen.items())
+        # A rate that a run ended before was not sustained in all of them.
+        stages = tuple(_stage(rate, records, concurrency, runs=self._plan.runs) for rate, records in seen.items())
         capacity = Capacity(
             candidate_id=_ID,
             concurrency=concurrency,
@@ -179,13 +180,13 @@ class _Bench:
             scratch.unlink(missing_ok=True)
 
     def _windows(
-        self,
-        loads: Sequence[tuple[str, ClosedLoop | OpenLoop | Replay]],
-        capacity: Capacity | None = None,
-        *,
-        first: int = 0,
+        self, loads: Sequence[tuple[str, ClosedLoop | OpenLoop | Replay]], capacity: Capacity | None = None
     ) -> Planned:
-        """Every load once in each run."""
+        """What every load says, offered once in each run."""
+        return self._reduced(self._offered(loads), capacity)
+
+    def _offered(self, loads: Sequence[tuple[str, ClosedLoop | OpenLoop | Replay]], *, first: int = 0) -> list[Round]:
+        """Every load once in each run, the first of them in this place of its round."""
         rounds = []
         for number in range(self._plan.runs):
             runs = [
@@ -193,7 +194,7 @@ class _Bench:
                 for place, (name, load) in enumerate(loads, first)
             ]
             rounds.append(Round(candidate_id=_ID, number=number, position=0, runs=tuple(runs)))
-        return self._reduced(rounds, capacity)
+        return rounds
 
     def _profile(self, name: str, load: ClosedLoop | OpenLoop | Replay, number: int, place: int) -> LoadProfile:
         return LoadProfile(
@@ -238,7 +239,7 @@ def curves_of(rounds: Sequence[Round]) -> Capacity:
             opened.setdefault(run.load.load.rate_rps, []).append(run)
     ladder = tuple((n, fmean(rates)) for n, rates in sorted(closed.items()) if rates)
     concurrency = max(ladder, key=lambda rung: rung[1], default=(1, 0.0))[0]
-    stages = tuple(_stage(rate, runs, concurrency) for rate, runs in sorted(opened.items()))
+    stages = tuple(_stage(rate, runs, concurrency, runs=len(runs)) for rate, runs in sorted(opened.items()))
     return Capacity(candidate_id=_ID, concurrency=concurrency, ladder=ladder, stages=stages, saturation_rps=None)
 
 
@@ -254,6 +255,15 @@ def level_of(plan: LoadPlan) -> Level:
     )
 
 
+def _without(measurements: Sequence[Measurement], metric: str) -> tuple[Measurement, ...]:
+    """The measurements without this metric of no load; one that had nothing else is left out."""
+    told = [
+        replace(one, metrics={name: value for name, value in one.metrics.items() if one.load or name != metric})
+        for one in measurements
+    ]
+    return tuple(one for one in told if one.metrics)
+
+
 def _open(rate_rps: float, arrivals: str = "poisson") -> OpenLoop:
     return OpenLoop(rate_rps=rate_rps, arrivals="constant" if arrivals == "constant" else "poisson")
 
@@ -267,18 +277,18 @@ def _sustained(run: RunRecord, concurrency: int) -> bool:
     return not spoiled and keeps_up(run, concurrency)
 
 
-def _stage(rate_rps: float, runs: Sequence[RunRecord], concurrency: int) -> RateStage:
-    """One target over its runs; it is sustained where it is in all of them."""
+def _stage(rate_rps: float, records: Sequence[RunRecord], concurrency: int, *, runs: int) -> RateStage:
+    """One target over its records; it is sustained where it is in all of so many runs."""
 
     def middle(name: str) -> float | None:
-        values = [run.metrics[name] for run in runs if name in run.metrics]
+        values = [record.metrics[name] for record in records if name in record.metrics]
         return median(values) if values else None
 
     return RateStage(
         offered_rps=rate_rps,
-        achieved_rps=median(map(_throughput, runs)),
+        achieved_rps=median(map(_throughput, records)),
         latency_p50_ms=middle("latency_p50_ms"),
         latency_p90_ms=middle("latency_p90_ms"),
-        sustained=all(_sustained(run, concurrency) for run in runs),
-        findings=tuple(finding for run in runs for finding in run.findings),
+        sustained=len(records) >= runs and all(_sustained(record, concurrency) for record in records),
+        findings=tuple(finding for record in records for finding in record.findings),
     )

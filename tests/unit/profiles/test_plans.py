@@ -25,10 +25,13 @@ class VirtualGenerator:
         self.service = service
         self.offered: list[LoadProfile] = []
 
+    def law(self) -> Queue:
+        """How it answers in the window that is offered now."""
+        return Queue(0.005, service=self.service, seed=len(self.offered))
+
     def run(self, target: Target, payloads: Any, profile: LoadProfile, *, raw_path: Path, raw_root: Path) -> RunRecord:
         self.offered.append(profile)
-        law = Queue(0.005, service=self.service, seed=len(self.offered))
-        save_arrays(raw_path, recording := simulate(law, profile))
+        save_arrays(raw_path, recording := simulate(self.law(), profile))
         name = raw_path.relative_to(raw_root).as_posix()
         return summarize(recording, profile, raw=name, raw_sha256=file_sha256(raw_path))
 
@@ -104,6 +107,22 @@ def test_stages_ramp_hold_and_end_where_nothing_is_sustained(tmp_path: Path) -> 
     assert [stage.sustained for stage in found.capacity.stages] == [True, True, False, False]
 
 
+def test_a_rate_that_one_run_did_not_come_to_is_not_sustained_in_all(tmp_path: Path) -> None:
+    class Waking(VirtualGenerator):
+        """Half as fast for the first windows as it then is."""
+
+        def law(self) -> Queue:
+            return Queue(0.01 if len(self.offered) <= 3 else 0.005, service="fixed", seed=len(self.offered))
+
+    text = "load:\n  kind: staged\n  rates_rps: [80, 130, 150, 170]\nduration_s: 8\nruns: 2\n"
+    generator = Waking()
+    found = run_plan(generator, TARGET, (), written(tmp_path, text), seed=1, raw_root=tmp_path)  # type: ignore[arg-type]
+    assert [len(one.runs) for one in found.rounds] == [3, 4]
+    assert found.capacity is not None
+    assert [stage.sustained for stage in found.capacity.stages] == [True, False, False, False]
+    assert found.capacity.saturation_rps == 80
+
+
 def test_stages_may_be_shares_of_what_the_server_can(tmp_path: Path) -> None:
     found, _ = carry_out(tmp_path, load_plan("staged"))
     assert found.capacity is not None
@@ -123,6 +142,16 @@ def test_a_sweep_goes_from_concurrency_to_rates(tmp_path: Path) -> None:
     assert [type(profile.load) for profile in offered] == [ClosedLoop] * 6 + [OpenLoop] * 6
     medians = [one.metrics["latency_p50_ms"].value for one in found.measurements[-6:]]
     assert medians[0] < medians[-1]
+
+
+def test_near_the_most_that_a_sweep_found_a_tail_has_no_upper_end(tmp_path: Path) -> None:
+    text = "load:\n  kind: sweep\n  concurrency: [8]\n  shares: [0.3, 0.95]\nduration_s: 8\n"
+    found, _ = carry_out(tmp_path, written(tmp_path, text))
+    assert found.measurements[0].load == "concurrency 8"
+    low, high = (one.metrics["latency_p90_ms"] for one in found.measurements[-2:])
+    assert low.high is not None
+    assert (high.high, "near saturation" in high.method) == (None, True)
+    assert not any("saturation_rps" in one.metrics for one in found.measurements)  # it was not looked for
 
 
 def test_a_replay_lasts_as_long_as_its_recording(tmp_path: Path) -> None:
