@@ -19,6 +19,9 @@ Word = Literal["faster", "equivalent", "slower", "undecided"]
 SMALLEST_FLOOR = 0.02
 # On a machine so noisy that like differs from like by more than this, "equivalent" would say nothing.
 LARGEST_FLOOR = 0.10
+# Where not one pair of like runs was valid, nobody knows how much like differs from like: more than that, for all that
+# is known. Convention of the house.
+UNKNOWN_FLOOR = 0.15
 # Runs of one after runs of the other: the machine's drift between them is in the ratio, and nobody knows it. Abedi and
 # Brecht ("Conducting repeatable experiments in highly variable cloud computing environments", ICPE 2017) found
 # identical systems 38 % apart that way.

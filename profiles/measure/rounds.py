@@ -22,7 +22,7 @@ from profiles.load.recording import NS_PER_MS, latency_ms, load_arrays
 from profiles.load.transports import Status
 from profiles.measure.breakdown import read_counts, times_over_runs, with_breakdown
 from profiles.measure.capacity import estimate_saturation
-from profiles.measure.compare import compare_blocks, compare_pairs, noise_floor, spent_at
+from profiles.measure.compare import UNKNOWN_FLOOR, compare_blocks, compare_pairs, noise_floor, spent_at
 from profiles.measure.levels import Level
 from profiles.measure.percentiles import estimate_over_runs, estimate_percentile, is_earned, nearest_rank
 from profiles.measure.resources import RESOURCES, GpuProbe, PackageEnergy, ResourceMeter, peak_over_runs
@@ -311,8 +311,9 @@ def compare_rounds(
     """Every other candidate against the baseline, in ``max_throughput_rps`` and the latencies at each load.
 
     Pairs are those of rounds in which both have a valid run with the metric. The noise floor of a metric is the
-    largest difference between two runs of the same thing in the same round, at least 2 %. Where the level allows more
-    rounds for what is undecided, each look at the rounds spends a part of the chance to err (`spent_at`).
+    largest difference between two runs of the same thing in the same round, at least 2 %, and `UNKNOWN_FLOOR` where the
+    level has such pairs and none is valid. Where the level allows more rounds for what is undecided, each look at the
+    rounds spends a part of the chance to err (`spent_at`).
 
     Args:
         baseline_id: the candidate that the others are held against.
@@ -339,7 +340,8 @@ def compare_rounds(
     comparisons = []
     for load in loads:
         for metric in _compared(load, level):
-            floor = noise_floor(pairs((twice, load + AGAIN), (twice, load), metric))
+            twins = pairs((twice, load + AGAIN), (twice, load), metric)
+            floor = noise_floor(twins) if twins or not level.a_a else UNKNOWN_FLOOR
             for other in others:
                 found = pairs((other, load), (baseline_id, load), metric)
                 if found:
@@ -429,7 +431,7 @@ def _slug(name: str) -> str:
 
 
 def _closed_rps(concurrency: int, capacity: Capacity) -> float:
-    """The ladder's throughput at the nearest concurrency that was tried and is not higher."""
+    """The ladder's highest throughput at the concurrencies that were tried and are not higher."""
     return max((rps for tried, rps in capacity.ladder if tried <= concurrency), default=0.0)
 
 

@@ -9,6 +9,7 @@ import pytest
 from profiles.deploy.cluster import Usage
 from profiles.load.recording import save_arrays
 from profiles.load.summary import summarize
+from profiles.measure.compare import UNKNOWN_FLOOR, compare_pairs
 from profiles.measure.levels import Level, find_level
 from profiles.measure.rounds import (
     AGAIN,
@@ -314,3 +315,21 @@ def test_the_noise_floor_comes_from_the_baselines_two_runs(tmp_path: Path) -> No
     (throughput,) = (one for one in found if one.metric == "max_throughput_rps")
     assert throughput.noise_floor > 2
     assert throughput.word == "undecided"
+
+
+def test_where_no_second_run_is_valid_nobody_knows_the_noise(tmp_path: Path) -> None:
+    spoilt = GateFinding(gate="steal", observed="9%", limit="2%")
+    rounds = [
+        replace(
+            one,
+            runs=tuple(replace(run, findings=(spoilt,)) if run.load.name.endswith(AGAIN) else run for run in one.runs),
+        )
+        for one in campaign(tmp_path)
+    ]
+    found = compare_rounds("base", rounds, raw_root=tmp_path, level=QUICK)
+    assert {one.noise_floor for one in found} == {UNKNOWN_FLOOR}
+    (throughput,) = (one for one in found if one.metric == "max_throughput_rps")
+    assert throughput.word == "faster"  # twice as fast is beyond it
+    pairs = [(100, 100), (100, 101), (100, 99), (101, 100)]
+    like = compare_pairs(pairs, candidate_id="c", baseline_id="b", metric="x_ms", load=None, noise_floor=UNKNOWN_FLOOR)
+    assert like.word == "undecided"
