@@ -5,10 +5,11 @@ import socket
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from registry.errors import UnreachableError
+from registry.errors import InputError, UnreachableError
 
 LOOPBACK = "127.0.0.1"
 _PROBE_S = 2.0
+_MOST = 65_535
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,8 +28,11 @@ def choose_ports(fixed: Mapping[str, int | None]) -> Ports:
         fixed: ``http``, ``grpc`` or ``metrics`` -> the port that the user chose, or None.
 
     Raises:
-        UnreachableError: a fixed port is in use.
+        InputError: a fixed one is no port.
+        UnreachableError: it is in use.
     """
+    if odd := [port for port in fixed.values() if port is not None and not 0 < port <= _MOST]:
+        raise InputError(f"there is no port {odd[0]}", hint=f"Ports are 1 to {_MOST}.")
     with contextlib.ExitStack() as held:
         # All are held until all are known, so that they differ.
         chosen = {name: held.enter_context(_bound(fixed.get(name) or 0)) for name in ("http", "grpc", "metrics")}

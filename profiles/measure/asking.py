@@ -11,6 +11,7 @@ from types import MappingProxyType
 from urllib.parse import quote
 
 MOST_BYTES = 64_000_000
+_MOST_PORT = 65_535
 _NONE: Mapping[str, str] = MappingProxyType({})
 
 
@@ -38,6 +39,9 @@ def ask(
     made = http.client.HTTPConnection(host, timeout=timeout_s)
     if tls:
         made = http.client.HTTPSConnection(host, timeout=timeout_s, context=ssl.create_default_context())
+    if not 0 < made.port <= _MOST_PORT:
+        # The system would take what is left of it in 16 bits, which is another's port.
+        raise http.client.InvalidURL(f"there is no port {made.port}")
     with contextlib.closing(made) as connection, _Deadline(connection, timeout_s) as deadline:
         connection.connect()
         deadline.hold(connection.sock)

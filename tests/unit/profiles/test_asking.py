@@ -82,6 +82,15 @@ def test_what_is_no_answer() -> None:
         ask("host:port", "/v2", timeout_s=LONG_S)
 
 
+@pytest.mark.parametrize("tls", [False, True])
+def test_a_port_that_is_none_is_not_taken_for_another(tls: bool) -> None:
+    with FakeV2Server() as server:
+        host, _, port = server.target("rest").url.partition(":")
+        beyond = f"{host}:{int(port) + 65_536}"  # which the system would cut to the same 16 bits
+        with pytest.raises(UnreachableError, match=f"there is no port {int(port) + 65_536}"):
+            takes_binary(Target(url=beyond, protocol="rest", model="m", tls=tls))
+
+
 def answer(status: int, body: bytes) -> bytes:
     return b"HTTP/1.1 %d Said\r\nContent-Length: %d\r\n\r\n%s" % (status, len(body), body)
 
