@@ -20,7 +20,7 @@ from profiles.deploy.cluster import Cluster, Deployment
 from profiles.load.ceiling import Ceilings
 from profiles.load.engine import LoadGenerator
 from profiles.load.payloads import Expected, Payload, encode_payloads, encode_rows, expected_answers
-from profiles.measure.capacity import find_capacity
+from profiles.measure.capacity import find_capacity, told_saturation
 from profiles.measure.compare import looks_at
 from profiles.measure.equivalence import MOST_ROWS, Reference, check_equivalence
 from profiles.measure.levels import Level
@@ -292,7 +292,7 @@ class _Hall:
         self._deployed[candidate_id] = deployed
         if not known:
             self._took_s.append(monotonic() - began)
-        return f"saturates at {capacity.saturation_rps or 0:.0f} requests a second" + _reused(known)
+        return told_saturation(capacity) + _reused(known)
 
     def _budget_for_another(self) -> Budget:
         """The time in which one more candidate may be begun; what the rounds of all will take is kept for them.

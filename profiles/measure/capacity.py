@@ -27,6 +27,8 @@ LAST_RESORT = 0.3
 LADDER_REQUESTS = 20
 STAGE_REQUESTS = 60
 LONGER = 3.0
+# A rate below this is told with digits behind the point.
+SMALL_RPS = 10
 
 
 def find_capacity(run: Run, level: Level, *, candidate_id: str, seed: int = 0) -> Capacity:
@@ -72,6 +74,14 @@ def estimate_saturation(capacity: Capacity) -> Estimate | None:
     )
     high = min(beyond, default=None)
     return Estimate(value=value, low=value, high=high, runs=1, method="stage grid", unit="1/s")
+
+
+def told_saturation(capacity: Capacity) -> str:
+    """Where it saturates, for people: ``saturates at 120 requests a second``."""
+    rate_rps = capacity.saturation_rps
+    if rate_rps is not None:
+        return f"saturates at {rate_rps:{'.0f' if rate_rps >= SMALL_RPS else '.2g'}} requests a second"
+    return "keeps up with none of the rates that were tried" if capacity.stages else "answers nothing in a closed loop"
 
 
 def keeps_up(record: RunRecord, concurrency: int) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from profiles.load.engine import LoadGenerator
 from profiles.load.payloads import Payload
-from profiles.measure.capacity import find_capacity
+from profiles.measure.capacity import find_capacity, told_saturation
 from profiles.measure.compare import looks_at
 from profiles.measure.levels import Level
 from profiles.measure.rounds import (
@@ -101,7 +101,7 @@ def measure_in_turns(
         found = _capacity(runs[side.id], side, search, seed=seed, scratch=raw_root / "capacity.npz")
         capacities[side.id] = found
         if not loads:
-            told(f"{side.id}: saturates at {found.saturation_rps or 0:.0f} requests a second")
+            told(f"{side.id}: {told_saturation(found)}")
     loads = loads or _common_loads(capacities.values())
     first = sides[0].id
     wanted = _wanted(loads[0], level)

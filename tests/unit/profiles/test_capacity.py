@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from profiles.load.summary import summarize
-from profiles.measure.capacity import Run, estimate_saturation, find_capacity, keeps_up
+from profiles.measure.capacity import Run, estimate_saturation, find_capacity, keeps_up, told_saturation
 from profiles.measure.levels import find_level
 from profiles.testing import Law, Queue, simulate
 from registry.records import Capacity, ClosedLoop, GateFinding, LoadProfile, OpenLoop, RateStage, RunRecord
@@ -153,3 +153,20 @@ def test_the_saturation_point_lies_between_two_stages(above: list[RateStage], hi
     assert estimate is not None
     assert (estimate.low, estimate.value, estimate.high, estimate.method) == (100, 100, high, "stage grid")
     assert estimate_saturation(replace(capacity, saturation_rps=None)) is None
+
+
+@pytest.mark.parametrize(
+    ("saturation_rps", "stages", "said"),
+    [
+        (123.4, 1, "saturates at 123 requests a second"),
+        (0.4321, 1, "saturates at 0.43 requests a second"),
+        (None, 1, "keeps up with none of the rates that were tried"),
+        (None, 0, "answers nothing in a closed loop"),
+    ],
+)
+def test_where_something_saturates_is_told_as_far_as_it_is_known(
+    saturation_rps: float | None, stages: int, said: str
+) -> None:
+    tried = (stage(100, False),) * stages
+    capacity = Capacity(candidate_id="c", concurrency=1, ladder=(), stages=tried, saturation_rps=saturation_rps)
+    assert told_saturation(capacity) == said
