@@ -6,7 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from profiles.load.library import LONGEST_S, MOST_CONCURRENCY, MOST_RPS
+from profiles.load.arrivals import LONGEST_S
+from profiles.load.library import MOST_CONCURRENCY, MOST_RPS
 from profiles.measure.bench import takes_binary
 from registry.errors import InputError
 from registry.records import Target
@@ -69,6 +70,16 @@ def check_amounts(**amounts: float | None) -> None:
             raise InputError(f"{option} is above 0, not {amount:g}")
         if amount is not None and amount > most:
             raise InputError(f"{option} {amount:g} is beyond any client", hint=f"It is at most {most:,g}.")
+
+
+def check_seed(seed: int) -> None:
+    """Returns where a seed is one.
+
+    Raises:
+        InputError: it is not.
+    """
+    if seed < 0:
+        raise InputError(f"--seed is 0 or more, not {seed}")
 
 
 def make_folder(folder: Path, option: str) -> None:

@@ -20,6 +20,8 @@ NS_PER_S = 1_000_000_000
 BLOCK = 4096
 # A file of arrivals is read whole: more than this is no recording of a load test.
 MOST_ARRIVALS_BYTES = 200_000_000
+# No run is meant to be longer than a day. Times in ms or ns that are taken for seconds soon are.
+LONGEST_S = 86_400.0
 
 
 def schedule_ns(
@@ -80,7 +82,7 @@ def read_arrivals(file: Path, *, speed: float = 1.0) -> Replay:
         speed: how many times faster than recorded.
 
     Raises:
-        InputError: the file cannot be read, or holds fewer than two different times.
+        InputError: the file cannot be read, holds fewer than two different times, or lasts longer than any run.
     """
     times = _times(file)
     span_s = float(times[-1] - times[0]) if len(times) else 0.0
@@ -88,6 +90,11 @@ def read_arrivals(file: Path, *, speed: float = 1.0) -> Replay:
         raise InputError(
             f"{file} holds {len(times)} arrivals over {span_s:g} s",
             hint="Give a file with one time in seconds a line, of at least two different times.",
+        )
+    if span_s / speed > LONGEST_S:
+        raise InputError(
+            f"to replay {file} would take {span_s / speed:,.0f} s, and a run is {LONGEST_S:,.0f} s at most",
+            hint="Are its times in seconds? A load profile's speed replays them faster.",
         )
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     return Replay(file=str(file.resolve()), sha256=digest, count=len(times), span_s=span_s, speed=speed)

@@ -5,14 +5,15 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from profiles.load.arrivals import LONGEST_S
 from registry.documents import load_document
 from registry.errors import InputError
 
 FOLDER = Path(__file__).parents[1] / "library"
 PREFIX = "load-"
 
-# No client of one machine goes beyond these, and no run is meant to.
-MOST_RPS, MOST_CONCURRENCY, LONGEST_S = 1e6, 100_000, 86_400.0
+# No client of one machine goes beyond these.
+MOST_RPS, MOST_CONCURRENCY = 1e6, 100_000
 
 Rate = Annotated[float, Field(gt=0, le=MOST_RPS)]
 Concurrency = Annotated[int, Field(ge=1, le=MOST_CONCURRENCY)]

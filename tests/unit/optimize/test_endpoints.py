@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from optimize.endpoints import check_amounts, endpoint, make_folder
+from optimize.endpoints import check_amounts, check_seed, endpoint, make_folder
 from profiles.testing import FakeV2Server
 from registry.errors import InputError, UnreachableError
 
@@ -78,6 +78,12 @@ def test_amounts_beyond_any_client_are_refused(amounts: dict[str, float]) -> Non
     check_amounts(for_rate=2e6)
     with pytest.raises(InputError, match="is beyond any client"):
         check_amounts(**amounts)
+
+
+def test_a_seed_is_no_less_than_0() -> None:
+    check_seed(0)
+    with pytest.raises(InputError, match="--seed is 0 or more, not -1"):
+        check_seed(-1)
 
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:

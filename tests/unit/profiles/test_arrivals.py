@@ -95,6 +95,7 @@ def test_recorded_arrivals_are_replayed(tmp_path: Path) -> None:
         (b"1\ntwo\n", ":2: 'two' is no time"),
         (b"1\nnan\n", ":2: 'nan'"),
         (b"5\n", "1 arrivals"),
+        (b"1700000000000\n1700000100000\n", "would take 100,000 s, and a run is 86,400 s at most"),
         (b"", "0 arrivals"),
         (b"\xff", "no text"),
     ],
