@@ -7,7 +7,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from optimize.bench_generator import BenchGenerator, Journal
-from optimize.endpoints import check_amounts, endpoint, make_folder
+from optimize.endpoints import check_amounts, check_seed, endpoint, make_folder
 from optimize.in_process import answers_of_file, check_reference
 from optimize.samples import Samples, load_samples
 from profiles.deploy.local_process import watch_process
@@ -75,7 +75,9 @@ def bench_endpoint(
         InputError: an option or the samples do not fit.
         UnreachableError: the endpoint does not answer, or refuses.
         ServerDiedError: the server's process has ended.
+        StorageError: ``out`` cannot be written.
     """
+    check_seed(seed)
     check_amounts(
         for_rate=for_rate_rps, concurrency=concurrency, rate=rate_rps, duration_s=duration_s, runs=runs, workers=workers
     )
@@ -221,51 +223,65 @@ def _plain_slo(slo: SloSearch) -> dict[str, Any]:
     }
 
 
+def measured_nothing(result: dict[str, Any]) -> bool:
+    """Whether not one window of what was asked for is valid."""
+    if (slo := result["slo"]) is not None:
+        return not any(run["requests"] for run in slo["runs"])
+    return not result["valid_windows"]
+
+
 def show_bench(result: dict[str, Any]) -> None:
     """Prints what a bench found, one load after the other."""
     from rich.console import Console
 
     console = Console()
+
+    def say(line: str, **how: Any) -> None:
+        # Names that a server gives itself are no markup.
+        console.print(line, markup=False, highlight=False, **how)
+
     if result["payloads"]["distinct"] < _DISTINCT:
-        console.print(
+        say(
             f"Only {result['payloads']['distinct']} different requests: a cache of responses would look fast. "
             f"Give at least {_DISTINCT} samples."
         )
     if (slo := result["slo"]) is not None:
         rate = "no rate" if slo["rate_rps"] is None else f"{slo['rate_rps']:.1f} requests a second"
-        console.print(f"{slo['limit']}: {rate}. {slo['reason']}")
+        say(f"{slo['limit']}: {rate}. {slo['reason']}")
     elif result["capacity"] is not None:
-        saturation = result["capacity"]["saturation_rps"]
-        told = "was not reached by any stage" if saturation is None else f"{saturation:.1f} requests a second"
+        saturation, stages = result["capacity"]["saturation_rps"], result["capacity"]["stages"]
+        unknown = "not found, as no stage was sustained" if stages else "not found, as nothing was answered"
+        told = unknown if saturation is None else f"{saturation:.1f} requests a second"
         ladder = f"; closed-loop maximum at concurrency {result['capacity']['concurrency']}"
-        console.print(f"Saturation: {told}{ladder if result['capacity']['ladder'] else ''}")
-        for stage in result["capacity"]["stages"]:
+        say(f"Saturation: {told}{ladder if result['capacity']['ladder'] else ''}")
+        for stage in stages:
             held = "sustained" if stage["sustained"] else "not sustained"
-            console.print(f"  {stage['offered_rps']:.1f}/s: {stage['achieved_rps']:.1f}/s came back, {held}")
+            say(f"  {stage['offered_rps']:.1f}/s: {stage['achieved_rps']:.1f}/s came back, {held}")
         for line in result["advice"]["lines"]:
-            console.print(line, highlight=False)
+            say(line)
     for path in result["pictures"]:
-        console.print(f"Picture: {path}", highlight=False, soft_wrap=True)
+        say(f"Picture: {path}", soft_wrap=True)
     for measurement in result["measurements"]:
         _show_measurement(console, measurement)
     for one in result["invalid"]:
         for finding in one["findings"]:
-            console.print(
+            say(
                 f"invalid: {one['load']}, round {one['round'] + 1}: {finding['gate']} "
                 f"{finding['observed']} (limit {finding['limit']})"
             )
-    if result["invalid"] and not result["valid_windows"]:
-        console.print("Not one window is valid: nothing was measured at these loads.")
+    if measured_nothing(result):
+        say("Not one window is valid: nothing was measured at these loads.")
 
 
 def _show_measurement(console: "Console", measurement: dict[str, Any]) -> None:
     from rich.table import Table
+    from rich.text import Text
 
     server_only = set(measurement["metrics"]) == {"peak_rss_mb"}
     title = measurement["load"] or ("all windows" if server_only else "closed loop")
-    table = Table("metric", "value", title=title, title_justify="left")
+    table = Table("metric", "value", title=Text(title), title_justify="left")
     for name, fields in measurement["metrics"].items():
-        table.add_row(name, text(Estimate(**fields)))
+        table.add_row(*map(Text, (name, text(Estimate(**fields)))))
     console.print(table)
     if measurement["invalid_runs"]:
         console.print(f"{measurement['invalid_runs']} invalid runs were left out")

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from optimize.adaptation import adapt
 from optimize.cluster_config import load_cluster
 from optimize.clusters import open_file
-from optimize.endpoints import endpoint
+from optimize.endpoints import check_seed, endpoint
 from optimize.in_process import answers_of_file, answers_or_refusal, check_reference
 from optimize.rendering import find_candidate
 from optimize.reporting import read_campaign
@@ -227,8 +227,7 @@ def _check_amounts(*, requests: int, concurrency: int, tolerance: float, seed: i
             raise InputError(f"--{name} is {least} or more, not {amount}", hint="Only in company can answers be mixed.")
     if not 0 < tolerance <= 1:
         raise InputError(f"--tolerance is above 0 and at most 1, not {tolerance:g}")
-    if seed < 0:
-        raise InputError(f"--seed is 0 or more, not {seed}")
+    check_seed(seed)
 
 
 def _plain(target: Target, found: Equivalence, *, against: str) -> dict[str, Any]:
@@ -245,5 +244,13 @@ def lines(told: Mapping[str, Any]) -> list[str]:
         f"failed {told['failed']}, wrong {told['wrong']}, another's answer {len(told['swapped'])}; "
         f"largest deviation {told['worst']:.2e} of the output's largest value; "
         f"{told['told_apart']} samples could be told from all others",
-        "passed: each request got its own answer" if told["passed"] else f"FAILED: {told['reason']}",
+        _outcome(told),
     ]
+
+
+def _outcome(told: Mapping[str, Any]) -> str:
+    if not told["passed"]:
+        return f"FAILED: {told['reason']}"
+    if not told["told_apart"]:
+        return "passed, as far as can be told: answers are too much alike to see whether one is another's"
+    return "passed: each request got its own answer"

@@ -11,9 +11,10 @@ from typing import Any, Literal
 from numpy.typing import NDArray
 
 from optimize.across_hosts import names_campaign
-from optimize.endpoints import check_amounts, endpoint
+from optimize.endpoints import check_amounts, check_seed, endpoint, make_folder
 from optimize.reporting import read_campaign
 from optimize.samples import load_samples
+from profiles.load.ceiling import Ceilings
 from profiles.load.engine import LoadGenerator
 from profiles.load.payloads import encode_payloads
 from profiles.measure.compare import turned
@@ -389,22 +390,25 @@ def compare_live(first: str, second: str, asked: Asked, *, told: Callable[[str],
     Raises:
         InputError: an option or the samples do not fit.
         UnreachableError: an endpoint does not answer, or refuses.
+        StorageError: the folder for records cannot be written.
     """
     level = _level(asked)
     loads = [f"concurrency {asked.concurrency}"] if asked.concurrency is not None else []
     loads += [f"{asked.rate_rps:g} rps"] if asked.rate_rps is not None else []
     samples = load_samples(asked.samples)
     sides = [_side(name, word, samples.inputs, asked) for name, word in (("A", first), ("B", second))]
-    _, client_cpus, pinning = split_cpus()
+    server_cpus, client_cpus, pinning = split_cpus()
     client = fingerprint_host(pinning)
     played: list[Round] = []
     capacities: tuple[Capacity, ...] = ()
     with TemporaryDirectory(prefix="burnish-compare-") as scratch:
         root = asked.out or Path(scratch)
-        root.mkdir(parents=True, exist_ok=True)
+        make_folder(root, "--out")
+        # As in a campaign: a hint is not worth the seconds.
+        ceiling = None if level.provisional else Ceilings(root, server_cpus, client.fingerprint)
         how: dict[str, Any] = {"seed": asked.seed, "raw_root": root, "told": told, "on_round": played.append}
         try:
-            with LoadGenerator(cpus=client_cpus, work=Path(scratch)) as generator:
+            with LoadGenerator(cpus=client_cpus, work=Path(scratch), ceiling=ceiling) as generator:
                 turns = measure_in_turns(generator, sides, loads=loads, level=level, **how)
             capacities = turns.capacities
         finally:  # what was measured stays, whatever ended it
@@ -438,6 +442,7 @@ def compare_live(first: str, second: str, asked: Asked, *, told: Callable[[str],
 
 
 def _level(asked: Asked) -> Level:
+    check_seed(asked.seed)
     check_amounts(concurrency=asked.concurrency, rate=asked.rate_rps, rounds=asked.rounds, duration_s=asked.duration_s)
     level = find_level(asked.level)
     if asked.rounds is not None:

@@ -1,12 +1,13 @@
 """What each place on the way to a model on a Core 2 adds: ``burnish bench MESH --agent ... --server ...``."""
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from optimize.endpoints import check_amounts, endpoint, make_folder
+from optimize.endpoints import check_amounts, check_seed, endpoint, make_folder
 from optimize.samples import load_samples
 from profiles.load.ceiling import Ceilings
 from profiles.load.engine import LoadGenerator
@@ -17,10 +18,12 @@ from profiles.measure.levels import find_level
 from profiles.measure.rounds import run_until_valid
 from registry.codec import to_jsonable
 from registry.errors import InputError
+from registry.ledger import write_durably
 from registry.records import ClosedLoop, Estimate, LoadProfile, OpenLoop, RunRecord, Target
 from registry.report import numbers
 
 _DURATION_S, _ROUNDS, _WARMUP_SHARE = 3.0, 8, 0.3
+FILE = "depths.json"
 INTERNAL = "seldon-internal-model"
 """The header by which an agent knows a model: under its internal name, ``<model>_<version>``."""
 
@@ -72,7 +75,9 @@ def bench_depths(
     Raises:
         InputError: an option or the samples do not fit.
         UnreachableError: a place does not answer, or refuses.
+        StorageError: ``out`` cannot be written.
     """
+    check_seed(seed)
     check_amounts(concurrency=concurrency, rate=rate_rps, duration_s=duration_s, runs=rounds)
     if concurrency is not None and rate_rps is not None:
         raise InputError("one load is offered at each place", hint="Leave out --concurrency or --rate.")
@@ -115,7 +120,15 @@ def bench_depths(
                 return record
 
             found = measure_depths(run, places, window, rounds=rounds or _ROUNDS, seed=seed, folder=folder)
-    return {"model": model, "load": named, "rounds": rounds or _ROUNDS, "depths": [to_jsonable(one) for one in found]}
+    result = {
+        "model": model,
+        "load": named,
+        "rounds": rounds or _ROUNDS,
+        "depths": [to_jsonable(one) for one in found],
+    }
+    if out is not None:
+        write_durably(out / FILE, json.dumps(result, indent=2) + "\n")
+    return result
 
 
 def show_depths(result: dict[str, Any]) -> None:

@@ -116,7 +116,7 @@ def bench(
 
     Example: burnish bench 127.0.0.1:8001 --model digits --samples evaluation.npz --load staged
     """
-    from optimize.benching import bench_endpoint, show_bench
+    from optimize.benching import bench_endpoint, measured_nothing, show_bench
     from registry.errors import CheckFailedError
 
     if agent or server or internal:
@@ -162,13 +162,13 @@ def bench(
         emit_json(result)
     else:
         show_bench(result)
-    if result["invalid"] and not result["valid_windows"]:
+    if measured_nothing(result):
         raise typer.Exit(CheckFailedError.exit_code)
 
 
 def _bench_depths(url: str, *, json_output: bool, unfitting: dict[str, object], **asked: Any) -> None:
     from optimize.depths import bench_depths, show_depths
-    from registry.errors import InputError
+    from registry.errors import CheckFailedError, InputError
 
     if other := next((name for name, value in unfitting.items() if value), None):
         raise InputError(f"{other} does not go with --agent and --server", hint="They take --concurrency or --rate.")
@@ -178,3 +178,5 @@ def _bench_depths(url: str, *, json_output: bool, unfitting: dict[str, object], 
         emit_json(result)
     else:
         show_depths(result)
+    if all(one["service_p50_ms"] is None for one in result["depths"]):
+        raise typer.Exit(CheckFailedError.exit_code)

@@ -81,8 +81,10 @@ def bench_target(
     capacity = None
     if not loads:
         scratch = raw_root / "capacity.npz"
-        capacity = find_capacity(lambda profile: run(profile, scratch), level, candidate_id=_ID, seed=seed)
-        scratch.unlink(missing_ok=True)
+        try:
+            capacity = find_capacity(lambda profile: run(profile, scratch), level, candidate_id=_ID, seed=seed)
+        finally:
+            scratch.unlink(missing_ok=True)
     known = capacity or Capacity(candidate_id=_ID, concurrency=1, ladder=(), stages=(), saturation_rps=None)
     rounds = tuple(
         Round(

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -11,6 +10,7 @@ from typing import Any
 
 from registry.codec import digest, from_jsonable, to_jsonable
 from registry.errors import InputError
+from registry.ledger import write_durably
 from registry.records import Capacity, Host, Round, RunRecord, Target
 
 FILE = "bench.json"
@@ -95,7 +95,11 @@ def recorded_of(
 
 
 def write_recorded(recorded: Recorded, folder: Path) -> Path:
-    """Writes the record into the folder of its arrays, whole or not at all."""
+    """Writes the record into the folder of its arrays, whole or not at all.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
     content = {
         "schema": SCHEMA,
         "session": recorded.session,
@@ -109,9 +113,7 @@ def write_recorded(recorded: Recorded, folder: Path) -> Path:
         "searched": [to_jsonable(one) for one in recorded.searched],
     }
     path = folder / FILE
-    temporary = path.with_name(f".{FILE}.{os.getpid()}")
-    temporary.write_text(json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_durably(path, json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n")
     return path
 
 

@@ -76,6 +76,8 @@ def test_the_medians_stand_in_a_table(
     assert {path.name for path in (tmp_path / "out").glob("*.npz")} == {
         "server-0.npz", "agent-0.npz", "mesh-0.npz",
     }  # fmt: skip
+    kept = json.loads((tmp_path / "out" / depths.FILE).read_text(encoding="utf-8"))
+    assert [one["name"] for one in kept["depths"]] == ["server", "agent", "mesh"]
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from profiles.measure.host import fingerprint_host
 from profiles.measure.recorded import read_recorded, recorded_of, write_recorded
 from profiles.testing import FakeV2Server
 from registry.errors import StorageError
-from registry.records import ClosedLoop, GateFinding, LoadProfile, OpenLoop, RunRecord
+from registry.records import ClosedLoop, GateFinding, LoadProfile, OpenLoop, RunRecord, Target
 from tests.doubles.busy import undisturbed
 
 X = np.random.default_rng(0).normal(size=(8, 16)).astype(np.float32)
@@ -79,6 +79,14 @@ def test_every_window_is_a_line_and_rounds_keep_their_numbers(tmp_path: Path) ->
     ]
     assert [one.number for one in journal.rounds] == [0, 1]
     assert journal.searched == []
+
+
+def test_a_record_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    target = Target(url="127.0.0.1:1", protocol="grpc", model="m")
+    made = recorded_of(target, (), None, client=fingerprint_host("none"), samples_digest="", settings={})
+    with pytest.raises(StorageError, match=r"bench\.json could not be written"):
+        write_recorded(made, tmp_path / "file")
 
 
 def test_times_that_cannot_be_kept_are_told(tmp_path: Path) -> None:

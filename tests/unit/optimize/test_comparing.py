@@ -12,6 +12,7 @@ from optimize import comparing
 from optimize.cli import main
 from optimize.comparing import Asked, Pair, compare_candidates, compare_live, compare_recorded, kind_of
 from optimize.reporting import write_campaign
+from profiles.load.ceiling import Ceilings
 from profiles.measure.recorded import FILE, read_recorded
 from registry.errors import InputError
 from registry.records import Campaign, Failure, GateFinding, Round, RunRecord, Target
@@ -241,10 +242,35 @@ def test_a_header_may_name_each_sides_own_model(live: Callable[..., Pair], monke
     assert sent == {"float32": {"seldon-model": "float32"}, "int8": {"seldon-model": "int8"}}
 
 
-@pytest.mark.parametrize("given", [{"rounds": 0}, {"duration_s": -1.0}, {"duration_s": float("inf")}])
-def test_amounts_that_are_none(live: Callable[..., Pair], given: dict[str, Any]) -> None:
-    with pytest.raises(InputError, match="is above 0"):
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"rounds": 0}, "is above 0"),
+        ({"duration_s": -1.0}, "is above 0"),
+        ({"duration_s": float("inf")}, "is above 0"),
+        ({"seed": -1}, "--seed is 0 or more"),
+        ({"out": Path(__file__, "out")}, "--out .* cannot be made"),
+    ],
+)
+def test_options_that_are_none(live: Callable[..., Pair], given: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError, match=said):
         live("127.0.0.1:1/float32", "127.0.0.1:2/int8", **given)
+
+
+@pytest.mark.parametrize(("level", "asked"), [("quick", False), ("standard", True)])
+def test_windows_are_held_against_the_clients_ceiling_but_for_a_hint(
+    live: Callable[..., Pair], monkeypatch: pytest.MonkeyPatch, level: str, asked: bool
+) -> None:
+    made: dict[str, Any] = {}
+
+    class Watching(StatedGenerator):
+        def __call__(self, **given: Any) -> "Watching":
+            made.update(given)
+            return self
+
+    monkeypatch.setattr(comparing, "LoadGenerator", Watching(RATES))
+    live("127.0.0.1:1/float32", "127.0.0.1:1/int8", level=level, rounds=1)
+    assert isinstance(made["ceiling"], Ceilings) == asked
 
 
 # --- the command
