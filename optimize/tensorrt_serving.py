@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from optimize.admission import ENTRY, ask_child
+from optimize.endpoints import make_folder
 from optimize.engines.trtexec import build_engine, read_build
 from optimize.judging import as_input
 from optimize.signature import signature_of
@@ -63,7 +64,7 @@ def write_repository(
     name = name or folder.resolve().name
     if not _NAME.fullmatch(name):
         raise InputError(f"{name!r} is no name for a model", hint="Give --name: letters, digits, '.', '-' and '_'.")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(out.parent, "--out")
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch:
         made, admitted = Path(scratch) / "made", Path(scratch) / "model"
         admitted.mkdir()

@@ -82,6 +82,8 @@ def lint(
         return
     if model is None:
         raise InputError("there is nothing to check", hint="Name an ONNX file, or a folder with --core2.")
+    if server or uri or remote:
+        raise InputError("--server, --uri and --remote are for Core 2", hint="Name the folder with --core2.")
     findings = find(
         model,
         tensorrt=tensorrt,

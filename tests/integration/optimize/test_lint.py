@@ -115,6 +115,7 @@ def test_every_bit_that_is_flipped_is_a_finding_or_a_refusal(tmp_path: Path) -> 
         (("--triton", "20.01"), "Triton '20.01'"),
         (("--tensorrt", "10", "--precision", "int7"), "no precision 'int7'"),
         (("--tensorrt", "10", "--shapes", "x=1"), "'x=1' gives no shapes"),
+        (("--triton", "23.03", "--server", "triton"), "are for Core 2"),
     ],
 )
 def test_what_cannot_be_asked_for_is_said(lint, arguments, said, tmp_path: Path) -> None:
