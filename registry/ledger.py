@@ -152,7 +152,8 @@ class Ledger:
         with _refusals(self.path):
             try:
                 _write_whole(self._descriptor, line)
-            except OSError:
+            except BaseException:
+                # Ctrl-C, too: a line that is on the disk and not known here would be written a second time, otherwise.
                 with suppress(OSError):
                     os.ftruncate(self._descriptor, size)
                 raise

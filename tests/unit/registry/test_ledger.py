@@ -219,6 +219,23 @@ def test_a_full_disk_leaves_the_journal_as_it_was(path, monkeypatch):
         assert len(ledger.entries("make")) == 2
 
 
+def test_a_line_that_ctrl_c_cuts_short_is_not_there_so_that_the_next_counts(path, monkeypatch):
+    fill(path, 1)
+    real_fsync = os.fsync
+
+    def interrupted(descriptor: int) -> None:
+        real_fsync(descriptor)
+        raise KeyboardInterrupt
+
+    with Ledger.open(path) as ledger:
+        monkeypatch.setattr(os, "fsync", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            ledger.commit("make", "done", {"x": 1}, failure(1))
+        monkeypatch.undo()
+        ledger.commit("make", "given up", {"x": 1}, failure(2))
+    assert [entry.subject for entry in Ledger.read(path).entries()] == ["v0", "given up"]
+
+
 def test_a_journal_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="could not be written"), Ledger.open(tmp_path / "file" / "j.jsonl"):
