@@ -1,38 +1,29 @@
-"""Promotion for the command line: the campaign, the registry, the place of production and the probe, put together."""
+"""A promotion as the commands carry it out, of a model or a pipeline: planned, watched, gone on with, completed."""
 
 import math
-import os
-import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from optimize import passports, reporting
-from optimize.cluster_config import ClusterConfig, LocalConfig, load_cluster
-from optimize.live_fidelity import JUDGED, LiveFidelity, variant_of
-from optimize.production import Place, Served, open_pipeline_place, open_place, production_name
+from optimize.cluster_config import ClusterConfig
+from optimize.production import Place
+from optimize.rollback import JOURNAL, Told, now, place_of, read_journal
 from registry import promotion as promotions
-from registry.errors import CheckFailedError, InputError
+from registry.errors import InputError
 from registry.keyless import SignerIdentity
 from registry.ledger import Ledger
 from registry.ports import Probe, RegisteredVersion
-from registry.promotion import CHALLENGER, CHAMPION, Journal, Promoter
-from registry.records import Campaign, Candidate, Constraint, Promotion, PromotionStep, Reign, Variant, Watching
-from registry.store import FolderStore
-from registry.tracking import store_uri
+from registry.promotion import CHALLENGER, CHAMPION, UNREGISTERED, Journal, Promoter
+from registry.records import Constraint, Policy, Promotion, PromotionStep, Watching
 
 if TYPE_CHECKING:
     from optimize.samples import Samples
     from profiles.measure.prometheus import Prometheus
     from registry.mlflow_registry import MlflowRegistry
-
-JOURNAL = "promotions.jsonl"
-UNREGISTERED = promotions.UNREGISTERED
-Told = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,97 +69,6 @@ class Options:
                 raise InputError(f"{option} is {value:g}", hint="It is a number above 0.")
         if self.port is not None and not 0 < self.port <= 65535:
             raise InputError(f"--port is {self.port}", hint="It is 1 to 65535.")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Subject:
-    """What is to be promoted, and where.
-
-    Attributes:
-        campaign: that chose it.
-        candidate: it.
-        variant: what it serves.
-        files: folder with the variant's files.
-        work: the working folder.
-        cluster: where it is in production.
-        base: the folder that the cluster's paths are relative to.
-        samples: the evaluation samples, where they are known.
-        notes: what is to be known, a sentence each.
-    """
-
-    campaign: Campaign
-    candidate: Candidate
-    variant: Variant
-    files: Path
-    work: Path
-    cluster: ClusterConfig
-    base: Path
-    samples: Path | None
-    notes: tuple[str, ...]
-
-
-def find_subject(where: Path, *, work: Path | None, cluster: Path | None, options: Options) -> Subject:
-    """What a campaign chose, checked: its verdict, its files, and its passport.
-
-    Args:
-        where: a campaign file, or a working folder.
-        work: the working folder, where a campaign file is named and it is not beside it.
-        cluster: a file with a section ``cluster:``, in place of the campaign file's.
-        options: name samples and passport.
-
-    Raises:
-        NoVariantError: the campaign selected nothing.
-        InputError: its verdict is provisional, there is no finished campaign, or a file is missing or was changed.
-        CheckFailedError: the passport is not genuine, or says something else.
-    """
-    samples, base, configured = options.samples, where, load_cluster(cluster)
-    if where.is_file():
-        from optimize.config import load_campaign
-
-        config = load_campaign(where)
-        base = where.resolve().parent
-        work = work or where.parent / "burnish-work"
-        configured = configured if cluster is not None else config.cluster
-        samples = samples or (base / Path(config.samples.evaluation).expanduser())
-    elif work is not None and work != where:
-        raise InputError(f"{where} is no campaign file, and goes with no --work", hint="Name one of them.")
-    work = work or where
-    if cluster is not None:
-        base = cluster.resolve().parent
-    campaign = reporting.read_campaign(work)
-    candidate = promotions.chosen(campaign)
-    variant = variant_of(campaign, candidate)
-    files = FolderStore(work).path(variant.artifact)
-    notes = _check_passport(campaign, variant, files, work, options)
-    return Subject(
-        campaign=campaign,
-        candidate=candidate,
-        variant=variant,
-        files=files,
-        work=work,
-        cluster=configured,
-        base=base,
-        samples=samples,
-        notes=notes,
-    )
-
-
-def _check_passport(campaign: Campaign, variant: Variant, files: Path, work: Path, options: Options) -> tuple[str, ...]:
-    from registry import passport
-
-    if options.signer is None and options.passport is None:
-        return ("No passport was checked: none was asked for with --public-key or --identity.",)
-    signer = passports.resolved_signer(options.signer)
-    usual = passports.passport_path(work, variant, keyless=isinstance(signer, SignerIdentity))
-    path = options.passport or usual
-    checked = passport.check(path, signer, artifact=files, campaign=campaign)
-    told = checked.statement["predicate"].get("variant")
-    findings = list(checked.findings)
-    if not isinstance(told, dict) or told.get("id") != variant.id:
-        findings.append(f"it is not the passport of {variant.name}")
-    if findings:
-        raise CheckFailedError(f"{path}: {'; '.join(findings)}", hint="Nothing was promoted.")
-    return (f"The passport {path} is genuine, and says what files and record do.",)
 
 
 # --- the plan --------------------------------------------------------------------------------------------------
@@ -228,6 +128,7 @@ class Task:
         work: the working folder.
         cluster: where it is in production.
         base: the folder that the cluster's paths are relative to.
+        samples: the file of evaluation samples, where it is known.
     """
 
     campaign_id: str
@@ -236,6 +137,7 @@ class Task:
     work: Path
     cluster: ClusterConfig
     base: Path
+    samples: Path | None
 
 
 class BasePromoting(ABC):
@@ -270,10 +172,11 @@ class BasePromoting(ABC):
             UnreachableError: the registry or the cluster does not answer.
         """
         self._registry.check()
-        journal = _read_journal(self._task.work)
+        journal = read_journal(self._task.work)
         with self._place(serve=False) as place:
             wanted, state = self._wanted(journal, place, self._registered())
             if state == "new" and (journal is None or journal.unfinished() is None):
+                # What stands in its way is told.
                 place.rollout.snapshot()
             with self._probe(place) as probe:
                 return self._told_of(wanted, state, probe, journal)
@@ -289,16 +192,13 @@ class BasePromoting(ABC):
             InputError: it may not be promoted, or somebody has changed what it had done.
             UnreachableError: the registry or the cluster does not answer, or refuses.
         """
+        self._complete_rollback()
         planned = self.plan()
         if planned.short:
             raise InputError(planned.short, hint="Raise --watch or --rate. Unknown never wins.")
-        work = self._task.work
-        with Ledger.open(work / JOURNAL) as ledger:
-            journal = Journal(ledger, _now)
-            self._complete_rollback(journal)
-            with self._place(serve=True) as place:
-                planned = self._carried_out(journal, place)
-                hold(place)
+        with Ledger.open(self._task.work / JOURNAL) as ledger, self._place(serve=True) as place:
+            planned = self._carried_out(Journal(ledger, now), place)
+            hold(place)
         return planned
 
     # --- parts of it ---
@@ -335,28 +235,39 @@ class BasePromoting(ABC):
                 promoter.carry_out(planned.promotion)
         return replace(planned, state=journal.state(wanted))
 
-    def _complete_rollback(self, journal: Journal) -> None:
-        unfinished = journal.unfinished()
-        if unfinished is None or journal.state(unfinished) != "rolling back":
-            return
-        self._told(f"the rollback of {unfinished.candidate_name} is completed first")
+    def _complete_rollback(self) -> None:
+        """Completes a way back that was cut short: what is there until then is half of one and half of another."""
         task = self._task
-        with place_of(unfinished, task.cluster, base=task.base, work=task.work) as place:
-            promoter = Promoter(
-                registry=self._registry, rollout=place.rollout, probe=None, journal=journal, told=self._told
-            )
-            promoter.roll_back(unfinished, reason="as was begun")
+        if not (task.work / JOURNAL).is_file():
+            return
+        with Ledger.open(task.work / JOURNAL) as ledger:
+            journal = Journal(ledger, now)
+            unfinished = journal.unfinished()
+            if unfinished is None or journal.state(unfinished) != "rolling back":
+                return
+            self._told(f"the rollback of {unfinished.candidate_name} is completed first")
+            with place_of(unfinished, task.cluster, base=task.base, work=task.work) as place:
+                promoter = Promoter(
+                    registry=self._registry, rollout=place.rollout, probe=None, journal=journal, told=self._told
+                )
+                promoter.roll_back(unfinished, reason="as was begun")
 
     def _wanted(
         self, journal: Journal | None, place: Place, registered: RegisteredVersion | None
     ) -> tuple[Promotion, str]:
         """The promotion that is under way, or a new one."""
         unfinished = None if journal is None else journal.unfinished()
-        if journal is None or unfinished is None or journal.state(unfinished) == "rolling back":
-            last = None if journal is None or unfinished is not None else journal.undoable()
+        if journal is None or unfinished is None:
+            last = None if journal is None else journal.undoable()
             if last is not None and self._is_last(last, registered):
+                _check_there(last, place)
                 return last, "completed"
             return self._new(journal, place, registered), "new"
+        if journal.state(unfinished) == "rolling back":
+            raise InputError(
+                f"{unfinished.candidate_name} is not taken back whole yet, and until then nothing can be planned",
+                hint="`burnish rollback` completes it; --apply does so first.",
+            )
         ours = (self._task.campaign_id, self._task.candidate_id, self._production)
         if (unfinished.campaign_id, unfinished.candidate_id, unfinished.production) != ours:
             raise InputError(
@@ -399,6 +310,74 @@ class BasePromoting(ABC):
             wanted = replace(wanted, notes=(*wanted.notes, *told, *blind), watching=None if probe is None else watching)
         return Planned(promotion=wanted, state=state, short=_too_short(watched, left, self._options.rate_rps))
 
+    def _drafted(
+        self,
+        journal: Journal | None,
+        place: Place,
+        registered: RegisteredVersion | None,
+        *,
+        model: str,
+        candidate_name: str,
+        policy: Policy,
+        beside: bool,
+        reason: str,
+        notes: Sequence[str],
+        resource: Literal["model", "pipeline"],
+    ) -> Promotion:
+        """A promotion that was not begun.
+
+        Args:
+            journal: what was promoted before; None where nothing was.
+            place: of production.
+            registered: the version that it is already, or None.
+            model: the registered model.
+            candidate_name: what is promoted, for people.
+            policy: whose limits are watched.
+            beside: whether challenger and champion are served beside each other.
+            reason: why it is promoted.
+            notes: what is to be known, a sentence each.
+            resource: what is in production.
+        """
+        task, options, rollout = self._task, self._options, place.rollout
+        aliases = self._registry.aliases(model)
+        version = UNREGISTERED if registered is None else registered.version
+        return Promotion(
+            id=promotions.identity(
+                task.campaign_id,
+                task.candidate_id,
+                production=task.production,
+                location=rollout.location,
+                version=version,
+                begun_before=0 if journal is None else sum(journal.state(one) != "new" for one in journal.promotions),
+            ),
+            model=model,
+            production=task.production,
+            challenger=rollout.challenger,
+            experiment=rollout.experiment,
+            location=rollout.location,
+            campaign_id=task.campaign_id,
+            candidate_id=task.candidate_id,
+            candidate_name=candidate_name,
+            version=version,
+            fingerprint="" if registered is None else registered.fingerprint,
+            champion=aliases.get(CHAMPION),
+            challenger_before=aliases.get(CHALLENGER),
+            policy=policy,
+            steps=promotions.steps_of(
+                weights=options.weights, mirror=options.mirror, watch_s=options.watch_s, beside=beside
+            ),
+            reason=reason,
+            notes=tuple(notes),
+            resource=resource,
+        )
+
+    @cached_property
+    def _samples(self) -> "Samples | None":
+        """The evaluation samples, read once; None where they are not known."""
+        from optimize.samples import load_samples
+
+        return None if self._task.samples is None else load_samples(self._task.samples)
+
     # --- what subclasses know ---
 
     @abstractmethod
@@ -426,224 +405,7 @@ class BasePromoting(ABC):
         """What watches by what a Prometheus knows, with requests of our own meanwhile."""
 
 
-class Promoting(BasePromoting):
-    """The promotion of what a campaign chose."""
-
-    def __init__(self, subject: Subject, options: Options, registry: "MlflowRegistry", told: Told) -> None:
-        """Asks nobody yet.
-
-        Args:
-            subject: what is promoted.
-            options: how.
-            registry: where its version is.
-            told: hears what is done.
-        """
-        task = Task(
-            campaign_id=subject.campaign.id,
-            candidate_id=subject.candidate.id,
-            production=options.production or production_name(subject.campaign.model_name),
-            work=subject.work,
-            cluster=subject.cluster,
-            base=subject.base,
-        )
-        super().__init__(task, options, registry, told)
-        self._subject = subject
-
-    @contextmanager
-    def _place(self, *, serve: bool) -> Iterator[Place]:
-        subject = self._subject
-        served = Served(candidate=subject.candidate, artifact=subject.variant.artifact, files=subject.files)
-        with open_place(
-            subject.cluster,
-            base=subject.base,
-            work=subject.work,
-            production=self._production,
-            served=served,
-            serve=serve,
-            port=self._options.port,
-        ) as place:
-            yield place
-
-    def _registered(self) -> RegisteredVersion | None:
-        campaign = self._subject.campaign
-        return self._registry.find(
-            campaign.model_name, campaign_id=campaign.id, candidate_id=self._subject.candidate.id
-        )
-
-    def _register(self) -> RegisteredVersion:
-        """Sends the campaign to MLflow, where the selected candidate becomes a version."""
-        self._told("the campaign is recorded in MLflow")
-        reporting.publish(self._subject.campaign, self._subject.work)
-        registered = self._registered()
-        if registered is None:
-            raise InputError(
-                f"MLflow has no version of {self._subject.campaign.model_name} for {self._subject.candidate.name}",
-                hint="Its files have to be on this machine when the campaign is recorded.",
-            )
-        return registered
-
-    def _new(self, journal: Journal | None, place: Place, registered: RegisteredVersion | None) -> Promotion:
-        subject, options, rollout = self._subject, self._options, place.rollout
-        campaign = subject.campaign
-        aliases = self._registry.aliases(campaign.model_name)
-        champion = self._version(aliases.get(CHAMPION))
-        challenger = registered or self._described()
-        policy = campaign.verdict.policy
-        at_once = promotions.at_once(policy, challenger, champion)
-        serving = rollout.serving()
-        beside = serving != "" and not at_once
-        version = challenger.version
-        if serving and champion is None:
-            raise InputError(
-                f"{self._production} serves something at {rollout.location}, and no version of {campaign.model_name} "
-                "is the champion, so that nobody knows whether the two take the same requests",
-                hint=f"Give the alias {CHAMPION} to the version that it serves, or name another Model with "
-                "--production.",
-            )
-        if champion is not None and version == champion.version and serving:
-            raise InputError(
-                f"{subject.candidate.name} is the champion of {campaign.model_name} already: version {version}",
-                hint="There is nothing to promote.",
-            )
-        begun = 0 if journal is None else sum(journal.state(one) != "new" for one in journal.promotions)
-        return Promotion(
-            id=promotions.identity(
-                campaign, production=self._production, location=rollout.location, version=version, begun_before=begun
-            ),
-            model=campaign.model_name,
-            production=self._production,
-            challenger=rollout.challenger,
-            experiment=rollout.experiment,
-            location=rollout.location,
-            campaign_id=campaign.id,
-            candidate_id=subject.candidate.id,
-            candidate_name=subject.candidate.name,
-            version=version,
-            fingerprint=challenger.fingerprint,
-            champion=aliases.get(CHAMPION),
-            challenger_before=aliases.get(CHALLENGER),
-            policy=policy,
-            steps=promotions.steps_of(
-                weights=options.weights, mirror=options.mirror, watch_s=options.watch_s, beside=beside
-            ),
-            reason=campaign.verdict.sentence,
-            notes=(
-                *subject.notes,
-                *self._place_notes(),
-                *_notes(beside=beside, at_once=at_once, judged=subject.samples is not None, options=options),
-            ),
-        )
-
-    def _place_notes(self) -> tuple[str, ...]:
-        if not isinstance(self._subject.cluster, LocalConfig):
-            return ()
-        return ("On this machine servers run while the command does: a rehearsal. --hold goes on serving.",)
-
-    def _version(self, version: str | None) -> RegisteredVersion | None:
-        model = self._subject.campaign.model_name
-        return None if version is None else self._registry.version(model, version)
-
-    def _described(self) -> RegisteredVersion:
-        """What the registry will say of the challenger."""
-        artifact = self._subject.variant.artifact
-        return RegisteredVersion(
-            model=self._subject.campaign.model_name,
-            version=UNREGISTERED,
-            fingerprint="",
-            candidate_id=self._subject.candidate.id,
-            candidate=self._subject.candidate.name,
-            signature=promotions.described(artifact.inputs, artifact.outputs),
-        )
-
-    def _own_probe(self, place: Place, stack: ExitStack) -> Probe:
-        from profiles.measure.live import RequestProbe, made_up
-
-        subject = self._subject
-        loaded, fidelity = None, None
-        if subject.samples is not None:
-            loaded, fidelity = self._fidelity(subject.samples)
-            stack.callback(fidelity.close)
-        return RequestProbe(
-            production=place.rollout.production,
-            challenger=place.rollout.challenger,
-            target_of=place.target_of,
-            inputs=made_up(subject.variant.artifact.inputs) if loaded is None else self._inputs(loaded),
-            rate_rps=self._options.rate_rps,
-            fidelity=fidelity,
-            judged=frozenset() if fidelity is None else self._judged(),
-        )
-
-    def _by_prometheus(self, own: Probe, place: Place, prometheus: "Prometheus") -> Probe:
-        from profiles.deploy.envoy_config import FLUSH_S as FLUSH_HERE_S
-        from profiles.measure.prometheus import FLUSH_S, PrometheusProbe
-
-        options = self._options
-        flush_s = FLUSH_HERE_S if isinstance(self._subject.cluster, LocalConfig) else FLUSH_S
-        return PrometheusProbe(
-            prometheus=prometheus,
-            production=place.rollout.production,
-            challenger=place.rollout.challenger,
-            meanwhile=own,
-            # What happened last is in the histogram after a flush, and scraped at the second scrape from then on.
-            settle=lambda: time.sleep(flush_s + 2 * options.scrape_s),
-            matchers=options.matchers,
-        )
-
-    def _fidelity(self, samples: Path) -> tuple["Samples", LiveFidelity]:
-        from optimize.samples import load_samples
-
-        subject = self._subject
-        loaded = load_samples(samples)
-        return loaded, LiveFidelity(
-            subject.campaign,
-            subject.candidate,
-            samples=samples,
-            loaded=loaded,
-            store=FolderStore(subject.work),
-            base=subject.base,
-        )
-
-    def _inputs(self, loaded: "Samples") -> Mapping[str, Any]:
-        from optimize.adaptation import adapt
-
-        return adapt(loaded.inputs, self._subject.variant.adaptation)
-
-    def _judged(self) -> frozenset[str]:
-        """What live answers will tell: of all that can be judged, what the campaign knew of the candidate."""
-        fidelities = [one for one in self._subject.campaign.fidelities if one.variant_id == self._subject.variant.id]
-        return frozenset(name for one in fidelities for name in one.metrics) & JUDGED
-
-
-def _notes(*, beside: bool, at_once: bool, judged: bool, options: Options) -> tuple[str, ...]:
-    told = []
-    if at_once:
-        told.append(
-            "It takes or gives other tensors than the champion, so that it takes its place at once, never by weights: "
-            "callers have to change with it."
-        )
-    elif not beside:
-        told.append("Nothing is in production yet, so that there is nobody to share requests with.")
-    if not options.watch_s:
-        return (*told, "Nothing is watched: --watch 0.")
-    if beside:
-        told.append(
-            "Envoy sends a request that fails with a 5xx again, up to 5 times: callers see slowness, not failure, so "
-            "that latency tells of failures, too."
-        )
-        told.append(
-            "Replies to mirrored requests are dropped, and those to callers are not seen: what the challenger answers "
-            "is judged by requests of our own alone."
-        )
-    shared = ", half of them to the challenger itself" if beside else ""
-    source = (
-        "Envoy's histogram, as Prometheus has it: of all traffic, no finer than its buckets"
-        if options.prometheus
-        else f"requests of our own alone ({options.rate_rps:g} a second{shared})"
-    )
-    told.append(f"Latency is that of {source}.")
-    if not judged:
-        told.append("Live answers are judged where the evaluation samples are known (a campaign file, or --samples).")
-    return tuple(told)
+# --- what is watched --------------------------------------------------------------------------------------------
 
 
 def _watched_words(limits: Sequence[Constraint]) -> str:
@@ -661,6 +423,19 @@ def _counted_by(probe: Probe | None) -> list[str]:
     if not envoys:
         return [f"The Prometheus at {probe.prometheus.url} knows no {kind} that has led requests to it yet."]
     return [f"What Prometheus tells is of {len(envoys)} {kind}, added up by who answered: {', '.join(envoys)}."]
+
+
+def _check_there(last: Promotion, place: Place) -> None:
+    """Returns where a promotion was to this very place.
+
+    Raises:
+        InputError: it was elsewhere, so that the alias says nothing of what is served here.
+    """
+    if last.location != place.rollout.location:
+        raise InputError(
+            f"{last.candidate_name} became the champion at {last.location}, not at {place.rollout.location}",
+            hint="Name the same cluster; or take it back there with `burnish rollback`, and promote it here then.",
+        )
 
 
 def _check_watching(begun: Promotion, left: Sequence[PromotionStep], options: Options) -> None:
@@ -710,127 +485,3 @@ def _too_short(watched: Sequence[Constraint], left: Sequence[PromotionStep], rat
         f"{step.watch_s:g} s at {rate_rps:g} requests a second give the {who} {there} requests in the step "
         f"{step.name}, and the limits take {count} to decide on: watch for {math.ceil(long_s)} s, or send more"
     )
-
-
-# --- back, and who was when ------------------------------------------------------------------------------------
-
-
-def roll_back(work: Path, *, cluster: Path | None, campaign_file: Path | None, reason: str, told: Told) -> Promotion:
-    """Takes the last promotion of a working folder back, and returns it.
-
-    Args:
-        work: the working folder.
-        cluster: a file with a section ``cluster:``; None for this machine, or the campaign file's.
-        campaign_file: names the cluster, where ``cluster`` does not.
-        reason: why, for the history.
-        told: hears what is done.
-
-    Raises:
-        InputError: there is nothing to roll back, the cluster is another one, or somebody has changed what was done.
-        UnreachableError: the registry or the cluster does not answer.
-    """
-    config, base = load_cluster(cluster), work if cluster is None else cluster.resolve().parent
-    if campaign_file is not None and cluster is None:
-        from optimize.config import load_campaign
-
-        config, base = load_campaign(campaign_file).cluster, campaign_file.resolve().parent
-    if not (work / JOURNAL).is_file():
-        raise InputError(f"nothing was promoted from {work}", hint="Name the working folder of a campaign.")
-    registry = open_registry(work)
-    registry.check()
-    with Ledger.open(work / JOURNAL) as ledger:
-        journal = Journal(ledger, _now)
-        last = journal.undoable()
-        if last is None:
-            raise InputError(f"all that was promoted from {work} was rolled back already")
-        with place_of(last, config, base=base, work=work) as place:
-            promoter = Promoter(registry=registry, rollout=place.rollout, probe=None, journal=journal, told=told)
-            promoter.roll_back(last, reason=reason)
-    return last
-
-
-@contextmanager
-def place_of(last: Promotion, config: ClusterConfig, *, base: Path, work: Path) -> Iterator[Place]:
-    """Where a promotion was, to take it back.
-
-    Raises:
-        InputError: it was elsewhere.
-    """
-    if last.resource == "pipeline":
-        opened = open_pipeline_place(config, base=base, work=work, production=last.production)
-    else:
-        opened = open_place(config, base=base, work=work, production=last.production, served=None, serve=False)
-    with opened as place:
-        _check_location(last, place)
-        yield place
-
-
-def _check_location(last: Promotion, place: Place) -> None:
-    if last.location != place.rollout.location:
-        raise InputError(
-            f"{last.candidate_name} was promoted at {last.location}, not at {place.rollout.location}",
-            hint="Name the same cluster with --cluster or --campaign.",
-        )
-
-
-def after_interruption(work: Path, back: str) -> tuple[str, str]:
-    """How things stand once a promotion, or the way back from one, was interrupted; and what goes on or back.
-
-    Args:
-        work: the working folder.
-        back: the command that takes the promotion back.
-    """
-    journal = _read_journal(work)
-    last = journal.promotions[-1] if journal is not None and journal.promotions else None
-    if journal is None or last is None:
-        return "Nothing was changed.", "The same command begins anew."
-    name, state = last.candidate_name, journal.state(last)
-    old = "no version" if last.champion is None else f"version {last.champion}"
-    if state in {"new", "rolled back"}:
-        return f"All is as it was before {name}: {old} is the champion.", "The same command begins anew."
-    if state == "rolling back":
-        return f"{name} is not taken back whole yet.", f"`{back}` completes it."
-    done = journal.done(last)
-    if state == "completed":
-        return f"{name} is the champion of {last.model}, and nothing is under way.", f"Back to what was: `{back}`."
-    if CHAMPION in done:
-        left = f"{last.experiment} and {last.challenger} are left to be taken away"
-        return f"{name} is the champion already; {left}.", f"The same command does it; `{back}` goes back."
-    at = next((step.name for step in last.steps if step.name not in done), promotions.WHOLE)
-    return (
-        f"The promotion of {name} stands at {at}; {old} is the champion.",
-        f"The same command goes on there; `{back}` goes back.",
-    )
-
-
-def open_registry(work: Path) -> "MlflowRegistry":
-    """The registry of a working folder's campaign, not connected yet."""
-    # MLflow takes seconds to import.
-    from registry.mlflow_registry import MlflowRegistry
-
-    return MlflowRegistry(store_uri(reporting.named_store(work), work), work)
-
-
-def history(model: str, work: Path) -> tuple[tuple[Reign, ...], str]:
-    """Who was the champion when; see `registry.promotion.history`.
-
-    Raises:
-        InputError: there is no such registered model, or no store.
-        UnreachableError: the registry does not answer.
-    """
-    if not (reporting.named_store(work) or os.environ.get("MLFLOW_TRACKING_URI") or (work / "mlflow.db").is_file()):
-        raise InputError(
-            f"there is no tracking store in {work}", hint="Name the working folder with --work, or MLFLOW_TRACKING_URI."
-        )
-    registry = open_registry(work)
-    registry.check()
-    return promotions.history(model, registry)
-
-
-def _read_journal(work: Path) -> Journal | None:
-    path = work / JOURNAL
-    return Journal(Ledger.read(path), _now) if path.is_file() else None
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="microseconds")

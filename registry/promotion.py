@@ -222,7 +222,7 @@ def limits_watched(
         if probe is None or not probe.sees(one.metric):
             if one is not MOST_FAILED:
                 told.append(f"`{one.text}` cannot be watched here; it was judged by the campaign")
-        elif one.relative and one.reference == "baseline" and not _from_baseline(one):
+        elif one.relative and one.reference == "baseline":
             told.append(f"`{one.text}` is relative to the baseline, which serves nobody; it was judged by the campaign")
         elif one.reference == "champion" and not (compared and _is_latency(one.metric)):
             why = "of the champion only latency is seen" if compared else "the champion does not answer beside it"
@@ -237,11 +237,6 @@ def limits_watched(
 
 def _is_latency(metric: str) -> bool:
     return metric.startswith("latency_")
-
-
-def _from_baseline(constraint: Constraint) -> bool:
-    # A drop carries its baseline with it, where what is relative is the accuracy that was measured.
-    return constraint.metric == "accuracy_drop" and not constraint.relative
 
 
 # --- the journal -----------------------------------------------------------------------------------------------
@@ -369,9 +364,20 @@ def check_probe(promotion: Promotion, journal: Journal | None, probe: Probe | No
             )
 
 
-def identity(campaign: Campaign, *, production: str, location: str, version: str, begun_before: int) -> str:
-    """The id of a promotion; another one each time that it is begun anew."""
-    return digest([campaign.id, campaign.verdict.selected, production, location, version, begun_before])
+def identity(
+    campaign_id: str, candidate_id: str, *, production: str, location: str, version: str, begun_before: int
+) -> str:
+    """The id of a promotion; another one each time that it is begun anew.
+
+    Args:
+        campaign_id: of what chose the candidate.
+        candidate_id: what is promoted.
+        production: the name of what callers ask.
+        location: where that is.
+        version: of the registered model.
+        begun_before: how many promotions were begun from the working folder before.
+    """
+    return digest([campaign_id, candidate_id, production, location, version, begun_before])
 
 
 # --- doing it --------------------------------------------------------------------------------------------------

@@ -15,6 +15,23 @@ from optimize.cli.output import (
     emit_json,
     say,
 )
+from optimize.cli.promotion import (
+    MIRROR,
+    RATE_RPS,
+    SCRAPE_S,
+    WATCH_S,
+    WEIGHTS,
+    ApplyOption,
+    MatchersOption,
+    MirrorOption,
+    RateOption,
+    ScrapeOption,
+    WatchOption,
+    WeightsOption,
+    percentages,
+    run_promotion,
+    way_back,
+)
 
 app = typer.Typer(
     help="Tune a Core 2 pipeline of models: what saturates first, which variants, how many of each.",
@@ -292,9 +309,7 @@ def size(
 @app.command("promote")
 def promote(
     plan: Annotated[Path, typer.Argument(help="The Pipeline manifest in production, or a plan of it.")],
-    apply: Annotated[
-        bool, typer.Option("--apply", help="Do it; without, the plan is shown and nothing changes.")
-    ] = False,
+    apply: ApplyOption = False,
     chosen: Annotated[
         Path | None, typer.Option(help="What `pipeline choose --out` wrote: variants and limits.")
     ] = None,
@@ -305,14 +320,14 @@ def promote(
     model: Annotated[list[str] | None, typer.Option(help="step=Model that is served already.")] = None,
     limit: Annotated[list[str] | None, typer.Option(help="Watched limit: 'latency_p99_ms <= 40'.")] = None,
     metric: Annotated[str, typer.Option(help="The task metric, by which live answers are judged.")] = "accuracy",
-    weights: Annotated[str, typer.Option(help="Percent of the requests, step by step.")] = "10,50,100",
-    mirror: Annotated[int, typer.Option(help="Percent of the requests to copy before; 0 for none.")] = 100,
-    watch: Annotated[float, typer.Option(help="Seconds that each step is watched; 0 for not at all.")] = 60.0,
-    rate: Annotated[float, typer.Option(help="Requests a second of our own while watching.")] = 25.0,
+    weights: WeightsOption = WEIGHTS,
+    mirror: MirrorOption = MIRROR,
+    watch: WatchOption = WATCH_S,
+    rate: RateOption = RATE_RPS,
     samples: Annotated[Path | None, typer.Option(help="The pipeline's inputs and labels; the plan's if named.")] = None,
     prometheus: Annotated[str | None, typer.Option(help="URL of a Prometheus that scrapes the gateway.")] = None,
-    matchers: Annotated[str, typer.Option(help='More matchers for it: namespace="seldon".')] = "",
-    scrape: Annotated[float, typer.Option(help="How often it asks, in seconds.")] = 15.0,
+    matchers: MatchersOption = "",
+    scrape: ScrapeOption = SCRAPE_S,
     public_key: PublicKeyOption = None,
     identity: IdentityOption = None,
     issuer: IssuerOption = None,
@@ -332,13 +347,14 @@ def promote(
     Example: burnish pipeline promote plan.yaml --chosen chosen.yaml --cluster cluster.yaml --apply
     """
     from optimize import pipelines
-    from optimize.cli.promote import told_how_things_stand, way_back
     from optimize.passports import named_signer
-    from optimize.pipeline_promoting import PipelinePromoting, Sources, find_pipeline
-    from optimize.promoting import Options, open_registry
+    from optimize.pipeline_promoting import PipelinePromoting
+    from optimize.pipeline_sources import Sources, find_pipeline
+    from optimize.promoting import Options
+    from optimize.rollback import open_registry
     from registry.errors import InputError
 
-    shares = _percentages(weights)
+    shares = percentages(weights)
     sources = Sources(models=model or (), steps=step or (), variants=variant or (), chosen=chosen, limits=limit or ())
     options = Options(
         weights=shares,
@@ -365,21 +381,7 @@ def promote(
         return
     work.mkdir(parents=True, exist_ok=True)
     promoting = PipelinePromoting(subject, options, open_registry(work), say)
-    if not apply:
-        planned = promoting.plan()
-        emit_json(planned.summary()) if json_output else typer.echo("\n".join(planned.lines()))
-        if not json_output:
-            say("Nothing was changed; --apply does it.")
-        return
-    back = way_back(work, cluster, None)
-    with told_how_things_stand(work, back):
-        planned = promoting.apply()
-    done = planned.promotion
-    if json_output:
-        emit_json(planned.summary())
-    else:
-        typer.echo(f"{done.candidate_name} is the champion of {done.model}: version {done.version}, {done.production}.")
-        say(f"Back to what was: {back}")
+    run_promotion(promoting, apply=apply, work=work, back=way_back(work, cluster, None), json_output=json_output)
 
 
 @app.command("serve")
@@ -407,14 +409,6 @@ def serve(plan: PlanFile, variant: Chosen = None, json_output: Json = False) -> 
                     time.sleep(1)
         except (KeyboardInterrupt, Terminated):
             return
-
-
-def _percentages(text: str) -> tuple[int, ...]:
-    from registry.errors import InputError
-
-    if not text.replace(",", "").replace(" ", "").isdecimal():
-        raise InputError(f"the weights are {text!r}", hint="They are percentages with commas between: 10,50,100.")
-    return tuple(int(one) for one in text.split(",") if one.strip())
 
 
 def _pairs(variant: list[str] | None, steps: tuple[str, ...]) -> dict[str, str]:

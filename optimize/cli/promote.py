@@ -1,14 +1,11 @@
 """``burnish promote``, ``rollback`` and ``history``: who is the champion."""
 
-import shlex
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from optimize.cli.endings import Terminated, terminable
+from optimize.cli.endings import Terminated
 from optimize.cli.output import (
     ClusterOption,
     IdentityOption,
@@ -19,26 +16,45 @@ from optimize.cli.output import (
     emit_json,
     say,
 )
+from optimize.cli.promotion import (
+    MIRROR,
+    RATE_RPS,
+    SCRAPE_S,
+    WATCH_S,
+    WEIGHTS,
+    ApplyOption,
+    MatchersOption,
+    MirrorOption,
+    RateOption,
+    ScrapeOption,
+    WatchOption,
+    WeightsOption,
+    percentages,
+    run_promotion,
+    told_how_things_stand,
+    way_back,
+)
+
+if TYPE_CHECKING:
+    from optimize.production import Place
 
 Work = Annotated[Path | None, typer.Option(help="The working folder, where a campaign file is named.")]
 
 
 def promote(
     campaign: Annotated[Path, typer.Argument(help="The campaign file, or its working folder.")] = Path("burnish-work"),
-    apply: Annotated[
-        bool, typer.Option("--apply", help="Do it; without, the plan is shown and nothing changes.")
-    ] = False,
+    apply: ApplyOption = False,
     production: Annotated[
         str | None, typer.Option(help="The Model that callers ask; made of the model's name.")
     ] = None,
-    weights: Annotated[str, typer.Option(help="Percent of the requests, step by step.")] = "10,50,100",
-    mirror: Annotated[int, typer.Option(help="Percent of the requests to copy before; 0 for none.")] = 100,
-    watch: Annotated[float, typer.Option(help="Seconds that each step is watched; 0 for not at all.")] = 60.0,
-    rate: Annotated[float, typer.Option(help="Requests a second of our own while watching.")] = 25.0,
+    weights: WeightsOption = WEIGHTS,
+    mirror: MirrorOption = MIRROR,
+    watch: WatchOption = WATCH_S,
+    rate: RateOption = RATE_RPS,
     samples: Annotated[Path | None, typer.Option(help="The evaluation samples; the campaign file's if named.")] = None,
     prometheus: Annotated[str | None, typer.Option(help="URL of a Prometheus that scrapes Envoy.")] = None,
-    matchers: Annotated[str, typer.Option(help='More matchers for it: namespace="seldon".')] = "",
-    scrape: Annotated[float, typer.Option(help="How often it asks Envoy, in seconds.")] = 15.0,
+    matchers: MatchersOption = "",
+    scrape: ScrapeOption = SCRAPE_S,
     passport: Annotated[Path | None, typer.Option(help="The variant's passport; that in the working folder.")] = None,
     public_key: PublicKeyOption = None,
     identity: IdentityOption = None,
@@ -57,15 +73,14 @@ def promote(
 
     Example: burnish promote campaign.yaml --watch 120 --apply
     """
+    from optimize.model_promoting import Promoting, find_subject
     from optimize.passports import named_signer
-    from optimize.promoting import Options, Promoting, find_subject, open_registry
-    from registry.errors import InputError
+    from optimize.promoting import Options
+    from optimize.rollback import open_registry
 
-    if not weights.replace(",", "").replace(" ", "").isdecimal():
-        raise InputError(f"the weights are {weights!r}", hint="They are percentages with commas between: 10,50,100.")
     options = Options(
         production=production,
-        weights=tuple(int(one) for one in weights.split(",") if one.strip()),
+        weights=percentages(weights),
         mirror=mirror,
         watch_s=watch,
         rate_rps=rate,
@@ -79,53 +94,22 @@ def promote(
     )
     subject = find_subject(campaign, work=work, cluster=cluster, options=options)
     promoting = Promoting(subject, options, open_registry(subject.work), say)
-    if not apply:
-        planned = promoting.plan()
-        emit_json(planned.summary()) if json_output else typer.echo("\n".join(planned.lines()))
-        if not json_output:
-            say("Nothing was changed; --apply does it.")
-        return
-    back = way_back(subject.work, cluster, campaign if campaign.is_file() else None)
-    with told_how_things_stand(subject.work, back):
-        planned = promoting.apply(hold=_serve if hold else lambda _: None)
-    done = planned.promotion
-    if json_output:
-        emit_json(planned.summary())
-    else:
-        typer.echo(f"{done.candidate_name} is the champion of {done.model}: version {done.version}, {done.production}.")
-        say(f"Back to what was: {back}")
+    run_promotion(
+        promoting,
+        apply=apply,
+        work=subject.work,
+        back=way_back(subject.work, cluster, campaign if campaign.is_file() else None),
+        json_output=json_output,
+        hold=_serve if hold else lambda _: None,
+    )
 
 
-def way_back(work: Path, cluster: Path | None, campaign: Path | None) -> str:
-    """The command that takes back what was promoted from a folder."""
-    where = ["--cluster", str(cluster)] if cluster else ["--campaign", str(campaign)] if campaign else []
-    return shlex.join(["burnish", "rollback", str(work), *where])
-
-
-@contextmanager
-def told_how_things_stand(work: Path, back: str) -> Iterator[None]:
-    """Whoever ends the command by Ctrl-C or SIGTERM is told how things stand, and what goes on or back."""
-    from optimize.promoting import after_interruption
-    from registry.errors import InterruptedCampaignError
-
-    try:
-        with terminable():
-            yield
-    except (KeyboardInterrupt, Terminated) as ending:
-        stands, hint = after_interruption(work, back)
-        code = 143 if isinstance(ending, Terminated) else 130
-        raise InterruptedCampaignError(f"Interrupted. {stands}", hint=hint, exit_code=code) from None
-
-
-def _serve(place: object) -> None:
+def _serve(place: "Place") -> None:
     """Keeps this machine's servers until somebody ends it."""
     import time
 
-    from optimize.production import Place
-
-    if isinstance(place, Place):
-        target = place.target_of(place.rollout.production)
-        say(f"{place.rollout.production} is served at {target.url} over {target.protocol} (Ctrl-C ends it)")
+    target = place.target_of(place.rollout.production)
+    say(f"{place.rollout.production} is served at {target.url} over {target.protocol} (Ctrl-C ends it)")
     try:
         while True:
             time.sleep(1)
@@ -144,7 +128,7 @@ def rollback(
 
     Example: burnish rollback burnish-work --reason "the p99 rose at noon"
     """
-    from optimize.promoting import roll_back
+    from optimize.rollback import roll_back
 
     with told_how_things_stand(work, way_back(work, cluster, campaign)):
         undone = roll_back(
@@ -166,7 +150,7 @@ def history(
 
     Example: burnish history digits
     """
-    from optimize.promoting import history as reigns_of
+    from optimize.rollback import history as reigns_of
     from registry.codec import to_jsonable
     from registry.report.table import printable
 

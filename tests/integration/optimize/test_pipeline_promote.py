@@ -12,9 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from optimize import promoting
 from optimize.cli import main
-from optimize.promoting import open_registry
+from optimize.rollback import JOURNAL, open_registry
 from profiles.deploy import rollout_kubernetes
 from profiles.deploy.core2_candidates import Mesh
 from profiles.deploy.kubernetes_client import KubernetesClient
@@ -230,7 +229,7 @@ def test_a_limit_that_is_missed_on_live_traffic_leaves_the_pipeline_as_it_was(wo
     assert (code, told["error"]["kind"]) == (5, "check_failed")
     assert "accuracy drop" in told["error"]["message"]
     assert (world.models(), world.steps()) == before
-    journal = Journal(Ledger.read(world.work / promoting.JOURNAL), lambda: "")
+    journal = Journal(Ledger.read(world.work / JOURNAL), lambda: "")
     (failed,) = [one for one in journal.events(journal.promotions[0]) if one.phase == "failed"]
     assert failed.step == "weights-30"
     assert failed.observation is not None

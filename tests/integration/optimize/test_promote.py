@@ -17,11 +17,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from optimize import promoting
+from optimize import rollback
 from optimize.cli import main
 from optimize.live_fidelity import JUDGED, LiveFidelity
+from optimize.model_promoting import Promoting, find_subject
 from optimize.production import Place
-from optimize.promoting import Options, Promoting, find_subject, open_registry
+from optimize.promoting import Options, Planned
+from optimize.rollback import open_registry
 from optimize.samples import load_samples
 from profiles.deploy import local, rollout_kubernetes
 from profiles.deploy.rollout import ManifestRollout
@@ -63,7 +65,7 @@ def promoting_of(work: Path, options: Options = QUICK) -> tuple[Promoting, list[
 
 
 def events_of(work: Path) -> tuple[PromotionEvent, ...]:
-    journal = Journal(Ledger.read(work / promoting.JOURNAL), lambda: "")
+    journal = Journal(Ledger.read(work / rollback.JOURNAL), lambda: "")
     return journal.events(journal.promotions[-1])
 
 
@@ -173,11 +175,11 @@ def test_from_the_first_champion_to_the_next_and_back(work: Path, tmp_path: Path
     assert mirrored.method == "Envoy's histogram"
     assert 320 < mirrored.runs <= 640
 
-    undone = promoting.roll_back(work, cluster=None, campaign_file=None, reason="it was worse", told=told.append)
+    undone = rollback.roll_back(work, cluster=None, campaign_file=None, reason="it was worse", told=told.append)
     assert undone.champion == "1"
     assert {path.name: path.read_bytes() for path in (work / "production/manifests").iterdir()} == before
     assert open_registry(work).aliases("sums") == {"champion": "1"}
-    reigns, word = promoting.history("sums", work)
+    reigns, word = rollback.history("sums", work)
     assert [(one.version, one.how, one.candidate.partition(" ")[0]) for one in reigns] == [
         ("1", "promoted", "adds-1000"), ("2", "promoted", "adds-2000"), ("1", "rolled back", "adds-1000"),
     ]  # fmt: skip
@@ -316,11 +318,11 @@ def test_a_passport_is_asked_for_its_identity(work: Path, tmp_path: Path, monkey
 
 def test_nothing_to_take_back(work: Path):
     with pytest.raises(InputError, match="nothing was promoted from"):
-        promoting.roll_back(work, cluster=None, campaign_file=None, reason="", told=lambda _: None)
+        rollback.roll_back(work, cluster=None, campaign_file=None, reason="", told=lambda _: None)
     with pytest.raises(InputError, match="has no model 'sums'"):
-        promoting.history("sums", work)
+        rollback.history("sums", work)
     with pytest.raises(InputError, match="no tracking store"):
-        promoting.history("sums", work / "nowhere")
+        rollback.history("sums", work / "nowhere")
 
 
 # --- on a Core 2 -----------------------------------------------------------------------------------------------
@@ -344,7 +346,7 @@ def core2(kind: str, folder: Path) -> Iterator[tuple[Path, SchedulerDouble | Kub
         yield file, double
 
 
-def promote_on(work: Path, cluster: Path, **options: Any) -> promoting.Planned:
+def promote_on(work: Path, cluster: Path, **options: Any) -> Planned:
     chosen = replace(Options(watch_s=0.0, weights=(100,)), **options)
     subject = find_subject(work, work=None, cluster=cluster, options=chosen)
     return Promoting(subject, chosen, open_registry(work), lambda _: None).apply()
@@ -394,8 +396,8 @@ def test_a_core2_gets_the_next_champion_by_its_uri(
         assert uri().startswith("/mnt/models/adds-2000-")
         assert open_registry(work).aliases("sums")["champion"] == other.promotion.version
         with pytest.raises(InputError, match=r"was promoted at Core 2 .* not at this machine"):
-            promoting.roll_back(work, cluster=None, campaign_file=None, reason="", told=lambda _: None)
-        promoting.roll_back(work, cluster=cluster, campaign_file=None, reason="", told=lambda _: None)
+            rollback.roll_back(work, cluster=None, campaign_file=None, reason="", told=lambda _: None)
+        rollback.roll_back(work, cluster=cluster, campaign_file=None, reason="", told=lambda _: None)
         assert uri() == old
         # The same inputs and outputs go by weights.
         chosen_campaign(work, 3000)
@@ -417,7 +419,7 @@ def test_another_promotion_under_way_is_in_the_way(work: Path, tmp_path: Path, m
             patch.setattr(ManifestRollout, "restore", _killed)
             with pytest.raises(KeyboardInterrupt):
                 promote_on(work, cluster)
-        journal = work / promoting.JOURNAL
+        journal = work / rollback.JOURNAL
         rolling_back, journal_of_a_kill = journal.read_text(), _without_rollback(work)
         journal.write_text(journal_of_a_kill)
         campaign = chosen_campaign(work, 3000)
@@ -428,7 +430,7 @@ def test_another_promotion_under_way_is_in_the_way(work: Path, tmp_path: Path, m
         assert double.loaded() == ["sums"]
         assert campaign.model_name == "sums"
         # Killed while it went back: that is completed before anything else is begun.
-        promoting.roll_back(work, cluster=cluster, campaign_file=None, reason="", told=lambda _: None)
+        rollback.roll_back(work, cluster=cluster, campaign_file=None, reason="", told=lambda _: None)
         journal.write_text(rolling_back)
         chosen_campaign(work, 3000)
         assert promote_on(work, cluster).state == "completed"
@@ -441,5 +443,5 @@ def _killed(*_: object) -> None:
 
 def _without_rollback(work: Path) -> str:
     """The journal up to where a process was killed, which journals no failure of its own."""
-    lines = (work / promoting.JOURNAL).read_text().splitlines(keepends=True)
+    lines = (work / rollback.JOURNAL).read_text().splitlines(keepends=True)
     return "".join(line for line in lines if '"subject":"rollback' not in line and " failed" not in line)

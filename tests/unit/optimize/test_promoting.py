@@ -1,20 +1,27 @@
 """What the commands say of a promotion: whether its steps are watched long enough, and how things stand."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from optimize.cli.promote import told_how_things_stand, way_back
-from optimize.promoting import JOURNAL, Options, _check_watching, _too_short, after_interruption
+from optimize import promoting
+from optimize.cli.promotion import percentages, told_how_things_stand, way_back
+from optimize.cluster_config import LocalConfig
+from optimize.production import Place
+from optimize.promoting import BasePromoting, Options, Task, _check_watching, _too_short
+from optimize.rollback import JOURNAL, after_interruption
 from registry.errors import InputError, InterruptedCampaignError
 from registry.ledger import Ledger
 from registry.policy import parse_policy
+from registry.ports import Probe, RegisteredVersion
 from registry.promotion import Journal, steps_of
 from registry.records import Constraint, Promotion, Watching
+from tests.doubles.promotions import MemoryApplier, MemoryRegistry, StatedProbe, production, rollout
 
 POLICY = parse_policy(["latency_p90_ms <= 50", "latency_p90_ms <= 110% rel vs champion"], "maximize max_throughput_rps")
 STEPS = steps_of(weights=(10, 50, 100), mirror=100, watch_s=60, beside=True)
@@ -142,3 +149,137 @@ def test_theway_back_names_the_cluster():
     assert way_back(work, None, None) == "burnish rollback 'burnish work'"
     assert way_back(work, None, Path("a.yaml")) == "burnish rollback 'burnish work' --campaign a.yaml"
     assert way_back(work, Path("c.yaml"), Path("a.yaml")) == "burnish rollback 'burnish work' --cluster c.yaml"
+
+
+@pytest.mark.parametrize("wrong", ["ten", "10 50 100", "10,,100", "", "1.5,100", "-1,100"])
+def test_weights_that_are_no_whole_numbers(wrong: str):
+    assert percentages("10, 50,100") == (10, 50, 100)
+    with pytest.raises(InputError, match="the weights are"):
+        percentages(wrong)
+
+
+# --- from plan to champion -----------------------------------------------------------------------------------------
+
+
+class Registry(MemoryRegistry):
+    """One that can be asked whether it is there, too."""
+
+    def check(self) -> None:
+        self.aliases("digits")
+
+
+@dataclass
+class World:
+    """A working folder, and the world around it, which outlives whoever promotes."""
+
+    work: Path
+    registry: Registry
+    applier: MemoryApplier
+
+    def promoting(self, **options: Any) -> "InMemory":
+        task = Task(
+            campaign_id="c",
+            candidate_id="candidate-2",
+            production="digits",
+            work=self.work,
+            cluster=LocalConfig(kind="local"),
+            base=self.work,
+            samples=self.work / "samples.npz",
+        )
+        return InMemory(task, Options(**{"rate_rps": 100.0, **options}), self)
+
+    @contextmanager
+    def place(self) -> Iterator[Place]:
+        yield Place(rollout=rollout(self.applier, self.work / "manifests"), target_of=lambda name: None)
+
+    def states(self) -> list[str]:
+        journal = Journal(Ledger.read(self.work / JOURNAL), lambda: "")
+        return [journal.state(one) for one in journal.promotions]
+
+
+class InMemory(BasePromoting):
+    """The promotion of version 2 of ``digits``, over ports in memory."""
+
+    def __init__(self, task: Task, options: Options, world: World) -> None:
+        self.told: list[str] = []
+        super().__init__(task, options, world.registry, self.told.append)
+        self._world = world
+
+    def _place(self, *, serve: bool) -> Any:
+        return self._world.place()
+
+    def _registered(self) -> RegisteredVersion | None:
+        return self._registry.find("digits", campaign_id="c", candidate_id="candidate-2")
+
+    def _register(self) -> RegisteredVersion:
+        raise AssertionError
+
+    def _new(self, journal: Journal | None, place: Place, registered: RegisteredVersion | None) -> Promotion:
+        # As it is for models: whoever is the champion needs no promotion.
+        if registered is not None and self._registry.aliases("digits").get("champion") == registered.version:
+            raise InputError("it is the champion already")
+        return self._drafted(
+            journal, place, registered,
+            model="digits", candidate_name="int8 2", policy=POLICY, beside=True, reason="It is faster.", notes=(),
+            resource="model",
+        )  # fmt: skip
+
+    def _own_probe(self, place: Place, stack: ExitStack) -> Probe:
+        assert self._samples is not None
+        return StatedProbe()
+
+    def _by_prometheus(self, own: Probe, place: Place, prometheus: Any) -> Probe:
+        raise AssertionError
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    applier = MemoryApplier()
+    production(applier, tmp_path / "manifests")
+    np.savez(tmp_path / "samples.npz", x=np.zeros((2, 3), np.float32))
+    return World(tmp_path, Registry(), applier)
+
+
+def test_from_the_plan_to_the_champion_the_samples_are_read_once(world: World, monkeypatch: pytest.MonkeyPatch):
+    from optimize import samples
+
+    read, load = [], samples.load_samples
+    monkeypatch.setattr(samples, "load_samples", lambda path: read.append(path) or load(path))
+    planned = world.promoting().plan()
+    assert (planned.state, planned.short, world.registry.named) == ("new", "", {"champion": "1"})
+    read.clear()
+    assert world.promoting().apply().state == "completed"
+    assert world.registry.named == {"champion": "2"}
+    assert read == [world.work / "samples.npz"]
+    again = world.promoting()
+    assert again.apply().state == "completed"
+    assert again.told == ["it is the champion already; nothing is to be done"]
+
+
+def test_the_champion_of_another_place_is_not_taken_for_that_of_this_one(world: World):
+    """The alias has moved to it elsewhere, and here the old one goes on serving."""
+    world.promoting().apply()
+    world.applier = MemoryApplier(location="another cluster")
+    production(world.applier, world.work / "manifests")
+    for promoted in (world.promoting().plan, world.promoting().apply):
+        with pytest.raises(InputError, match="became the champion at memory, not at another cluster") as caught:
+            promoted()
+        assert "burnish rollback" in str(caught.value)
+
+
+def test_a_way_back_that_was_cut_short_is_completed_before_anything_is_planned(
+    world: World, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(promoting, "place_of", lambda *_, **__: world.place())
+    world.promoting().apply()
+    with Ledger.open(world.work / JOURNAL) as ledger:
+        journal = Journal(ledger, lambda: "2026-01-01T00:00:00+00:00")
+        journal.add(journal.promotions[0], "rollback", "intent", "it was worse")
+    with pytest.raises(InputError, match="int8 2 is not taken back whole yet") as caught:
+        world.promoting().plan()
+    assert "--apply does so first" in str(caught.value)
+    resumed = world.promoting()
+    assert resumed.apply().state == "completed"
+    assert resumed.told[0] == "the rollback of int8 2 is completed first"
+    assert world.states() == ["rolled back", "completed"]
+    assert [one.how for one in world.registry.reigns("digits")] == ["promoted", "rolled back", "promoted"]

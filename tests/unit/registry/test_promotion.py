@@ -68,7 +68,7 @@ class House:
     def promotion(self, journal: Journal, **changed: Any) -> Promotion:
         begun = sum(journal.state(one) in {"completed", "rolled back"} for one in journal.promotions)
         made = Promotion(
-            id=identity(campaign(), production="digits", location="memory", version="2", begun_before=begun),
+            id=identity("c", "candidate-2", production="digits", location="memory", version="2", begun_before=begun),
             model="digits",
             production="digits",
             challenger="digits-challenger",

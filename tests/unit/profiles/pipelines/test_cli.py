@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from optimize.cli import main
-from optimize.pipeline_promoting import ChosenPart
+from optimize.pipeline_sources import ChosenPart
 from profiles.pipelines.measured import Measured, write_measured
 from registry.documents import load_document
 from tests.doubles.pipelines import numbers
