@@ -6,13 +6,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from optimize import reporting
 from optimize.budget import Budget
 from optimize.champion import NONE_YET, record_of, with_champion
 from optimize.config import CampaignConfig, SamplesConfig, SourceConfig, load_campaign
+from optimize.endpoints import make_folder
 from optimize.engines.choosing import engine_named, engine_on_demand
 from optimize.engines.cores import pinned, usable_cores
 from optimize.engines.pool import LocalEngine
@@ -26,6 +26,7 @@ from optimize.progress import working
 from optimize.samples import SampleFile, Samples, check_fit, load_samples, open_samples
 from optimize.serving_search import space_of
 from optimize.status import Watch
+from optimize.variant_folder import place_variant
 from profiles.deploy.reaper import reap
 from profiles.measure.advice import advice_of
 from profiles.measure.compare import turned
@@ -383,7 +384,8 @@ def make_variants(
 
     Args:
         model: a campaign file, or an ONNX file.
-        variants: names of presets to make, or none for all that the campaign names.
+        variants: names of the campaign's own recipes, of shipped ones and of sets; none for all of the campaign's. The
+            baseline is made in any case.
         calibration: for an ONNX file: the samples that static quantization takes its ranges from.
         out: the folder that gets one folder a variant.
         work: the working folder, or None for ``burnish-work`` beside the model.
@@ -393,18 +395,22 @@ def make_variants(
         The variants (name, path of the entry file, size, notes) and the failures, as plain values.
 
     Raises:
-        InputError: the model or a preset cannot be taken.
+        InputError: the model or a recipe cannot be taken, or ``out`` cannot be made, or holds what is no variant.
+        StorageError: ``out`` cannot be written.
     """
     config = _config_for(model, variants, calibration)
     budget = Budget.from_now(config.limits.minutes)
     planned = plan(config, base=model.parent, work=work or model.parent / "burnish-work")
+    make_folder(out, "--out")
     with _workspace(planned, observer, budget) as workspace:
         samples = _calibration(planned)
         sources, failures = make_sources(workspace)
         if samples is not None:
             check_fit(samples, sources[0].artifact.inputs, where="the calibration samples")
         made, unmade = make_all(workspace, sources, samples)
-        placed = [_placed(workspace, variant, out) for variant in made]
+        placed = [
+            _placed(variant, place_variant(workspace.store.path(variant.artifact), variant, out)) for variant in made
+        ]
     return placed, [to_jsonable(failure) for failure in (*failures, *unmade)]
 
 
@@ -439,12 +445,22 @@ def judge_variants_of(
     return judged, [to_jsonable(failure) for failure in prepared.failures]
 
 
+def with_variants(config: CampaignConfig, names: Sequence[str]) -> CampaignConfig:
+    """The campaign with the variants of these names alone; without any, as it is.
+
+    A name is that of a recipe which the campaign file writes out, else of one, or a set, of the library.
+    """
+    if not names:
+        return config
+    own = {entry.name: entry for entry in config.variants if not isinstance(entry, str)}
+    return config.model_copy(update={"variants": tuple(own.get(name, name) for name in names)})
+
+
 def _config_for(model: Path, variants: tuple[str, ...], calibration: Path | None) -> CampaignConfig:
     if model.suffix in {".yaml", ".yml"}:
         if calibration is not None:
             raise InputError("--calibration is for an ONNX file; a campaign file names its own samples.calibration")
-        config = load_campaign(model)
-        return config.model_copy(update={"variants": variants}) if variants else config
+        return with_variants(load_campaign(model), variants)
     if not model.is_file():
         raise InputError(f"no model at {model}", hint="Give an ONNX file, or a campaign file.")
     calibrating = None if calibration is None else str(calibration.resolve())
@@ -458,27 +474,7 @@ def _config_for(model: Path, variants: tuple[str, ...], calibration: Path | None
     )
 
 
-_SUFFIXES = frozenset({".onnx", ".data", ".onnx_data", ".xml", ".bin"})
-"""Of the files of variants."""
-
-
-def _placed(workspace: Workspace, variant: Variant, out: Path) -> dict[str, Any]:
-    """Copies a variant to its folder, whole or not at all; one that is there already is replaced.
-
-    Raises:
-        InputError: there is something else.
-    """
-    folder = out / variant.name.replace("/", "-")
-    strange = [path for path in sorted(folder.rglob("*")) if path.suffix not in _SUFFIXES]
-    if strange or folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-        what = strange[0] if strange else folder
-        raise InputError(f"{what} is in the way, and no part of a variant", hint="Name another folder with --out.")
-    out.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=out, prefix=".new-") as draft:
-        made = shutil.copytree(workspace.store.path(variant.artifact), Path(draft) / "made")
-        if folder.exists():
-            folder.rename(Path(draft) / "old")
-        made.rename(folder)
+def _placed(variant: Variant, folder: Path) -> dict[str, Any]:
     return {
         "name": variant.name,
         "id": variant.id,

@@ -127,7 +127,9 @@ def _run(
 def make(
     model: Annotated[Path, typer.Argument(help="A campaign file, or an ONNX file.")],
     out: Annotated[Path, typer.Option(help="A folder for the variants, one folder each.")] = Path("variants"),
-    variant: Annotated[list[str] | None, typer.Option(help="Only this one; may be given again.")] = None,
+    variant: Annotated[
+        list[str] | None, typer.Option(help="Only this one, beside the baseline; may be given again.")
+    ] = None,
     calibration: Annotated[Path | None, typer.Option(help="For an ONNX file: samples for static int8.")] = None,
     judge: Annotated[
         bool, typer.Option("--judge", help="For a campaign file: judge their answers and time them in process, too.")

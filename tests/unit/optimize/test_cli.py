@@ -180,3 +180,14 @@ def test_explain_of_files_needs_samples(monkeypatch, capsys, tmp_path: Path):
 def test_explain_without_a_campaign(monkeypatch, capsys, tmp_path: Path):
     assert burnish(monkeypatch, "explain", "int8-static", "--work", str(tmp_path)) == 2
     assert "no finished campaign" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [("init",), ("demo", "--work"), ("make", "model.onnx", "--out")], ids=" ".join)
+def test_a_file_where_a_folder_is_to_be_is_told_before_any_work(monkeypatch, capsys, tmp_path: Path, command):
+    write_onnx(mlp(), tmp_path)
+    (tmp_path / "file").write_text("")
+    monkeypatch.chdir(tmp_path)
+    for place in ("file", "file/below"):
+        assert burnish(monkeypatch, *command, place) == 2
+        assert f"{place} cannot be made" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "model.onnx"]
