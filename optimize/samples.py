@@ -94,17 +94,14 @@ def load_samples(path: Path, expected: tuple[TensorSpec, ...] | None = None) -> 
         expected: the inputs the samples must fit, or None to take them as they are.
 
     Raises:
-        InputError: the file is missing or not an ``.npz``, holds objects, or does not fit ``expected``.
+        InputError: the file is missing or not an ``.npz``, holds objects or more than there is memory for, or does not
+            fit ``expected``.
     """
-    _check_there(path)
+    open_samples(path, expected)  # numpy takes memory for what a header declares before it looks for it
     # The file is opened here: numpy leaves it open where it is no archive.
     with _told(path), path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
         arrays = {name: archive[name] for name in archive.files}
-        if other := [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]:
-            raise ValueError(f"{other[0]!r} in it is not an .npy file")
     labels, slices = arrays.pop(LABELS, None), arrays.pop(SLICES, None)
-    if expected is not None:
-        check_fit(arrays, expected, where=str(path))
     with _told(path):
         return from_arrays(arrays, labels, slices)
 
@@ -340,7 +337,8 @@ def check_fit(arrays: _Described, expected: tuple[TensorSpec, ...], *, where: st
     for spec in expected:
         array = arrays[spec.name]
         # By name: numpy has no type for some that models have (bfloat16), and one for each length of text.
-        if ("str" if array.dtype.kind in "US" else array.dtype.name) != spec.dtype:
+        # The name does not say in which order the bytes of a number are, which engines take for this machine's.
+        if ("str" if array.dtype.kind in "US" else array.dtype.name) != spec.dtype or not array.dtype.isnative:
             raise InputError(
                 f"{where}: input {spec.name!r} is {array.dtype}, but the model takes {spec.dtype}",
                 hint=f"Convert it with .astype({spec.dtype!r}).",
@@ -366,6 +364,8 @@ def _told(path: Path) -> Iterator[None]:
         yield
     except InputError as error:
         raise InputError(f"{path}: {error.message}", hint=error.hint) from error
+    except MemoryError as error:
+        raise InputError(f"{path} holds more than there is memory for: {error}", hint="Give fewer samples.") from error
     except _UNREADABLE as error:
         raise InputError(f"{path} is not an .npz file of plain arrays: {error}") from error
 

@@ -1,3 +1,6 @@
+import io
+import zipfile
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -158,3 +161,33 @@ def test_a_damaged_file_names_no_arrays(tmp_path):
 def test_slices_that_name_no_group_a_sample(slices, text):
     with pytest.raises(InputError, match=text):
         from_arrays({"x": np.ones(3)}, None, slices)
+
+
+def test_an_array_that_the_file_does_not_hold_is_no_reason_to_take_memory(tmp_path):
+    path = tmp_path / "s.npz"
+    header = io.BytesIO()
+    described = {"descr": "<f4", "fortran_order": False, "shape": (10**13, 3)}
+    np.lib.format.write_array_header_1_0(header, described)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("x.npy", header.getvalue())
+    with pytest.raises(InputError, match=r"'x\.npy' in it ends before the last sample"):
+        load_samples(path, SPECS)
+
+
+def test_numbers_in_another_order_of_bytes_are_refused(tmp_path):
+    path = write(tmp_path / "s.npz", x=np.ones((4, 3), ">f4"))
+    for read in (load_samples, open_samples):
+        with pytest.raises(InputError, match="input 'x' is >f4, but the model takes float32") as caught:
+            read(path, SPECS)
+        assert "astype('float32')" in caught.value.hint
+
+
+def test_more_samples_than_there_is_memory_for_are_told(tmp_path, monkeypatch):
+    path = write(tmp_path / "s.npz", x=np.ones((4, 3), np.float32))
+
+    def full(*_, **__):
+        raise MemoryError("Unable to allocate 37.3 GiB")
+
+    monkeypatch.setattr(np, "load", full)
+    with pytest.raises(InputError, match=r"s\.npz holds more than there is memory for: Unable to allocate 37\.3 GiB"):
+        load_samples(path, SPECS)
