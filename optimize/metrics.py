@@ -172,7 +172,9 @@ def _accuracy(outputs: Outputs, labels: NDArray[Any] | None) -> NDArray[np.float
 
 def _top(outputs: Outputs, labels: NDArray[Any] | None, *, k: int) -> NDArray[np.float64]:
     scores, truth = _classes(f"top{k}", outputs, labels)
-    best = np.argsort(-scores, axis=-1, kind="stable")[..., :k]
+    # Unsigned numbers have no negative ones, nor has the least of signed ones.
+    falling = -scores if scores.dtype.kind == "f" else -scores.astype(np.float64)
+    best = np.argsort(falling, axis=-1, kind="stable")[..., :k]
     return _mean_where((best == truth[..., None]).any(axis=-1), truth != IGNORED)
 
 
@@ -242,6 +244,7 @@ def _retrieved(outputs: Outputs, labels: NDArray[Any] | None, *, k: int) -> NDAr
             hint=f"It wants {wanted}.",
         )
     corpus = np.union1d(np.flatnonzero(truth == -1), matches)
+    vectors = vectors.astype(np.promote_types(vectors.dtype, np.float32), copy=False)  # float16 cannot hold squares
     lengths = np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), np.finfo(np.float32).tiny)
     unit = (vectors / lengths).astype(np.float32)
     found = np.full((count, k), -1, dtype=np.int64)

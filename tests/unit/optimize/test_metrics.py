@@ -166,3 +166,15 @@ def test_users_metric_that_fails(mine, name, text):
 
 def test_every_built_in_is_found_by_its_name():
     assert all(find_metric(name) is metric for name, metric in BUILT_IN.items())
+
+
+def test_scores_of_unsigned_bytes_are_ranked_by_their_values():
+    outputs = {"out": np.array([[0, 10, 200, 30, 40, 50, 60]], np.uint8)}
+    assert [find_metric("top5").score(outputs, np.array([label])).item() for label in (2, 0, 1)] == [1.0, 0.0, 0.0]
+
+
+def test_recall_of_float16_vectors_whose_squares_float16_cannot_hold():
+    vectors = np.random.default_rng(0).normal(0, 300, (12, 16)).astype(np.float16)
+    vectors[6:] = vectors[:6]
+    labels = np.concatenate([np.arange(6, 12), np.full(6, -1)])
+    assert find_metric("recall_at_1").score({"out": vectors}, labels)[:6].tolist() == [1.0] * 6
