@@ -208,13 +208,14 @@ def _told_kept(kept: list[Any], limit: float) -> str:
 
 
 def _beyond_float16(model: Any) -> int:
+    """How many weights are clipped: finite ones beyond float16's range, since it holds infinities as they are."""
     from onnx import TensorProto, numpy_helper
 
     count = 0
-    for tensor in model.graph.initializer:
+    for tensor in onnx_files.constants(model).values():
         if tensor.data_type == TensorProto.FLOAT:
             weights = numpy_helper.to_array(tensor)
             # The ends alone take no copy; a NaN among the weights hides them, and is looked past below.
             if weights.size and not (weights.min() >= -_LARGEST and weights.max() <= _LARGEST):
-                count += int((np.abs(weights) > _LARGEST).sum())
+                count += int((np.isfinite(weights) & (np.abs(weights) > _LARGEST)).sum())
     return count

@@ -116,3 +116,21 @@ def test_batches_do_not_change_what_is_found(tmp_path, source, feeds):
     feeds["x"][:-1] = 0.1  # only the last sample overflows
     mixed = made_by(MixedFloat16({"batch_size": 3}), source, tmp_path, feeds)
     assert mixed.notes[0].startswith("2 nodes")
+
+
+def test_the_note_counts_what_is_clipped_wherever_it_stands(tmp_path):
+    text = """
+    <ir_version: 8, opset_import: ["" : 17]>
+    g (float[batch, 4] x) => (float[batch, 4] y) {
+        held = Constant<value = float[4] {100000.0, -70000.0, 1.0, 2.0}>()
+        scaled = Mul(x, weight)
+        masked = Max(scaled, mask)
+        y = Add(masked, held)
+    }
+    """
+    weights = {
+        "weight": np.array([2e5, 1, 1, 1], np.float32),
+        "mask": np.full(4, -np.inf, np.float32),  # float16 holds an infinity
+    }
+    made = made_by(Float16(), write(tmp_path / "source", text, weights), tmp_path, None)
+    assert made.notes == ("3 weights beyond float16's range were clipped to it",)
