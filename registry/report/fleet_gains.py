@@ -49,7 +49,7 @@ def _speed_up(campaign: Campaign, selected: Candidate, named: dict[str, Candidat
             "word": found.word,
         }
     way = waterfall(campaign)
-    if way is None:
+    if way is None or way.total is None:
         return {}
     objective = way.objective
     ratio = way.total if objective.direction == "maximize" else _turned(way.total)

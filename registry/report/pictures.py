@@ -286,7 +286,8 @@ def _bars(axes: "Axes", palette: Palette, found: Waterfall, *, larger_is_better:
     axes.set_xticks(range(last + 1), ["baseline", *(_folded(step) for step in found.steps), "selected"])
     axes.grid(visible=False, axis="x")
     axes.margins(y=0.14)
-    axes.set_ylim(bottom=0)
+    if min(tops) >= 0:
+        axes.set_ylim(bottom=0)
     unit = found.start.unit.replace("1/s", "requests/s")
     axes.set_ylabel(printable(f"{found.label}, {unit}"))
 

@@ -48,14 +48,14 @@ class Step:
         words: what they are set to now.
         value: of the metric.
         ratio: this candidate's value over the one's before; from rounds in which both were measured, else of the two
-            values, without an interval.
+            values, without an interval. None where one of these is not above zero.
     """
 
     candidate: Candidate
     levers: tuple[str, ...]
     words: str
     value: Estimate
-    ratio: Estimate
+    ratio: Estimate | None
 
     @property
     def name(self) -> str:
@@ -73,7 +73,7 @@ class Waterfall:
         baseline: where the way begins.
         start: the baseline's value.
         steps: in their order; the last one's candidate is the selected.
-        total: the selected's value over the baseline's.
+        total: the selected's value over the baseline's, as in `Step`.
         notes: what a reader must know of it.
     """
 
@@ -82,7 +82,7 @@ class Waterfall:
     baseline: Candidate
     start: Estimate
     steps: tuple[Step, ...]
-    total: Estimate
+    total: Estimate | None
     notes: tuple[str, ...]
 
 
@@ -154,7 +154,7 @@ def listed(words: Iterable[str]) -> str:
     return f"{', '.join(most)} and {last}" if most else last
 
 
-def _times(ratio: Estimate) -> str:
+def _times(ratio: Estimate | None) -> str:
     return " ".join(part for part in (numbers.times(ratio), numbers.times_interval(ratio)) if part)
 
 
@@ -200,8 +200,8 @@ def _order(
 
 def _ratio(
     campaign: Campaign, objective: Objective, before: Candidate, after: Candidate, values: Mapping[str, Estimate]
-) -> Estimate:
-    """As it was compared; else from rounds in which both have a valid run; else of the two values."""
+) -> Estimate | None:
+    """As it was compared; else from rounds in which both have a valid run; else of the two values, if they have one."""
     wanted = (after.id, before.id, objective.metric, objective.load)
     for one in campaign.comparisons:
         if (one.candidate_id, one.baseline_id, one.metric, one.load) == wanted:
@@ -210,8 +210,10 @@ def _ratio(
     pairs = [(ones[number], others[number]) for number in sorted(ones.keys() & others.keys())]
     if pairs:
         return paired_ratio(pairs)
-    value = values[after.id].value / values[before.id].value if values[before.id].value else 1.0
-    return Estimate(value=value, low=None, high=None, runs=1, method="of two values, not paired", unit="1")
+    was, now = values[before.id].value, values[after.id].value
+    if was <= 0 or now <= 0:
+        return None
+    return Estimate(value=now / was, low=None, high=None, runs=1, method="of two values, not paired", unit="1")
 
 
 def _by_round(campaign: Campaign, objective: Objective, candidate_id: str) -> dict[int, float]:
@@ -255,7 +257,9 @@ def _notes(steps: Iterable[Step]) -> tuple[str, ...]:
         for step in steps
         if len(step.levers) > 1
     ]
-    if any(step.ratio.low is None for step in steps):
+    if any(step.ratio is None for step in steps):
+        told.append("Of values that are not above zero there is no ratio.")
+    if any(step.ratio is not None and step.ratio.low is None for step in steps):
         told.append("A ratio without an interval is of two values, not of rounds in which both were measured.")
     told.append(
         "Every step is a candidate that was measured. What a lever buys depends on those that were pulled before it."

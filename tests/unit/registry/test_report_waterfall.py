@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from registry.records import Campaign, Candidate, Measurement, Objective
+from registry.records import Campaign, Candidate, Measurement, Objective, exact
 from registry.report.markdown import render_markdown
 from registry.report.waterfall import waterfall, waterfall_table
 from tests.doubles import campaigns
@@ -42,6 +42,7 @@ def test_a_recorded_comparison_goes_before_what_rounds_say_again() -> None:
     assert found.steps[0].ratio == recorded.ratio
     # Two servers were not compared when it was recorded; they were measured in the same rounds.
     across = found.steps[1].ratio
+    assert across is not None
     assert (across.runs, across.method) == (3, "t over paired rounds")
     assert across.low is not None
     assert across.low < 1236.9 / 884.6 < (across.high or 0)
@@ -100,6 +101,7 @@ def test_the_longest_way_is_taken_and_of_two_that_in_the_order_of_the_house() ->
     assert [step.candidate.id for step in found.steps] == ["artifact", "both", "last"]
     assert [step.levers for step in found.steps] == [("artifact",), ("batching",), ("protocol",)]
     # No rounds: the two values have a ratio, and nobody knows how far to trust it.
+    assert found.total is not None
     assert found.total.value == pytest.approx(104 / 100)
     assert found.total.low is None
     assert any("without an interval" in note for note in found.notes)
@@ -113,6 +115,7 @@ def test_a_metric_at_a_load_takes_the_runs_of_that_load() -> None:
     policy = dataclasses.replace(made.verdict.policy, objectives=(objective,))
     found = waterfall(dataclasses.replace(made, verdict=dataclasses.replace(made.verdict, policy=policy)))
     assert found is not None
+    assert found.total is not None
     assert found.label == "p50 at 0.8 saturation"
     assert found.total.value == pytest.approx(2.3 / 8.1, rel=1e-3)
     assert found.total.runs == 3
@@ -130,6 +133,28 @@ def test_there_is_no_way_from_a_baseline_that_was_not_measured() -> None:
     made = campaign()
     left = tuple(one for one in made.measurements if one.candidate_id != BASELINE.id)
     assert waterfall(dataclasses.replace(made, measurements=left)) is None
+
+
+def test_of_nothing_there_is_no_ratio() -> None:
+    """The baseline loses nothing against itself: what a variant loses is no multiple of that."""
+    made = campaign()
+    objective = Objective(text="minimize accuracy_drop", direction="minimize", metric="accuracy_drop", load=None)
+    policy = dataclasses.replace(made.verdict.policy, objectives=(objective,))
+    fidelities = tuple(
+        dataclasses.replace(one, metrics={**one.metrics, "accuracy_drop": exact(value, "fraction")})
+        for one in made.fidelities
+        for value in ((0.0,) if one.variant_id == BASELINE.variant_id else (0.002,))
+    )
+    verdict = dataclasses.replace(made.verdict, policy=policy)
+    found = waterfall(dataclasses.replace(made, fidelities=fidelities, verdict=verdict))
+    assert found is not None
+    # The same variant on another server loses the same.
+    assert [step.ratio is None or step.ratio.value for step in found.steps] == [True, 1.0]
+    assert found.total is None
+    table = waterfall_table(dataclasses.replace(made, fidelities=fidelities, verdict=verdict))
+    assert table is not None
+    assert [row[-1] for row in table.rows] == ["", "not known", "1.00×", "not known"]
+    assert "Of values that are not above zero there is no ratio." in table.notes
 
 
 def test_markdown_says_the_same() -> None:
