@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from optimize.admission import ENTRY, Format, admit_here
 from optimize.engines.local import run_in_child
+from optimize.fidelity import compare_outputs
 from optimize.metrics import find_metric
 from optimize.samples import Samples, load_samples
 from optimize.serving import Served, serve_model, serving_profile
@@ -35,9 +36,10 @@ from profiles.pipelines.rollout import stages_of
 from profiles.pipelines.run import run_samples
 from profiles.serving.core2.manifests import as_yaml
 from profiles.serving.session import open_session
-from registry.errors import InputError
+from registry.errors import InputError, StageError
 from registry.ledger import write_durably
-from registry.records import Estimate, ServingProfile, Target
+from registry.records import Estimate, ServingProfile, Target, exact
+from registry.report import numbers
 from registry.report.pipeline import PipelineView, StepView
 
 Told = Callable[[str], None]
@@ -120,13 +122,13 @@ class Truth:
     Attributes:
         combination: the variants and their surrogate.
         accuracy: the metric.
-        accuracy_drop: what it loses against the first variants.
+        accuracy_drop: what it loses against the first variants, sample by sample; exactly 0 of these themselves.
         samples: how many.
     """
 
     combination: Combination
-    accuracy: float
-    accuracy_drop: float
+    accuracy: Estimate
+    accuracy_drop: Estimate
     samples: int
 
 
@@ -215,18 +217,28 @@ def judged_outputs(plan: Plan, outputs: Mapping[str, NDArray[Any]]) -> dict[str,
 def run_truth(
     plan: Plan, combinations: Sequence[Combination], *, metric: str = "accuracy", told: Told = lambda line: None
 ) -> tuple[Truth, ...]:
-    """The combinations end to end on the plan's labelled samples.
+    """The combinations end to end on the plan's labelled samples; none where it has no models, or no such samples.
 
     Raises:
-        InputError: see `answers` and `score`.
+        InputError: see `answers`; or the metric does not fit, or answers are not finite.
     """
-    samples = samples_of(plan)
-    base = score(plan, answers(plan, samples, {})[0], samples, metric)
+    samples = load_samples(plan.samples) if plan.models and plan.samples is not None else None
+    if samples is None or samples.labels is None:
+        return ()
+    base = judged_outputs(plan, answers(plan, samples, {})[0])
     found = []
     for combination in combinations:
-        value = score(plan, answers(plan, samples, combination.variants)[0], samples, metric)
-        told(f"{', '.join(f'{s}={v}' for s, v in combination.variants.items())}: {metric} {value:.4f}")
-        found.append(Truth(combination=combination, accuracy=value, accuracy_drop=base - value, samples=len(samples)))
+        own = all(variant == next(iter(plan.models[step].variants)) for step, variant in combination.variants.items())
+        outputs = base if own else judged_outputs(plan, answers(plan, samples, combination.variants)[0])
+        try:
+            known = compare_outputs(base, outputs, samples.labels, find_metric(metric), parity=False)
+        except StageError as error:
+            raise InputError(f"{_named(combination)}: {error.message}", hint="Leave that variant out.") from error
+        drop = exact(0.0, known["accuracy_drop"].unit) if own else known["accuracy_drop"]
+        told(f"{_named(combination)}: {metric} {numbers.text(known['accuracy'])}")
+        found.append(
+            Truth(combination=combination, accuracy=known["accuracy"], accuracy_drop=drop, samples=len(samples))
+        )
     return tuple(found)
 
 
@@ -504,7 +516,8 @@ class Judged:
     Attributes:
         p99: predicted at the rate, or None where it is beyond saturation.
         truth: on samples, or None where it was not run.
-        kept: whether it meets the limits on both, as far as these are known.
+        kept: whether it meets the limits on both, the drop with the worse end of its interval; what was not run is not
+            held against it.
     """
 
     combination: Combination
@@ -534,15 +547,24 @@ def judge(
             p99 = None
         truth = truths[place] if place < len(truths) else None
         kept = p99_ms is None or (p99 is not None and p99.value <= p99_ms)
-        kept = kept and (accuracy_drop is None or truth is None or truth.accuracy_drop <= accuracy_drop)
+        kept = kept and (accuracy_drop is None or truth is None or _certainly_within(truth, accuracy_drop))
         judged.append(Judged(combination=one, p99=p99, truth=truth, kept=kept))
     return tuple(judged)
+
+
+def _certainly_within(truth: Truth, accuracy_drop: float) -> bool:
+    most = truth.accuracy_drop.high
+    return most is not None and most <= accuracy_drop
 
 
 def choice_lines(found: Shortlist, judged: Sequence[Judged]) -> list[str]:
     """A shortlist and what came of it, as lines."""
     if not found.combinations:
-        lines = ["No combination meets the budget."]
+        lines = [
+            "No combination meets the budget."
+            if found.exact
+            else "None was found that meets the budget, and time ran out before it was known whether one does."
+        ]
         if found.closest is not None:
             lines.append(f"Closest: {_named(found.closest)}")
             lines += [f"  {one.quantity} {one.value:.4g}, and the limit is {one.limit:.4g}" for one in found.misses]
@@ -551,15 +573,19 @@ def choice_lines(found: Shortlist, judged: Sequence[Judged]) -> list[str]:
     lines = [f"By the surrogate, least {found.objective} first ({how}):"]
     for place, one in enumerate(judged, 1):
         said = ", ".join(f"{name} {value:.4g}" for name, value in one.combination.surrogate.items())
-        lines += [f"{place}. {_named(one.combination)}{'' if one.kept else ' (over a limit)'}", f"   surrogate: {said}"]
+        lines += [
+            f"{place}. {_named(one.combination)}{'' if one.kept else ' (not certainly within the limits)'}",
+            f"   surrogate: {said}",
+        ]
         lines.append(f"   predicted p99: {'beyond saturation' if one.p99 is None else f'{one.p99.value:.4g} ms'}")
         if one.truth is not None:
-            lines.append(
-                f"   on {one.truth.samples} samples: {one.truth.accuracy:.4f}, a drop of {one.truth.accuracy_drop:.4f}"
-            )
+            accuracy, drop = numbers.text(one.truth.accuracy), numbers.text(one.truth.accuracy_drop)
+            lines.append(f"   on {one.truth.samples} samples: {accuracy}, a drop of {drop}")
     best = taken(judged)
     if best is None:
-        lines.append("None of them keeps the limits: ask for more with --best, or loosen one.")
+        lines.append(
+            "None of them keeps the limits for certain: ask for more with --best, give more samples, or loosen one."
+        )
     elif best.truth is None:
         lines.append(
             f"Take, if samples agree: {_named(best.combination)} (the plan has no models and labelled samples)"
@@ -594,7 +620,9 @@ def write_chosen(path: Path, plan: Plan, one: Judged, *, accuracy_drop: float | 
     limits = [] if accuracy_drop is None else [f"accuracy_drop <= {accuracy_drop:g}"]
     limits += [] if p99_ms is None else [f"latency_p99_ms <= {p99_ms:g}"]
     surrogate = ", ".join(f"{name} {value:.4g}" for name, value in one.combination.surrogate.items())
-    truth = "" if one.truth is None else f"; on {one.truth.samples} samples a drop of {one.truth.accuracy_drop:.4f}"
+    truth = ""
+    if one.truth is not None:
+        truth = f"; on {one.truth.samples} samples a drop of {numbers.text(one.truth.accuracy_drop)}"
     document = {
         "pipeline": plan.pipeline.name,
         "variants": dict(one.combination.variants),

@@ -143,10 +143,14 @@ def analyse(
     found = analysis.analyse(read.pipeline, known, rate_rps=rate, variants=chosen, replicas=copies, seed=seed)
     overhead = analysis.overhead_of(read.pipeline, known)
     gains = [
-        analysis.gain_of(read.pipeline, known, step, name, rate_rps=found.latency.rate_rps, replicas=copies, seed=seed)
+        analysis.gain_of(
+            read.pipeline, known, step, name,
+            rate_rps=found.latency.rate_rps, variants=chosen, replicas=copies, seed=seed,
+        )
         for step, ones in known.steps.items()
-        for name in list(ones)[1:]
-    ]
+        for name in ones
+        if name != chosen.get(step, next(iter(ones)))
+    ]  # fmt: skip
     view = pipelines.view_of(read.pipeline, known, found, variants=chosen, notes=pipelines.overhead_words(overhead))
     if picture is not None:
         _draw(view, picture)
@@ -177,7 +181,7 @@ def choose(
     memory_mb: Annotated[float | None, typer.Option(help="Most memory of all servers.")] = None,
     cost: Annotated[float | None, typer.Option(help="Highest price an hour of all replicas.")] = None,
     p99_ms: Annotated[float | None, typer.Option(help="Highest p99 that is predicted for what is taken.")] = None,
-    best: Annotated[int, typer.Option(help="How many combinations are run on samples.")] = 3,
+    best: Annotated[int, typer.Option(help="How many combinations are run on samples.", min=1)] = 3,
     metric: Annotated[str, typer.Option(help="The task metric.")] = "accuracy",
     out: Annotated[Path | None, typer.Option(help="Write what is to be taken here, for `pipeline promote`.")] = None,
     json_output: Json = False,
@@ -195,13 +199,12 @@ def choose(
 
     read, known, _ = _read(plan, measured, None)
     copies = {step: model.replicas for step, model in read.models.items()}
-    at = rate or 0.5 * pipeline_limits(read.pipeline, known, replicas=copies)[0].rate_rps
+    at = 0.5 * pipeline_limits(read.pipeline, known, replicas=copies)[0].rate_rps if rate is None else rate
     budget = Budget(latency_ms=latency_ms, accuracy_drop=accuracy_drop, memory_mb=memory_mb, cost=cost)
     goal: Any = _quantity(objective)
     options = options_of(read.pipeline, known, rate_rps=at, replicas=copies)
     found = shortlist(read.pipeline, options, objective=goal, budget=budget, best=best)
-    labelled = bool(read.models) and read.samples is not None
-    truths = pipelines.run_truth(read, found.combinations, metric=metric, told=say) if labelled else ()
+    truths = pipelines.run_truth(read, found.combinations, metric=metric, told=say)
     judged = pipelines.judge(
         read.pipeline, known, found, truths, rate_rps=at, replicas=copies, accuracy_drop=accuracy_drop, p99_ms=p99_ms
     )

@@ -621,6 +621,7 @@ def gain_of(
     variant: str,
     *,
     rate_rps: float,
+    variants: Mapping[str, str] | None = None,
     replicas: Mapping[str, int] | None = None,
     requests: int = REQUESTS,
     seed: int = 0,
@@ -628,11 +629,26 @@ def gain_of(
     """What putting this variant in its step's place buys, the other steps and all replicas kept.
 
     Both are followed through the same arrivals, choices and luck, so that what differs is the variant's doing.
+
+    Args:
+        pipeline: without cycles.
+        measured: of its steps.
+        step: whose variant it is.
+        variant: the other one.
+        rate_rps: requests a second to the pipeline, at which latency is compared.
+        variants: step -> variant that there is now, where it is not the first.
+        replicas: step -> how many, where it is more than one.
+        requests: of the sampled paths.
+        seed: of them.
+
+    Raises:
+        InputError: a step was not measured.
     """
-    own = {step: variant}
-    first = pipeline_limits(pipeline, measured, replicas=replicas)[0]
+    before = dict(variants or {})
+    own = {**before, step: variant}
+    first = pipeline_limits(pipeline, measured, variants=before, replicas=replicas)[0]
     after = pipeline_limits(pipeline, measured, variants=own, replicas=replicas)[0]
-    alone = measured.of(step, variant).saturation_rps / measured.of(step).saturation_rps
+    alone = measured.of(step, variant).saturation_rps / measured.of(step, before.get(step)).saturation_rps
     pairs: dict[int, tuple[Estimate, Estimate]] = {}
     try:
         had, has = (
@@ -643,7 +659,7 @@ def gain_of(
                 requests=requests,
                 seed=seed,
             ).percentiles
-            for chosen in ({}, own)
+            for chosen in (before, own)
         )
         pairs = {one: (had[one], has[one]) for one in PERCENTILES}
     except InputError:
@@ -689,8 +705,8 @@ class Overhead:
     """What a pipeline takes that its steps alone do not.
 
     Attributes:
-        measured_ms: p50 of single requests, end to end.
-        predicted_ms: from the steps.
+        measured_ms: mean of single requests, end to end.
+        predicted_ms: the same from the steps, each alone.
         per_stage_ms: the difference over the stages of the path that decides latency; below 0 where the prediction
             was too slow.
     """

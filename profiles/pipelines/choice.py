@@ -136,8 +136,10 @@ def options_of(
         replicas: step -> how many, where it is more than one; memory and cost are of all.
 
     Raises:
-        InputError: a step was not measured.
+        InputError: a step was not measured, or the rate is none.
     """
+    if not (math.isfinite(rate_rps) and rate_rps > 0):
+        raise InputError(f"a rate of {rate_rps:g} requests a second", hint="It is above 0.")
     counts = visits(pipeline)
     found = []
     for step in pipeline.names:

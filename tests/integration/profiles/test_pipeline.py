@@ -11,6 +11,7 @@ import pytest
 
 from optimize.cli import main
 from optimize.pipelines import measure_plan, message_bytes, run_truth, serve_plan, signatures
+from optimize.samples import load_samples
 from profiles.measure.levels import find_level
 from profiles.pipelines.analysis import pipeline_limits
 from profiles.pipelines.choice import Combination
@@ -18,6 +19,7 @@ from profiles.pipelines.documents import Plan, load_plan
 from profiles.pipelines.gateway import Model
 from profiles.pipelines.measured import load_measured, write_measured
 from registry.errors import InputError, UnreachableError
+from registry.records import exact
 from tests.doubles.models import mlp, mlp_answer, write_onnx
 
 pytestmark = pytest.mark.slow
@@ -92,10 +94,18 @@ def test_a_step_and_the_whole_are_measured(plan: Plan, tmp_path: Path):
 
 def test_combinations_are_run_on_samples(plan: Plan):
     other = Combination(variants={"left": "two", "right": "two"}, surrogate={})
-    (truth,) = run_truth(plan, [other])
+    first = Combination(variants={"left": "one", "right": "two"}, surrogate={})
+    truth, own = run_truth(plan, [other, first])
     # Labels are what the first variants answer.
-    assert truth.accuracy_drop == pytest.approx(1.0 - truth.accuracy)
-    assert truth.accuracy < 1.0
+    assert truth.accuracy_drop.value == pytest.approx(1.0 - truth.accuracy.value)
+    assert truth.accuracy.value < 1.0
+    assert truth.accuracy_drop.high is not None
+    assert truth.accuracy_drop.high > truth.accuracy_drop.value
+    assert (own.accuracy.value, own.accuracy_drop) == (1.0, exact(0.0, "fraction"))
+    x = load_samples(plan.folder / "samples.npz").inputs["x"]
+    np.savez(plan.folder / "samples.npz", x=x)
+    # Without labels there is no truth, and no reason to choose nothing.
+    assert run_truth(plan, [other]) == ()
 
 
 def test_models_are_read_for_their_tensors(plan: Plan, monkeypatch: pytest.MonkeyPatch, capsys):

@@ -2,14 +2,19 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from optimize.cli import main
 from optimize.pipeline_sources import ChosenPart
+from optimize.pipelines import Truth, choice_lines, judge
+from profiles.pipelines.choice import Combination, Shortlist
+from profiles.pipelines.graph import Gathering, Pipeline, Source, Step
 from profiles.pipelines.measured import Measured, write_measured
 from registry.documents import load_document
+from registry.records import Estimate, exact
 from tests.doubles.pipelines import numbers
 
 PLAN = """
@@ -53,6 +58,10 @@ def test_analyse_tells_the_bottleneck_and_draws(burnish, tmp_path: Path):
     found = json.loads(out)
     assert code == 0
     assert found["analysis"]["limits"][0] == {"what": "b", "rate_rps": 125.0, "visits": 1.0}
+    # Gains are over the variants that were named, not over the first ones.
+    assert {(one["step"], one["variant"]): one["saturation_rps"] for one in found["gains"]} == {
+        ("a", "int8"): [125.0, 125.0], ("b", "fp32"): [125.0, 50.0],
+    }  # fmt: skip
 
 
 def test_choose_lists_the_best_or_the_closest_miss(burnish):
@@ -64,13 +73,34 @@ def test_choose_lists_the_best_or_the_closest_miss(burnish):
     code, out, _ = burnish("choose", "plan.yaml", "--measured", "m.yaml", "--rate", "40", "--p99-ms", "30")
     assert code == 0
     assert "1. a=int8, b=int8\n" in out
-    assert "3. a=int8, b=fp32 (over a limit)" in out
+    assert "3. a=int8, b=fp32 (not certainly within the limits)" in out
     code, out, _ = burnish("choose", "plan.yaml", "--measured", "m.yaml", "--p99-ms", "1")
     assert code == 3
-    assert "None of them keeps the limits" in out
+    assert "None of them keeps the limits for certain" in out
     code, out, _ = burnish("choose", "plan.yaml", "--measured", "m.yaml", "--memory-mb", "100")
     assert code == 3
     assert "Closest: a=int8, b=int8\n  memory_mb 300, and the limit is 100" in out
+
+
+def test_what_time_did_not_suffice_to_decide_is_not_said_to_be_impossible():
+    nothing = Shortlist(objective="latency_ms", combinations=(), bound=None, relaxed=None, exact=True)
+    assert choice_lines(nothing, ()) == ["No combination meets the budget."]
+    assert "time ran out before it was known" in choice_lines(replace(nothing, exact=False), ())[0]
+
+
+def test_a_drop_is_held_against_its_limit_by_the_worse_end_of_its_interval():
+    step = Step(name="a", inputs=Gathering(sources=(Source(step=None, side="inputs"),)))
+    p = Pipeline(name="p", steps=(step,), output=None)
+    one = Combination(variants={"a": "int8"}, surrogate={})
+    none = Shortlist(objective="latency_ms", combinations=(one,), bound=None, relaxed=None, exact=True)
+
+    def kept(high: float | None) -> bool:
+        drop = Estimate(value=0.0, low=0.0, high=high, runs=100, method="told", unit="fraction")
+        truth = Truth(combination=one, accuracy=exact(1.0, "fraction"), accuracy_drop=drop, samples=100)
+        told = judge(p, Measured(steps={}), none, [truth], rate_rps=1, replicas={}, accuracy_drop=0.01, p99_ms=None)
+        return told[0].kept
+
+    assert (kept(0.03), kept(0.01), kept(None)) == (False, True, False)
 
 
 def test_balance_counts_replicas(burnish):
@@ -103,7 +133,7 @@ def test_promote_writes_the_manifests_in_order(burnish, tmp_path: Path):
     ]  # fmt: skip
     assert "name: b-int8" in (tmp_path / "promotion" / "4-promoted.yaml").read_text()
     for wrong, says in (
-        (("--model", "b"), "--model 'b' is not step=model"),
+        (("--model", "b"), "--model 'b' is not step=Model"),
         (("--model", "b=x", "--apply"), "--out goes with --model alone"),
         (("--model", "b=x", "--model", "b=y"), "names a step twice"),
         (("--model", "b=x", "--limit", "latency_p99 <= 4"), "latency_p99"),
@@ -149,6 +179,9 @@ def test_what_was_chosen_is_written_for_the_promotion(burnish, tmp_path: Path):
         (("analyse", "plan.yaml", "--measured", "m.yaml", "--rate", "60"), "beyond its saturation"),
         (("choose", "plan.yaml", "--measured", "m.yaml", "--objective", "speed"), "--objective 'speed' is not known"),
         (("choose", "plan.yaml", "--measured", "m.yaml", "--cost", "5"), "cost is unknown"),
+        (("choose", "plan.yaml", "--measured", "m.yaml", "--rate", "0"), "a rate of 0 requests a second"),
+        (("choose", "plan.yaml", "--measured", "m.yaml", "--rate", "-5"), "a rate of -5 requests a second"),
+        (("choose", "plan.yaml", "--measured", "m.yaml", "--best", "0"), "--best"),
         (("measure", "plan.yaml"), "names no samples"),
     ],
 )
