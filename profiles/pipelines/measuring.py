@@ -18,6 +18,9 @@ from profiles.pipelines.measured import StepNumbers, WholeNumbers, thin
 from registry.errors import UnreachableError
 from registry.records import ClosedLoop, LoadProfile, OpenLoop, RateStage, RunRecord, Target
 
+# Gates that make latencies worthless, and leave the CPU time of a request what it is.
+_OF_LATENCY = frozenset({"lateness", "steal"})
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Found:
@@ -60,7 +63,8 @@ def measure_endpoint(
         seed: of arrivals and of the order of payloads.
 
     Raises:
-        UnreachableError: it refused, stopped answering, or sustained no rate at all.
+        UnreachableError: it refused, stopped answering, or sustained no rate at all; or no window of single requests
+            was valid.
     """
     scratch = raw_root / "pipeline-window.npz"
     best: list[RunRecord] = []
@@ -77,9 +81,18 @@ def measure_endpoint(
             name="single", load=ClosedLoop(concurrency=1), warmup_s=level.warmup_s, duration_s=level.closed_s,
             timeout_s=level.timeout_s, seed=seed,
         )  # fmt: skip
-        record = run_until_valid(run, single, scratch, level)
+        # A machine that is busy for a moment spoils a window or a search; one that is busy for long spoils them all.
+        for _ in range(1 + level.reruns):
+            record = run_until_valid(run, single, scratch, level)
+            if record.valid:
+                break
+        else:
+            gates = ", ".join(f"{one.gate} {one.observed} (limit {one.limit})" for one in record.findings)
+            raise UnreachableError(
+                f"no window of single requests to {target.model} was valid: {gates}",
+                hint="Is the machine busy with something else? Look at the server's log.",
+            )
         latencies = _latencies(scratch, record)
-        # A machine that is busy for a moment spoils a search; one that is busy for long spoils them all.
         for attempt in range(1 + level.reruns):
             capacity = find_capacity(run, level, candidate_id=target.model, seed=seed + attempt)
             if capacity.saturation_rps is not None:
@@ -113,7 +126,7 @@ def rates_of(stages: Sequence[RateStage]) -> dict[str, tuple[float, float]]:
 
 
 def _latencies(raw: Path, record: RunRecord) -> NDArray[np.float64]:
-    """Of the window's answered requests, in ms; empty where it is invalid."""
+    """Of the window's answered requests, in ms."""
     stored = load_arrays(raw, record.raw_sha256)
     latencies = latency_ms(stored["intended_ns"], stored["done_ns"], stored["status"])
     return latencies[np.isfinite(latencies) & (latencies > 0)]
@@ -130,17 +143,25 @@ def cpu_at(
     usage: Callable[[], Usage | None],
     seed: int = 0,
 ) -> float | None:
-    """CPU time of the servers for one request, in ms, where requests come at random at this rate; None if unknown."""
+    """CPU time of the servers for one request, in ms, where requests come at random at this rate; None if unknown.
+
+    Of an invalid window nothing is known, unless all that is wrong with it is that requests were late.
+    """
     scratch = raw_root / "pipeline-cpu.npz"
     profile = LoadProfile(
         name=f"{rate_rps:.4g} rps", load=OpenLoop(rate_rps=rate_rps), warmup_s=level.warmup_s,
         duration_s=level.window_s(level.open_s, rate_rps), timeout_s=level.timeout_s, seed=seed,
     )  # fmt: skip
     try:
-        record = generator.run(target, payloads, profile, raw_path=scratch, raw_root=raw_root, usage=usage)
+        record = run_until_valid(
+            lambda one, path: generator.run(target, payloads, one, raw_path=path, raw_root=raw_root, usage=usage),
+            profile,
+            scratch,
+            level,
+        )
     finally:
         scratch.unlink(missing_ok=True)
-    return record.metrics.get("cpu_s_per_1k")
+    return None if {one.gate for one in record.findings} - _OF_LATENCY else record.metrics.get("cpu_s_per_1k")
 
 
 def as_step(
