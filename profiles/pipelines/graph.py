@@ -4,7 +4,7 @@ Plain values; documents become them in `profiles.pipelines.documents`.
 """
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -295,16 +295,3 @@ def _round(pipeline: Pipeline) -> set[str]:
 
     in_cycle = {name for name in pipeline.names if name in reached(name)}
     return in_cycle.union(*(reached(name) for name in in_cycle)) if in_cycle else set()
-
-
-def paths(pipeline: Pipeline, *, most: int = 10_000) -> Iterator[tuple[str, ...]]:
-    """Every way from the input to the output, as steps in order; at most so many."""
-    trails: list[tuple[str, ...]] = [(name,) for name in pipeline.last]
-    given = 0
-    while trails and given < most:
-        trail = trails.pop()
-        sources: Sequence[Source] = pipeline.step(trail[0]).sources
-        if any(source.step is None for source in sources):
-            given += 1
-            yield trail
-        trails += [(before, *trail) for before in pipeline.before(trail[0]) if before not in trail]

@@ -1,6 +1,5 @@
 """What was measured of a pipeline's steps, each alone, and of the whole, as a YAML document that a user can read."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -205,8 +204,3 @@ def thin(latencies_ms: NDArray[np.float64], most: int = MOST_KEPT) -> tuple[floa
     if len(rising) <= most:
         return tuple(float(f"{value:.5g}") for value in rising)
     return tuple(float(f"{part.mean():.5g}") for part in np.array_split(rising, most))
-
-
-def finite(value: float) -> float | None:
-    """The value, or None where it is not finite: what JSON can carry."""
-    return value if math.isfinite(value) else None

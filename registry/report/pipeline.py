@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from registry.report.table import printable
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -102,7 +104,7 @@ def render_pipeline(view: PipelineView, console: "Console") -> None:
             _slack(step.slack_ms),
             f"{step.decides:.0%}",
         )
-        table.add_row(*(Text(cell) for cell in cells), style="bold" if busiest else "")
+        table.add_row(*(Text(printable(cell)) for cell in cells), style="bold" if busiest else "")
     console.print(table)
     console.print()
     console.print(Text(view.headline, style="bold"))

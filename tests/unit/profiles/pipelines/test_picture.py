@@ -26,7 +26,7 @@ def view() -> PipelineView:
         name="p$1",
         steps=(
             step("a$x", 0),
-            step("b", 1, limit_rps=60.0, utilisation=0.9),
+            step("b", 1, limit_rps=60.0, utilisation=0.9, variant="i\x1b[8mnt8"),
             step("drift", 1, limit_rps=math.inf, slack_ms=math.inf, decides=0.0),
         ),
         edges=(("a$x", "b"), ("a$x", "drift")),
@@ -60,3 +60,5 @@ def test_the_terminal_tells_the_same(width: int):
     assert "* b" in text
     assert "saturates at 60 requests a second, at b" in " ".join(text.split())
     assert "Note: no Kafka." in text
+    # A variant's name comes from a file, and says nothing to the terminal.
+    assert "\x1b" not in text
