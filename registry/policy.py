@@ -14,6 +14,7 @@ each has one. The whole language is described in ``docs/reference/policy.md``.
 
 import difflib
 import itertools
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -382,8 +383,11 @@ def _reference(line: _Line, name: str, *, relative: bool) -> Literal["baseline",
 
 def _value(line: _Line, number: _Token, *, percent: bool = False) -> float:
     """The number; a percentage is divided in decimals, so that 2.3% is exactly what 0.023 is."""
-    value = float(Decimal(number.text) / 100 if percent else Decimal(number.text))
-    if value in {float("inf"), float("-inf")}:
+    try:
+        value = float(Decimal(number.text) / 100 if percent else Decimal(number.text))
+    except ArithmeticError:  # an exponent beyond what decimals have
+        value = math.inf
+    if math.isinf(value):
         line.refuse("the number is too large", number)
     return value
 

@@ -86,6 +86,8 @@ def test_loads_are_named_once_in_order():
         ("accuracy_drop 0.01", "0.01", ["expected <=, >=, < or >"]),
         ("accuracy_drop <= much", "much", ["expected a number"]),
         ("accuracy_drop <= 1e999", "1e999", ["too large"]),
+        ("accuracy_drop <= 1e999999999999999999%", "1e999999999999999999", ["too large"]),
+        ("rss_mb <= 1e99999999999999999999", "1e99999999999999999999", ["too large"]),
         ("rss_mb <= 120%", "%", ["this metric is in MB", "Write 120% rel"]),
         ("latency_p90_ms <= 50 ms", "ms", ["Leave out the unit"]),
         ("rss_mb <= 600 at 0.8 saturation", "at", ["rss_mb belongs to no load"]),
