@@ -7,6 +7,7 @@ from typing import Any
 
 from optimize.admission import ask_child, external_files, parse, refuse_other_formats
 from optimize.signature import describe_signature, read_signature
+from optimize.stages.onnx_files import constants
 from registry.errors import InputError
 
 
@@ -48,7 +49,7 @@ def _describe_onnx(model: Path) -> dict[str, Any]:
         "format": "onnx",
         "ir_version": proto.ir_version,
         "opsets": {entry.domain: entry.version for entry in proto.opset_import},
-        "parameters": sum(prod(tensor.dims) for tensor in proto.graph.initializer),
+        "parameters": sum(prod(tensor.dims) for tensor in constants(proto).values()),
         "operators": dict(operators.most_common()),
         "beside": external_files(model),
     }

@@ -104,3 +104,16 @@ def test_a_model_that_breaks_a_limit_is_refused(tmp_path: Path) -> None:
 def test_a_signature_comes_back_from_the_child_as_it_was(tmp_path: Path) -> None:
     signature = read_signature(tmp_path / write_onnx(two_inputs(), tmp_path).entry)
     assert signature_of(describe_signature(signature)) == signature
+
+
+def test_weights_in_constant_nodes_are_counted(tmp_path):
+    text = """
+    <ir_version: 8, opset_import: ["" : 17]>
+    g (float[batch, 2] x) => (float[batch, 2] y) <float[2] bias = {1.0, 2.0}> {
+        weight = Constant<value = float[2, 2] {1.0, 2.0, 3.0, 4.0}>()
+        product = MatMul(x, weight)
+        y = Add(product, bias)
+    }
+    """
+    onnx.save(onnx.parser.parse_model(text), str(tmp_path / "model.onnx"))
+    assert describe_here(path=str(tmp_path / "model.onnx"))["parameters"] == 6
