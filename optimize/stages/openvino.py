@@ -47,6 +47,13 @@ class ToOpenVino(Stage):
             model = openvino.convert_model(str(source.path))
         except Exception as error:  # its frontends raise classes of their own that share no base but this
             raise NotApplicableError(f"OpenVINO cannot convert the model: {_reason(error)}") from error
+        sides = (len(model.inputs), len(model.outputs)), (len(source.inputs), len(source.outputs))
+        if sides[0] != sides[1]:
+            raise NotApplicableError(
+                f"{self.name}: OpenVINO gives the model {sides[0][0]} inputs and {sides[0][1]} outputs, where it has "
+                f"{sides[1][0]} and {sides[1][1]}",
+                hint="An input that is an output, too, goes through an Identity first.",
+            )
         for port, spec in zip((*model.inputs, *model.outputs), (*source.inputs, *source.outputs), strict=True):
             # A tensor may carry several names; the one that requests use must be the only one.
             if port.get_names() != {spec.name}:
