@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from optimize.stages.base import first_line
+
 Dims = tuple[int | None, ...]
 
 # Operators that stay, whatever they take.
@@ -123,7 +125,7 @@ class Graph:
         try:
             return onnx.shape_inference.infer_shapes(self.model, data_prop=True), None
         except Exception as error:  # the library raises several kinds, for one and the same reason
-            return self.model, str(error).strip().splitlines()[0][:300]
+            return self.model, first_line(error)
 
     def shape(self, name: str) -> Dims | None:
         """The dimensions of a tensor, None for one that is not fixed; None for a tensor of unknown rank."""

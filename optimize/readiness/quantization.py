@@ -144,7 +144,7 @@ def _wrong_scale(graph: Graph, node: Any) -> str | None:
 
 def _wrong_axis(graph: Graph, node: Any) -> str | None:
     shape = graph.shape(node.input[0])
-    if shape is None:
+    if not shape:
         return None
     axis = attributes(node).get("axis", 1) % len(shape)
     for taker in graph.consumers[node.output[0]] if node.op_type == _DQ else ():

@@ -248,7 +248,7 @@ class Stage(ABC):
         except (BurnishError, MemoryError):
             raise
         except Exception as error:
-            raise StageError(f"{self.name} failed with {type(error).__name__}: {_first_line(error)}") from error
+            raise StageError(f"{self.name} failed with {type(error).__name__}: {first_line(error)}") from error
         self.ensures(source, result)
         return result
 
@@ -345,9 +345,10 @@ def _content(folder: Path) -> list[str]:
     return sorted(file_sha256(path) for path in folder.rglob("*") if path.is_file())
 
 
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:500] if lines else "no message"
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, not too long; its class where it says nothing."""
+    said = str(error).strip().splitlines()
+    return said[0][:500] if said else type(error).__name__
 
 
 @contextlib.contextmanager

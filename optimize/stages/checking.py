@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from optimize.stages.base import StageInput, StageResult
+from optimize.stages.base import StageInput, StageResult, first_line
 from registry.errors import NotApplicableError
 from registry.records import TensorSpec
 
@@ -123,9 +123,3 @@ def alike(wanted: NDArray[Any], got: NDArray[Any]) -> bool:
     finite = np.abs(wanted[np.isfinite(wanted)])
     largest = float(finite.max()) if finite.size else 0.0
     return bool(np.allclose(got, wanted, rtol=0.0, atol=_TOLERANCE * max(largest, 1e-6), equal_nan=True))
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of what an error says, not too long."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:300] if lines else type(error).__name__

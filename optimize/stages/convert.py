@@ -8,8 +8,8 @@ from pydantic import Field, field_validator
 
 from optimize.readiness.releases import tensorrt_release, tensorrt_version, triton_release
 from optimize.stages import onnx_files
-from optimize.stages.base import Context, Stage, StageInput, StageParams, StageResult
-from optimize.stages.checking import Runner, alike, first_line, runs_on, with_same_answers
+from optimize.stages.base import Context, Stage, StageInput, StageParams, StageResult, first_line
+from optimize.stages.checking import Runner, alike, runs_on, with_same_answers
 from registry.errors import InputError, NotApplicableError
 
 # Initializers that are no inputs came with IR version 4; functions inside a model with 8.

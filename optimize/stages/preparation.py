@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from optimize.stages import onnx_files
-from optimize.stages.base import StageInput, StageParams
+from optimize.stages.base import StageInput, StageParams, first_line
 from registry.errors import InputError, NotApplicableError
 
 logger = logging.getLogger(__name__)
@@ -199,5 +199,5 @@ def _raised(model: Any, opset: int) -> Any:
     except Exception as error:  # the converter raises RuntimeError and its own ConvertError, by build
         raise NotApplicableError(
             f"quantization per channel needs opset {_LEAST_OPSET}, and this model of opset {opset} cannot be raised: "
-            f"{str(error).strip().splitlines()[0][:200]}"
+            f"{first_line(error)}"
         ) from error

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from optimize.stages import onnx_files
-from optimize.stages.base import Context, Stage, StageInput, StageParams, StageResult
+from optimize.stages.base import Context, Stage, StageInput, StageParams, StageResult, first_line
 from optimize.stages.checking import with_same_answers
 from registry.errors import NotApplicableError
 
@@ -170,4 +170,4 @@ def optimize_with_ort(source: Path, target: Path, *, level: str, threads: int) -
     try:
         onnxruntime.InferenceSession(str(source), options, providers=["CPUExecutionProvider"])
     except refused as error:
-        raise NotApplicableError(f"ONNX Runtime cannot load the model: {str(error).splitlines()[0][:300]}") from error
+        raise NotApplicableError(f"ONNX Runtime cannot load the model: {first_line(error)}") from error

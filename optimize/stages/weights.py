@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from optimize.stages import onnx_files
-from optimize.stages.base import Context, Stage, StageInput, StageResult
+from optimize.stages.base import Context, Stage, StageInput, StageResult, first_line
 from optimize.stages.preparation import (
     PREPARED,
     FloatNodesParams,
@@ -112,7 +112,7 @@ class WeightOnly(Stage):
             raise NotApplicableError(
                 f"{self.name}: ONNX Runtime {onnxruntime.__version__} does not run MatMulNBits with "
                 f"{self.params.bits} bits and blocks of {self.params.block_size} on this CPU: "
-                f"{str(error).splitlines()[0][:200]}"
+                f"{first_line(error)}"
             ) from error
 
 
