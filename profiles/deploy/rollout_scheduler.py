@@ -28,7 +28,8 @@ _HOPEFUL = frozenset({"PipelineCreate", "PipelineCreating", "PipelineReady", "Pi
 class SchedulerApplier(Core2Applier[SchedulerClient]):
     """Implements `profiles.deploy.rollout.Applier`.
 
-    The scheduler keeps no labels, and does not tell what an experiment is of.
+    The scheduler keeps no labels, and does not tell what an experiment is of. One that was stopped stays known to it
+    for a while, and is inactive: for what is in force it is gone.
     """
 
     def read(self, kind: str, name: str) -> Manifest | None:
@@ -39,7 +40,8 @@ class SchedulerApplier(Core2Applier[SchedulerClient]):
             UnreachableError: the scheduler did not answer.
         """
         if kind == "Experiment":
-            return None if self._client.experiment(name) is None else _resource(kind, name, {})
+            split = self._client.experiment(name)
+            return None if split is None or not split.active else _resource(kind, name, {})
         if kind == "Pipeline":
             state = self._client.pipeline(name)
             return None if state is None or not state.live else _resource(kind, name, pipeline_spec(name, state))

@@ -160,6 +160,7 @@ class SchedulerDouble:
         self._models: dict[str, list[_Version]] = {}
         self._stale: dict[str, list[pb.ModelStatusResponse | None]] = {}
         self._experiments: dict[str, pb.Experiment] = {}
+        self._stopped: set[str] = set()
         self._chance = random.Random(0)
         self._pipelines: dict[str, _Pipeline] = {}
 
@@ -454,17 +455,23 @@ class SchedulerDouble:
                 words = f"default {other.default} is already in use by experiment {other.name}"
                 context.abort(grpc.StatusCode.FAILED_PRECONDITION, words)
         self._experiments[asked.name] = asked
+        self._stopped.discard(asked.name)
         return pb.StartExperimentResponse()
 
     def _stop_experiment(self, request: pb.StopExperimentRequest, context: Any) -> pb.StopExperimentResponse:
-        if self._experiments.pop(request.name, None) is None:
+        if self._experiments.pop(request.name, None) is None and request.name not in self._stopped:
             context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"Experiment not found {request.name}")
+        self._stopped.add(request.name)
         return pb.StopExperimentResponse()
 
     def _experiment_status(
         self, request: pb.ExperimentStatusRequest, context: Any
     ) -> Iterator[pb.ExperimentStatusResponse]:
         experiment = self._experiments.get(request.name)
+        if experiment is None and request.name in self._stopped:
+            # Core 2's store keeps what was stopped, and tells of it.
+            yield pb.ExperimentStatusResponse(experimentName=request.name, active=False)
+            return
         if experiment is None:
             context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"Experiment not found {request.name}")
         assert experiment is not None

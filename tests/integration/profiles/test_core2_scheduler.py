@@ -248,7 +248,10 @@ def test_an_experiment_is_active_once_its_candidates_are(double: SchedulerDouble
     assert client.wait_for_experiment(split, timeout_s=WAIT_S).active
     client.stop_experiment("split")
     client.stop_experiment("split")
-    assert client.experiment("split") is None
+    stopped = client.experiment("split")
+    assert stopped is not None
+    assert not stopped.active
+    assert client.experiment("none") is None
 
 
 def test_an_experiment_that_waits_says_for_what(double: SchedulerDouble, client: SchedulerClient) -> None:
