@@ -63,6 +63,9 @@ class Applier(Protocol):
     def used_by(self, model: str) -> tuple[str, ...]:
         """The names of the pipelines that a model is a step of, whoever made them."""
 
+    def replicas(self, model: str) -> int:
+        """How many replicas a Model has, whoever made it; 1 where that is not known."""
+
     def is_scaled(self, model: str) -> bool:
         """Whether something else says how many replicas a Model has, so that a manifest must not."""
 

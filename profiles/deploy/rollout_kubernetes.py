@@ -126,6 +126,11 @@ class KubernetesApplier(Core2Applier[KubernetesClient]):
         steps = {str(one["metadata"]["name"]): [step.get("name") for step in one["spec"]["steps"]] for one in found}
         return tuple(sorted(name for name, names in steps.items() if model in names))
 
+    def replicas(self, model: str) -> int:
+        """As many as the Model's spec has, whoever made it; 1 where it has none, which is Core 2's default."""
+        found = self._client.read("Model", model)
+        return 1 if found is None else int(found["spec"].get("replicas") or 1)
+
     def is_scaled(self, model: str) -> bool:
         """Whether an autoscaler of the namespace has the Model for its target, as far as this account may see."""
         try:

@@ -132,6 +132,10 @@ class LocalProduction:
         experiments = [experiment_of(one) for one in self._applied().values() if one["kind"] == "Experiment"]
         return tuple(sorted(one.name for one in experiments if name in one.weights or (one.mirror or ("",))[0] == name))
 
+    def replicas(self, model: str) -> int:
+        """One: there is one server for each Model here."""
+        return 1
+
     def is_scaled(self, model: str) -> bool:
         """No: nothing scales here."""
         return False

@@ -101,6 +101,12 @@ class SchedulerApplier(Core2Applier[SchedulerClient]):
         """The pipelines with a model, of which the scheduler tells the steps."""
         return tuple(sorted(name for name, one in self._client.pipelines().items() if one.live and model in one.steps))
 
+    def replicas(self, model: str) -> int:
+        """As many as were asked for; 1 where the scheduler does not say."""
+        found = self._client.model(model)
+        asked = None if found is None or not found.live else found.deployment
+        return 1 if asked is None else max(1, asked.replicas)
+
     def is_scaled(self, model: str) -> bool:
         """No: without Kubernetes nobody else says how many replicas there are."""
         return False

@@ -163,7 +163,7 @@ class PipelineRollout(ManifestRollout):
         for step, model in self._models.items():
             if model in self._brought and (f"Model/{model}" in snapshot.absent):
                 manifest = copy.deepcopy(self._brought[model]())
-                self._put({**manifest, "spec": {**manifest["spec"], "replicas": self._replicas(step)}})
+                self._put({**manifest, "spec": {**manifest["spec"], "replicas": self._applier.replicas(step)}})
         made = with_models(_found(self._before(snapshot)), self._models, name=self.challenger)
         self._put({**made, "metadata": {"name": self.challenger, "labels": owned(self.production)}})
 
@@ -191,14 +191,6 @@ class PipelineRollout(ManifestRollout):
     def _swapped(self, snapshot: RolloutSnapshot) -> Manifest:
         """The production Pipeline with the challenger's Models."""
         return with_models(_found(self._before(snapshot)), self._models)
-
-    def _replicas(self, step: str) -> int:
-        """Of the Model that a step is now; 1 where it is somebody else's."""
-        try:
-            found = self._applier.read("Model", step)
-        except InputError:
-            return 1
-        return 1 if found is None else int(found["spec"].get("replicas", 1))
 
 
 def plain_spec(spec: Mapping[str, Any], name: str) -> dict[str, Any]:

@@ -133,6 +133,10 @@ class MemoryApplier:
         self._answer()
         self.resources.pop(f"{kind}/{name}", None)
 
+    def replicas(self, model: str) -> int:
+        found = self.read("Model", model)
+        return 1 if found is None else int(found["spec"].get("replicas", 1))
+
     def is_scaled(self, model: str) -> bool:
         return False
 

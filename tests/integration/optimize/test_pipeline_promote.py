@@ -143,7 +143,9 @@ def world(
     with core2(getattr(request, "param", "scheduler"), tmp_path) as (double, applier):
         for name in ("left", "right"):
             model = model_manifest(name, f"/mnt/{name}", requirements=["mlserver"], replicas=2)
-            applier.apply({**model, "metadata": {"name": name, "labels": owned(name)}})
+            # The Models of a pipeline that is promoted are whoever's.
+            theirs = {"burnish.campaign": "theirs", "burnish.run": "theirs"}
+            applier.apply({**model, "metadata": {"name": name, "labels": theirs}})
         steps = {
             "steps": [{"name": "left"}, {"name": "right"}],
             "output": {

@@ -57,6 +57,9 @@ class Applied:
         pipelines = {key: one for key, one in self.resources.items() if key.startswith("Pipeline/")}
         return tuple(key for key, one in pipelines.items() if model in [step["name"] for step in one["spec"]["steps"]])
 
+    def replicas(self, model: str) -> int:
+        return int(self.resources.get(f"Model/{model}", {}).get("spec", {}).get("replicas", 1))
+
     def is_scaled(self, model: str) -> bool:
         return False
 
