@@ -25,6 +25,7 @@ from profiles.load.payloads import Payload, encode_payloads
 from profiles.measure.host import fingerprint_host, split_cpus
 from profiles.measure.levels import Level
 from profiles.pipelines.analysis import Analysis, Overhead, predict_latency, stations_of
+from profiles.pipelines.balance import check_p99
 from profiles.pipelines.checks import Signature
 from profiles.pipelines.choice import Combination, Shortlist
 from profiles.pipelines.documents import ModelPart, Plan, load_plan
@@ -537,7 +538,12 @@ def judge(
     accuracy_drop: float | None,
     p99_ms: float | None,
 ) -> tuple[Judged, ...]:
-    """The shortlist held against what its surrogate only estimates: predicted p99, and accuracy on samples."""
+    """The shortlist held against what its surrogate only estimates: predicted p99, and accuracy on samples.
+
+    Raises:
+        InputError: ``p99_ms`` is no number above 0.
+    """
+    check_p99(p99_ms)
     judged = []
     for place, one in enumerate(found.combinations):
         try:
@@ -645,12 +651,18 @@ def write_promotion(
 
     Raises:
         InputError: a Model or a weight does not fit.
+        StorageError: a file cannot be written.
     """
     made = stages_of(manifest, models, [percent for percent in weights if percent != 100])
-    out.mkdir(parents=True, exist_ok=True)
-    written = []
-    for name, content in made.items():
-        path = out / f"{name}.yaml"
-        path.write_text(as_yaml(content), encoding="utf-8")
-        written.append(path)
-    return written
+    return write_manifests({f"{name}.yaml": content for name, content in made.items()}, out)
+
+
+def write_manifests(manifests: Mapping[str, Mapping[str, Any]], out: Path) -> list[Path]:
+    """Writes manifests under their files' names into a folder, which is made; returns the paths in their order.
+
+    Raises:
+        StorageError: a file cannot be written.
+    """
+    for name, content in manifests.items():
+        write_durably(out / name, as_yaml(content))
+    return [out / name for name in manifests]

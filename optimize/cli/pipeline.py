@@ -300,9 +300,7 @@ def size(
         "seldonruntime.yaml": sizing.render_runtime(found, version=core2_version),
     }
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        for name, patch in patches.items():
-            (out / name).write_text(as_yaml(patch), encoding="utf-8")
+        pipelines.write_manifests(patches, out)
     if json_output:
         emit_json({"sizing": pipelines.plain(found), "patches": patches})
     else:
@@ -462,6 +460,5 @@ def _draw(view: Any, picture: Path) -> None:
 
     if picture.suffix not in {".svg", ".png"}:
         raise InputError(f"--picture {picture} is neither .svg nor .png")
-    picture.parent.mkdir(parents=True, exist_ok=True)
     save_picture(view, picture)
     say(f"Picture: {picture}")

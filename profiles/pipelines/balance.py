@@ -90,6 +90,7 @@ def balance(
         InputError: a step was not measured, or the numbers cannot be.
         NoVariantError: no number of replicas keeps the limit.
     """
+    check_p99(p99_ms)
     counts = visits(pipeline)
     chosen = variants or {}
     numbers = {name: measured.of(name, chosen.get(name)) for name in pipeline.names}
@@ -121,6 +122,16 @@ def balance(
         latency=latency,
         queues=tuple(step.step for step in sorted(steps, key=lambda one: -one.queue)),
     )
+
+
+def check_p99(p99_ms: float | None) -> None:
+    """Returns where a limit on p99 can be one.
+
+    Raises:
+        InputError: it is no number above 0.
+    """
+    if p99_ms is not None and not (math.isfinite(p99_ms) and p99_ms > 0):
+        raise InputError(f"a p99 of {p99_ms:g} ms cannot be kept", hint="It is a number above 0.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

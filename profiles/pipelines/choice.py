@@ -70,6 +70,16 @@ class Budget:
     memory_mb: float | None = None
     cost: float | None = None
 
+    def __post_init__(self) -> None:
+        """Refuses what is no number.
+
+        Raises:
+            InputError: a limit is NaN or infinite.
+        """
+        for name, limit in self.limits().items():
+            if not math.isfinite(limit):
+                raise InputError(f"a limit of {limit:g} on {name}", hint="It is a number; leave it out for no limit.")
+
     def limits(self) -> dict[Quantity, float]:
         """Those that are set."""
         return {name: limit for name in QUANTITIES if (limit := getattr(self, name)) is not None}

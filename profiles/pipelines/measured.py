@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from profiles.pipelines.graph import Pipeline
 from registry.documents import load_document
 from registry.errors import InputError
+from registry.ledger import write_durably
 
 MOST_KEPT = 400
 Positive = Annotated[float, Field(gt=0)]
@@ -175,7 +176,11 @@ def load_measured(path: Path, pipeline: Pipeline | None = None) -> Measured:
 
 
 def write_measured(measured: Measured, path: Path) -> None:
-    """Writes what `load_measured` reads, whole or not at all."""
+    """Writes what `load_measured` reads, whole or not at all.
+
+    Raises:
+        StorageError: the file cannot be written.
+    """
     steps = {
         step: {name: _plain(numbers) for name, numbers in variants.items()} for step, variants in measured.steps.items()
     }
@@ -184,11 +189,7 @@ def write_measured(measured: Measured, path: Path) -> None:
         document["shared_cpus"] = measured.shared_cpus
     if measured.whole is not None:
         document["pipeline"] = _plain(measured.whole)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(
-        yaml.safe_dump(document, sort_keys=False, width=120, default_flow_style=None), encoding="utf-8"
-    )
-    temporary.replace(path)
+    write_durably(path, yaml.safe_dump(document, sort_keys=False, width=120, default_flow_style=None))
 
 
 def _plain(part: BaseModel) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from registry.errors import StorageError
 from registry.report.table import printable
 
 if TYPE_CHECKING:
@@ -119,14 +120,24 @@ def save_picture(view: PipelineView, path: Path) -> None:
 
     Each box is a step with the share of time it is busy and its slack; the path of the slowest requests is drawn
     thick, and the step that saturates first has a thick frame of its own.
+
+    Raises:
+        StorageError: the file cannot be written.
     """
     from matplotlib import rc_context
 
     figure = draw_pipeline(view)
     # No date in the file: the same analysis gives the same bytes.
     metadata = {"Date": None} if path.suffix == ".svg" else None
-    with rc_context(_settings(view)):
-        figure.savefig(path, dpi=160, bbox_inches="tight", metadata=metadata)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with rc_context(_settings(view)):
+            figure.savefig(path, dpi=160, bbox_inches="tight", metadata=metadata)
+    except OSError as error:
+        raise StorageError(
+            f"{path} could not be written: {error.strerror or error}",
+            hint="Check free space and permissions of its folder.",
+        ) from error
 
 
 def draw_pipeline(view: PipelineView) -> "Figure":

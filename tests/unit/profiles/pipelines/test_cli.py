@@ -171,6 +171,19 @@ def test_what_was_chosen_is_written_for_the_promotion(burnish, tmp_path: Path):
 
 
 @pytest.mark.parametrize(
+    "arguments",
+    [
+        ("analyse", "--picture", "m.yaml/p.svg"),
+        ("size", "--rate", "5", "--out", "m.yaml/patches"),
+        ("choose", "--out", "m.yaml/chosen.yaml"),
+    ],
+)
+def test_what_cannot_be_written_is_told(burnish, arguments: tuple[str, ...]):
+    code, _, err = burnish(arguments[0], "plan.yaml", "--measured", "m.yaml", *arguments[1:])
+    assert (code, "could not be written" in err) == (4, True)
+
+
+@pytest.mark.parametrize(
     ("arguments", "says"),
     [
         (("analyse", "plan.yaml", "--measured", "none.yaml"), "there is no file none.yaml"),
@@ -182,6 +195,9 @@ def test_what_was_chosen_is_written_for_the_promotion(burnish, tmp_path: Path):
         (("choose", "plan.yaml", "--measured", "m.yaml", "--rate", "0"), "a rate of 0 requests a second"),
         (("choose", "plan.yaml", "--measured", "m.yaml", "--rate", "-5"), "a rate of -5 requests a second"),
         (("choose", "plan.yaml", "--measured", "m.yaml", "--best", "0"), "--best"),
+        (("choose", "plan.yaml", "--measured", "m.yaml", "--memory-mb", "nan"), "a limit of nan on memory_mb"),
+        (("choose", "plan.yaml", "--measured", "m.yaml", "--p99-ms", "nan"), "a p99 of nan ms"),
+        (("balance", "plan.yaml", "--measured", "m.yaml", "--rate", "5", "--p99-ms", "nan"), "a p99 of nan ms"),
         (("measure", "plan.yaml"), "names no samples"),
     ],
 )
