@@ -103,6 +103,8 @@ def refusals(scheme: Scheme, path: str) -> Iterator[None]:
         yield
     except ImportError as error:
         raise MissingExtraError(f"{scheme}://", extra=_EXTRAS[scheme]) from error
+    except InterruptedError:
+        raise  # nobody waits for it any more, which is no word of the store's
     except PermissionError:
         hint = "The credentials have to allow listing, reading and writing there, and not be expired."
         raise UnreachableError(

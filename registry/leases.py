@@ -30,6 +30,7 @@ from dataclasses import dataclass
 from registry.errors import StorageError
 from registry.processes import is_alive, this_process
 from registry.remote_folder import RemoteFolder
+from registry.stopping import pause
 
 _log = logging.getLogger(__name__)
 
@@ -74,6 +75,7 @@ def lease(
 
     Raises:
         StorageError: the folder does not answer, or refuses.
+        InterruptedError: nobody waits for the work any more (`registry.stopping`).
     """
     held = None
     while not is_done():
@@ -119,7 +121,7 @@ def _wait_and_claim(
             _log.info("waiting for %s, which another process is making", key)
             told = True
         # Two that met and both gave way must not meet again.
-        time.sleep(poll_s * random.uniform(0.5, 1.0))  # noqa: S311 (no secret hangs on it)
+        pause(poll_s * random.uniform(0.5, 1.0))  # noqa: S311 (no secret hangs on it)
 
 
 def _newest(folder: RemoteFolder, key: str) -> _Claim | None:

@@ -13,6 +13,7 @@ from contextlib import suppress
 from typing import Any, TypeVar
 
 from registry.filesystems import Scheme
+from registry.stopping import pause
 
 _log = logging.getLogger(__name__)
 R = TypeVar("R")
@@ -42,6 +43,7 @@ def patiently(call: Callable[[], R], *, scheme: Scheme, uri: str, patience_s: fl
 
     Raises:
         Exception: the call's, as it was: a refusal at once, and the last one of an outage.
+        InterruptedError: nobody waits for it any more (`registry.stopping`).
     """
     begin, pause_s, away = time.monotonic(), _FIRST_PAUSE_S, False
     while True:
@@ -60,7 +62,7 @@ def patiently(call: Callable[[], R], *, scheme: Scheme, uri: str, patience_s: fl
                 _log.warning("%s answers again, after %.0f s", uri, time.monotonic() - begin)
             return result
         # Those that were cut off together do not come back together.
-        time.sleep(min(pause_s * random.uniform(0.5, 1.0), left_s))  # noqa: S311 (no secret hangs on it)
+        pause(min(pause_s * random.uniform(0.5, 1.0), left_s))  # noqa: S311 (no secret hangs on it)
         pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
 

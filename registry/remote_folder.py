@@ -14,6 +14,7 @@ from registry.errors import InputError, StorageError, UnreachableError
 from registry.filesystems import BLOCK_BYTES, Destination, open_filesystem, put_local, refusals
 from registry.ledger import fsync_folder
 from registry.outages import PATIENCE_S, answer_of, patiently
+from registry.stopping import pause
 
 R = TypeVar("R")
 
@@ -110,6 +111,7 @@ class RemoteFolder:
 
         Raises:
             InputError: there is no such file.
+            InterruptedError: nobody waits for it any more (`registry.stopping`).
         """
         full = self._full(path)
 
@@ -123,6 +125,7 @@ class RemoteFolder:
             raise InputError(f"{self.uri}/{path} is not there")
         for start in range(0, size_bytes, BLOCK_BYTES):
             end = min(start + BLOCK_BYTES, size_bytes)
+            pause(0)  # a large file is not fetched to its end for nobody
             yield self._call(partial(self._system.cat_file, full, start=start, end=end))
 
     def names(self, path: str) -> list[str]:

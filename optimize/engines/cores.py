@@ -11,13 +11,13 @@ them mount, which ``BURNISH_CORES`` names.
 import fcntl
 import os
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 
 from registry.errors import InputError
+from registry.stopping import pause
 
 FOLDER = "BURNISH_CORES"
 """The environment variable with the folder of the locks."""
@@ -41,7 +41,6 @@ def reserve_cores(
     alone: bool,
     among: Sequence[int] | None = None,
     folder: Path | None = None,
-    stopped: Callable[[], bool] = lambda: False,
     waiting: Callable[[], None] = lambda: None,
 ) -> Iterator[tuple[int, ...]]:
     """Cores for the time of a block; waits until there are enough.
@@ -51,12 +50,11 @@ def reserve_cores(
         alone: whether no other block may have any of them. Else free ones come first.
         among: the CPUs to take them from; None for all that this process may use.
         folder: where the locks are; None for the one that all campaigns of this user share.
-        stopped: whether nobody wants them any more; asked while it waits.
         waiting: told once, where it has to wait.
 
     Raises:
         InputError: there are not so many.
-        InterruptedError: nobody wants them any more.
+        InterruptedError: nobody wants them any more (`registry.stopping`).
     """
     cores = tuple(usable_cores() if among is None else among)
     wanted = len(cores) if count is None else count
@@ -64,7 +62,7 @@ def reserve_cores(
         raise InputError(f"{wanted} cores were asked for, and {len(cores)} can be used here")
     place = folder or _usual_folder()
     place.mkdir(mode=0o700, parents=True, exist_ok=True)
-    wait = _Waiting(stopped, waiting)
+    wait = _Waiting(waiting)
     with ExitStack() as held:
         with _locked(place / _TURN, wait):
             while True:
@@ -145,16 +143,14 @@ def _locked(path: Path, wait: Callable[[], None]) -> Iterator[None]:
 class _Waiting:
     """Waits a moment each time it is called, unless nobody wants the cores any more."""
 
-    def __init__(self, stopped: Callable[[], bool], told: Callable[[], None]) -> None:
-        self._stopped, self._told, self._calls = stopped, told, 0
+    def __init__(self, told: Callable[[], None]) -> None:
+        self._told, self._calls = told, 0
 
     def __call__(self) -> None:
-        if self._stopped():
-            raise InterruptedError("nobody wants these cores any more")
         self._calls += 1
         if self._calls == _TOLD_AFTER:
             self._told()
-        time.sleep(_POLL_S)
+        pause(_POLL_S)
 
 
 def _lock(path: Path, mode: int) -> int | None:

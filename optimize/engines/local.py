@@ -8,10 +8,8 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextvars import ContextVar
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +20,7 @@ from optimize.engines.child import NO_ROOM, REQUEST, RESULT
 from registry import errors
 from registry.errors import BurnishError
 from registry.full_disk import full_disk_told
+from registry.stopping import is_stopped
 
 FailureKind = Literal["error", "timeout", "memory", "died"]
 
@@ -45,7 +44,6 @@ _OFFLINE = {
 _POLL_S = 0.1
 _POLLS_PER_TREE = 10  # a walk over all processes of the machine costs milliseconds, so it is done once a second
 _TAIL_BYTES = 4000
-_stop: ContextVar[threading.Event | None] = ContextVar("stop", default=None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,7 +91,8 @@ def run_in_child(
     """What the function returns, called in a process of its own.
 
     The process leads its own session and dies with this one. It is started with ``-P``, so that nothing in the
-    working directory can stand in for a library.
+    working directory can stand in for a library. It is ended soon after nobody waits for it any more
+    (`registry.stopping`).
 
     Args:
         function: ``package.module:function``.
@@ -125,22 +124,6 @@ def run_in_child(
         with (folder / "log").open("wb") as log:
             code, stopped = _run(folder, log.fileno(), limits, child_environment(environment))
         return _result(function, folder, code, None if stopped is None else (stopped, _why(stopped, limits)))
-
-
-@contextlib.contextmanager
-def stopped_by(event: threading.Event) -> Iterator[None]:
-    """Children that are started in the block (by this thread) end soon after the event is set."""
-    token = _stop.set(event)
-    try:
-        yield
-    finally:
-        _stop.reset(token)
-
-
-def is_stopped() -> bool:
-    """Whether the event of a block of `stopped_by` that we are in is set."""
-    event = _stop.get()
-    return event is not None and event.is_set()
 
 
 def child_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:

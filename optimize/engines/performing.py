@@ -10,7 +10,7 @@ from typing import Any
 
 from optimize.engines.child import describe, resolve
 from optimize.engines.cores import alone_on, cores_alone, reserve_cores, usable_cores
-from optimize.engines.local import ChildFailure, is_stopped, rebuilt
+from optimize.engines.local import ChildFailure, rebuilt
 from optimize.engines.port import Outcome, Place, Task
 from optimize.engines.scratch import scratch_folder
 from profiles.measure.host import fingerprint_host, split_cpus
@@ -48,9 +48,10 @@ def perform(
 
     Raises:
         StorageError: there is no room for the scratch folder.
+        InterruptedError: nobody waits for the task any more.
     """
     path = None if task["python_path"] is None else Path(task["python_path"])
-    with _cores(task["resources"], among=among, folder=locks, stopped=is_stopped, waiting=waiting) as cpus:
+    with _cores(task["resources"], among=among, folder=locks, waiting=waiting) as cpus:
         begin = time.monotonic()
         told: dict[str, Any] = {"cpus": list(cpus), "host": fingerprint_of(usable_cores())}
         begin_by = task.get("begin_by")

@@ -12,12 +12,12 @@ from typing import Any, Self
 import psutil
 
 from optimize.engines.cores import usable_cores
-from optimize.engines.local import stopped_by
 from optimize.engines.performing import as_outcome, as_request, perform
 from optimize.engines.port import Begun, Outcome, Resources, Task, nobody
 from profiles.measure.host import fingerprint_host
 from registry.errors import InputError
 from registry.ports import Store
+from registry.stopping import stopped_by
 
 
 class LocalEngine:

@@ -19,6 +19,7 @@ from optimize.engines.pool import LocalEngine
 from optimize.engines.port import Engine, Resources, Task
 from optimize.engines.scratch import scratch_folder
 from registry.errors import InputError
+from registry.shared_store import SharedStore
 from registry.store import FolderStore
 from tests.doubles.busy import LONG_S, until
 
@@ -234,6 +235,18 @@ def test_who_waits_for_cores_of_others_stops_waiting_when_nobody_asks(tmp_path: 
         engine.__exit__()
         asking.join(LONG_S)
         assert ended
+
+
+def test_who_waits_for_what_another_makes_stops_waiting_when_nobody_asks(tmp_path: Path):
+    another, ours = (SharedStore(str(tmp_path / "mount"), FolderStore(tmp_path / name)) for name in ("another", "ours"))
+    unit = {"number": 7, "wait_s": 0.0, "size_bytes": 8, "log": str(tmp_path / "log")}
+    with another.leased("unit7"), LocalEngine(ours, scratch=tmp_path, workers=2, locks=tmp_path / "locks") as engine:
+        outcomes = engine.run([task("first", "where"), task("waits", "make_once", **unit)])
+        assert next(outcomes).task.name == "first"
+        ending = threading.Thread(target=outcomes.close, daemon=True)
+        ending.start()
+        ending.join(30)
+        assert not ending.is_alive()
 
 
 @pytest.mark.parametrize(

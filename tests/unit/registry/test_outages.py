@@ -2,6 +2,8 @@
 
 import errno
 import os
+import threading
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,8 +18,10 @@ from fsspec.exceptions import FSTimeoutError
 from s3fs.errors import translate_boto_error
 
 from registry import outages
-from registry.filesystems import Scheme
+from registry.filesystems import Scheme, destination_of
 from registry.outages import is_outage, patiently
+from registry.remote_folder import RemoteFolder
+from registry.stopping import pause, stopped_by
 
 URL = {"endpoint_url": "http://store"}
 
@@ -128,10 +132,33 @@ def test_pauses_grow_and_end_with_the_patience(monkeypatch: pytest.MonkeyPatch) 
         slept.append(seconds)
         now[0] += seconds
 
-    monkeypatch.setattr(outages, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=sleep))
+    monkeypatch.setattr(outages, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(outages, "pause", sleep)
     with pytest.raises(OSError, match="stale"):
         called([OSError(errno.ESTALE, "stale") for _ in range(1000)], patience_s=outages.PATIENCE_S)
     assert sum(slept) == pytest.approx(120)
     assert slept[0] <= 0.5
     assert 5 <= max(slept) <= 10
     assert 12 < len(slept) < 40
+
+
+def test_a_thread_that_nobody_waits_for_stops_waiting_for_its_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = RemoteFolder(destination_of(str(tmp_path)))
+    folder.write("file", b"1")
+    stop = threading.Event()
+    with stopped_by(stop):
+        pause(0)
+        assert b"".join(folder.chunks("file")) == b"1"
+        stop.set()
+        with pytest.raises(InterruptedError):
+            next(folder.chunks("file"))
+
+        def away(path: str) -> bytes:
+            raise OSError(errno.ESTALE, "stale")
+
+        monkeypatch.setattr(folder._system, "cat_file", away)
+        with pytest.raises(InterruptedError):
+            folder.read("file")
+    pause(0)
