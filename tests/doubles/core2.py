@@ -134,7 +134,7 @@ class SchedulerDouble:
         unload_failures: names of the models that no server can unload.
         refusals: method -> (code, words) for every call of it.
         lost: method -> how many calls of it lose their connection, after the work was done.
-        late_s: method -> how long each call of it takes.
+        late_s: method -> how long each call of it takes, unless the double ends before.
         most_replicas: how many replicas of a model come up.
         mesh_ready: whether the mesh has heard of the models.
         answers: what a pipeline of these steps answers to a request, over gRPC; None where pipelines answer nothing.
@@ -162,6 +162,7 @@ class SchedulerDouble:
         self._experiments: dict[str, pb.Experiment] = {}
         self._stopped: set[str] = set()
         self._chance = random.Random(0)
+        self._over = threading.Event()
         self._pipelines: dict[str, _Pipeline] = {}
 
     def __enter__(self) -> Self:
@@ -178,6 +179,7 @@ class SchedulerDouble:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._over.set()
         self._mesh.close()
         self._line.close()
         self._server.stop(None).wait()
@@ -319,7 +321,7 @@ class SchedulerDouble:
         with self._lock:
             self.asked.append((method, request))
         if method in self.late_s:
-            time.sleep(self.late_s[method])
+            self._over.wait(self.late_s[method])
         if method in self.refusals:
             context.abort(*self.refusals[method])
 

@@ -9,7 +9,6 @@ import http.client
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sysconfig
 import time
@@ -18,6 +17,7 @@ from typing import Any, Self
 
 from profiles.deploy import core2_scheduler_pb2 as pb
 from profiles.serving.roundtrip import agent_rewrite
+from tests.doubles.ports import free_ports
 
 LOOPBACK = "127.0.0.1"
 START_S = 60.0
@@ -36,9 +36,7 @@ class AgentDouble:
         self._repository = folder / "models"
         self._repository.mkdir(parents=True)
         self.log = folder / "server.log"
-        with contextlib.ExitStack() as held:
-            sockets = [held.enter_context(socket.create_server((LOOPBACK, 0))) for _ in range(3)]
-            self.http, self.grpc, metrics = (int(one.getsockname()[1]) for one in sockets)
+        self.http, self.grpc, metrics = free_ports(3)
         self._environment = {
             **os.environ,
             "MLSERVER_HOST": LOOPBACK,

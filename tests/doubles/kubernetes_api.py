@@ -115,6 +115,7 @@ class KubernetesDouble:
         self._due: list[tuple[float, Callable[[], None]]] = []
         self._changed = threading.Condition(threading.RLock())
         self._stopped = False
+        self.over = threading.Event()
 
     def __enter__(self) -> Self:
         self._server = _Server((LOOPBACK, 0), type("Handler", (_Handler,), {"double": self}))
@@ -131,6 +132,7 @@ class KubernetesDouble:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.over.set()
         with self._changed:
             self._stopped = True
             self._changed.notify_all()
@@ -617,7 +619,7 @@ class _Handler(ApiHandler):
         verb = {"PATCH": "patch", "DELETE": "delete"}.get(method, "get" if path.count("/") > 6 else "list")
         verb = "watch" if query.get("watch", "").lower() == "true" else verb
         query |= {name: query[name].lower() for name in ("watch", "force") if name in query}
-        time.sleep(self.double.late_s.get(verb, 0.0))
+        self.double.over.wait(self.double.late_s.get(verb, 0.0))
         try:
             self.check(verb)
             if verb == "watch":

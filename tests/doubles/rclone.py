@@ -44,7 +44,7 @@ class S3Server:
     def __exit__(self, *_: object) -> None:
         if self._process is not None:
             self._process.terminate()
-            self._process.wait(timeout=10)
+            self._process.wait(timeout=60)
 
     def start(self) -> None:
         """Returns when it listens."""
@@ -61,7 +61,7 @@ class S3Server:
         """Ends it with SIGKILL."""
         if self._process is not None:
             self._process.kill()
-            self._process.wait(timeout=10)
+            self._process.wait(timeout=60)
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from optimize.checking import describe_inputs, random_inputs
 from optimize.cli import main
 from optimize.in_process import answer_in_process
 from optimize.reporting import write_campaign
-from profiles.deploy.local_ports import choose_ports
+from profiles.deploy.local_ports import Ports
 from profiles.testing import FakeV2Server
 from registry.errors import InputError, StageError
 from registry.records import EngineSpec, TensorSpec
@@ -31,6 +31,7 @@ from registry.store import FolderStore
 from tests.doubles.campaigns import campaign
 from tests.doubles.candidates import candidate
 from tests.doubles.models import mlp, mlp_answer, write_onnx
+from tests.doubles.ports import free_ports
 
 SPEC = TensorSpec(name="x", dtype="float32", shape=(None, 16))
 ORT = EngineSpec(name="onnxruntime")
@@ -210,7 +211,7 @@ def test_a_runtime_that_splits_off_by_one_is_caught_on_a_real_server(monkeypatch
 @contextlib.contextmanager
 def runtimes(folder: Path, **offsets: int) -> Iterator[tuple[int, int]]:
     """REST and gRPC port of a real MLServer that batches, with one summing model for each offset."""
-    ports = choose_ports({})
+    ports = Ports(**dict(zip(("http", "grpc", "metrics"), free_ports(3), strict=True)))
     for name, offset in offsets.items():
         place = folder / "models" / name
         place.mkdir(parents=True)

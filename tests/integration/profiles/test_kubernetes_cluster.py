@@ -2,8 +2,10 @@
 
 import datetime
 import ipaddress
+import itertools
 import logging
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +24,17 @@ from profiles.serving.naming import model_name_of
 from registry.errors import BurnishError, InputError, ServerDiedError, UnreachableError
 from registry.records import Artifact, ServingProfile, TensorSpec
 from registry.store import FolderStore
+from tests.doubles.busy import ends_in_vain, undisturbed
 from tests.doubles.candidates import candidate
 from tests.doubles.kubernetes_api import LOOPBACK, KubernetesDouble, RefusalError
 
 pytestmark = pytest.mark.slow
 
 TOKEN = "hush-hush"
-WAIT_S = 5.0
+WAIT_S = 30.0
 """Longest wait for what comes about."""
 NEVER_S = 0.2
-"""Longest wait for what does not."""
+"""First wait for what does not."""
 MARKS = {CAMPAIGN: "camp", RUN: "one"}
 SPEC = {"storageUri": "s3://models/digits", "requirements": ["mlserver"], "replicas": 1}
 
@@ -56,6 +59,12 @@ def model(name: str = "digits", labels: dict[str, str] = MARKS, **spec: Any) -> 
         "metadata": {"name": name, "labels": labels},
         "spec": {**SPEC, **spec},
     }
+
+
+def in_vain(client: KubernetesClient, manifest: dict[str, Any], words: str) -> None:
+    """Applies a model that does not get ready, and waits until that is said in these words."""
+    applied = client.apply(manifest)
+    ends_in_vain(lambda limit_s: client.wait(applied, timeout_s=limit_s), words, first_s=NEVER_S)
 
 
 def serve(client: KubernetesClient, manifest: dict[str, Any], timeout_s: float = WAIT_S) -> Any:
@@ -97,8 +106,8 @@ def test_a_status_that_never_changes_after_a_change_is_no_success(
 ) -> None:
     serve(client, model())
     double.rolling = True
-    with pytest.raises(UnreachableError, match=r"not ready after 0\.2 s: its status is of before the change"):
-        serve(client, model(storageUri="s3://models/other"), NEVER_S)
+    words = "not ready after {limit} s: its status is of before the change"
+    in_vain(client, model(storageUri="s3://models/other"), words)
 
 
 def test_the_same_manifest_again_is_ready_at_once(double: KubernetesDouble, client: KubernetesClient) -> None:
@@ -110,16 +119,14 @@ def test_the_same_manifest_again_is_ready_at_once(double: KubernetesDouble, clie
 
 def test_a_partly_available_model_is_waited_for(double: KubernetesDouble, client: KubernetesClient) -> None:
     double.available = 1
-    with pytest.raises(UnreachableError, match=r"in the state ModelAvailable, with 1 of 2 replicas"):
-        serve(client, model(replicas=2), NEVER_S)
+    in_vain(client, model(replicas=2), "in the state ModelAvailable, with 1 of 2 replicas")
     double.counts_available = False
     assert serve(client, model("older", replicas=2)).available_replicas is None
 
 
 def test_a_model_that_takes_too_long_is_told_with_its_state(double: KubernetesDouble, client: KubernetesClient) -> None:
-    double.load_s = 60
-    with pytest.raises(UnreachableError, match=r"Model digits is not ready .* in the state ModelProgressing"):
-        serve(client, model(), NEVER_S)
+    double.load_s = 600
+    in_vain(client, model(), "Model digits is not ready .* in the state ModelProgressing")
 
 
 def test_a_model_that_does_not_load_says_why(double: KubernetesDouble, client: KubernetesClient) -> None:
@@ -155,7 +162,7 @@ def test_servers_that_are_not_ready_are_named(double: KubernetesDouble, client: 
     with pytest.raises(UnreachableError) as caught:
         serve(client, model())
     assert caught.value.hint == "No Server has all of these capabilities: mlserver."
-    double.load_s = 60
+    double.load_s = 600
     double.put("servers", "mine", {"serverConfig": "own", "capabilities": ["mlserver"], "replicas": 1})
     double.load_s = 0
     with pytest.raises(UnreachableError) as caught:
@@ -170,7 +177,7 @@ def test_servers_that_are_not_ready_are_named(double: KubernetesDouble, client: 
 def test_a_model_that_somebody_deletes_or_replaces_while_it_loads(
     double: KubernetesDouble, client: KubernetesClient
 ) -> None:
-    double.load_s = 60
+    double.load_s = 600
     applied = client.apply(model())
     double.remove("digits")
     with pytest.raises(UnreachableError, match="somebody deleted the Model digits in seldon"):
@@ -195,11 +202,13 @@ def test_a_delete_is_of_what_was_read_and_nothing_else(double: KubernetesDouble,
 
 def test_a_model_that_is_not_gone_in_time(double: KubernetesDouble, client: KubernetesClient) -> None:
     applied = client.apply(model())
-    double.unload_s = 60
+    double.unload_s = 600
     client.delete(applied.resource)
-    with pytest.raises(UnreachableError, match=r"Model digits is not deleted after 0\.2 s") as caught:
-        client.wait_until_deleted("Model", "digits", applied.uid, timeout_s=NEVER_S)
-    assert "finalizer" in (caught.value.hint or "")
+    told = ends_in_vain(
+        lambda limit_s: client.wait_until_deleted("Model", "digits", applied.uid, timeout_s=limit_s),
+        "Model digits is not deleted after {limit} s",
+    )
+    assert "finalizer" in (told.hint or "")
 
 
 # --- watches ---------------------------------------------------------------------------------------------------------
@@ -220,8 +229,15 @@ def test_a_version_that_is_forgotten_is_listed_again(
 
 def test_a_watch_that_ends_early_is_begun_again(double: KubernetesDouble, client: KubernetesClient) -> None:
     double.load_s, double.watch_s = 0.2, 0.01
-    assert serve(client, model()).ready
-    assert 2 <= double.verbs().count("watch") <= 8
+    numbers = itertools.count()
+
+    def watches() -> int:
+        before = double.verbs().count("watch")
+        assert serve(client, model(f"digits-{next(numbers)}")).ready
+        return double.verbs().count("watch") - before
+
+    # Where this process stands still after the first, the model is there before the second.
+    assert 2 <= undisturbed(watches, lambda count: count > 1) <= 8
 
 
 def test_a_watch_that_fails_is_begun_again(double: KubernetesDouble, client: KubernetesClient) -> None:
@@ -231,7 +247,7 @@ def test_a_watch_that_fails_is_begun_again(double: KubernetesDouble, client: Kub
 
 
 def test_a_watch_that_is_refused_is_told(double: KubernetesDouble, client: KubernetesClient) -> None:
-    double.load_s = 60
+    double.load_s = 600
     double.refuse("watch", RefusalError(403, "Forbidden", "models is forbidden"))
     with pytest.raises(UnreachableError, match=r"may not watch models\.mlops\.seldon\.io in the namespace seldon"):
         serve(client, model())
@@ -338,13 +354,14 @@ def test_a_connection_lost_once_is_made_good_and_twice_is_the_end(
 
 
 def test_a_call_that_is_not_answered_in_time(double: KubernetesDouble, tmp_path: Path) -> None:
-    double.late_s["get"] = 0.15
+    double.late_s["get"] = 600
     path = double.kubeconfig(tmp_path, token=TOKEN)
-    with (
-        KubernetesClient(kubeconfig=path, timeout_s=0.05) as hasty,
-        pytest.raises(UnreachableError, match=r"did not answer get Model digits within 0\.05 s"),
-    ):
-        hasty.read("Model", "digits")
+
+    def ask(timeout_s: float) -> None:
+        with KubernetesClient(kubeconfig=path, timeout_s=timeout_s) as hasty:
+            hasty.read("Model", "digits")
+
+    ends_in_vain(ask, r"did not answer get Model digits within (0\.05|1\.\d+|2|19\.\d+|20) s", first_s=0.05)
 
 
 def test_nobody_listens(double: KubernetesDouble, tmp_path: Path) -> None:
@@ -467,7 +484,7 @@ def cluster_of(double: KubernetesDouble, client: KubernetesClient, **fields: Any
         return f"s3://models/{artifact.digest}"
 
     run = fields.pop("run", "one")
-    told = {"mesh": double.mesh, "place": place, "owner": "camp", "unload_s": 1.0}
+    told = {"mesh": double.mesh, "place": place, "owner": "camp", "unload_s": WAIT_S}
     return KubernetesCluster(client, Core2Options(**{**told, **fields}), run=run)
 
 
@@ -546,7 +563,7 @@ def test_a_candidate_that_does_not_come_about_leaves_nothing(
             first.undeploy()
             double.failures[first.uri] = "broken graph"
         elif failure == "time":
-            words, double.load_s = r"is not ready after 0\.2 s", 60
+            words, double.load_s = "is not ready after {limit} s", 600
         elif failure == "mesh":
             words, double.mesh_ready = "the mesh at .* does not: status 404", False
         elif failure == "lost":
@@ -554,8 +571,12 @@ def test_a_candidate_that_does_not_come_about_leaves_nothing(
         else:
             words = r"\(422\)"
             double.refuse("patch", RefusalError(422, "Invalid", "no"))
-        with pytest.raises(BurnishError, match=words):
-            cluster.deploy(candidate(), *artifact, timeout_s=NEVER_S if quick else WAIT_S)
+        if quick:
+            deploy = partial(cluster.deploy, candidate(), *artifact)
+            ends_in_vain(lambda limit_s: deploy(timeout_s=limit_s), words, first_s=NEVER_S)
+        else:
+            with pytest.raises(BurnishError, match=words):
+                cluster.deploy(candidate(), *artifact, timeout_s=WAIT_S)
         assert double.names() == sorted(["theirs", kept.target.model])
 
 
@@ -660,8 +681,8 @@ def test_servers_and_experiments_are_applied_waited_for_and_deleted(
         deployment = cluster.deploy(candidate(), *artifact, timeout_s=WAIT_S)
         name = deployment.target.model
         split = render_experiment("split", {name: 90, "second": 10}, labels={}, default=name)
-        with pytest.raises(UnreachableError, match=r"Experiment split is not ready .*CandidatesReady False.*: second"):
-            cluster.apply(split, timeout_s=NEVER_S)
+        words = "Experiment split is not ready .*CandidatesReady False.*: second"
+        ends_in_vain(lambda limit_s: cluster.apply(split, timeout_s=limit_s), words, first_s=NEVER_S)
         assert double.names("experiments") == []
         double.put("models", "second", SPEC)
         assert cluster.apply(split, timeout_s=WAIT_S).ready
@@ -669,7 +690,8 @@ def test_servers_and_experiments_are_applied_waited_for_and_deleted(
         with pytest.raises(InputError, match="the weights are all 0"):
             cluster.apply({**split, "spec": {"candidates": [{"name": name, "weight": 0}]}}, timeout_s=WAIT_S)
     deleted = [(plural, name) for verb, plural, name, _ in double.asked if verb == "delete"]
-    assert deleted[1:] == [("experiments", "split"), ("models", name), ("servers", "burnish-mlserver")]
+    assert set(deleted[:-3]) == {("experiments", "split")}
+    assert deleted[-3:] == [("experiments", "split"), ("models", name), ("servers", "burnish-mlserver")]
     assert double.names() == ["second"]
 
 

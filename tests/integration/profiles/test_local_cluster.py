@@ -1,5 +1,6 @@
 """Candidates on a real MLServer and a real Triton server."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -7,9 +8,10 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -19,6 +21,7 @@ import tritonclient.http
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from profiles.deploy import local
+from profiles.deploy.cluster import Usage
 from profiles.deploy.local import LocalCluster, LocalDeployment, Ports
 from profiles.deploy.model_control import ModelControl
 from profiles.load.engine import LoadGenerator
@@ -28,7 +31,8 @@ from profiles.serving.core2.folder import model_folder, write_folder
 from profiles.serving.naming import model_name_of
 from profiles.serving.roundtrip import agent_rewrite
 from registry.errors import BurnishError, InputError, ServerDiedError, UnreachableError
-from registry.records import ArtifactFile, ClosedLoop, EngineSpec, LoadProfile
+from registry.records import Artifact, ArtifactFile, ClosedLoop, EngineSpec, LoadProfile
+from tests.doubles.busy import undisturbed
 from tests.doubles.candidates import candidate
 from tests.doubles.models import mlp, mlp_answer, two_inputs, write_onnx, write_openvino
 
@@ -39,13 +43,39 @@ FLOAT = EngineSpec(name="openvino", precision="float32")
 LIMIT_S = 60.0
 
 
-@pytest.fixture
-def cluster(tmp_path: Path) -> Iterator[LocalCluster]:
+@pytest.fixture(scope="module")
+def _installed() -> None:
     for server, here in local.available_servers().items():
         if here.version is None:
             pytest.skip(f"{server}: {here.reason}")
+
+
+@pytest.fixture
+def cluster(_installed: None, tmp_path: Path) -> Iterator[LocalCluster]:
     with LocalCluster(tmp_path / "work") as cluster:
         yield cluster
+
+
+@pytest.fixture(scope="module")
+def shared(_installed: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
+    with LocalCluster(tmp_path_factory.mktemp("shared"), shared=True) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def deploy(
+    shared: LocalCluster, tmp_path: Path, request: pytest.FixtureRequest
+) -> Iterator[Callable[..., LocalDeployment]]:
+    """Serves a model beside those of other tests, on a server that may run already, and takes it away at the end."""
+    with contextlib.ExitStack() as stack:
+
+        def served(artifact: Artifact, **how: Any) -> LocalDeployment:
+            told = candidate(variant=request.node.name, **how)
+            deployment = shared.deploy(told, artifact, tmp_path / "files", timeout_s=LIMIT_S)
+            stack.callback(deployment.undeploy)
+            return deployment
+
+        yield served
 
 
 def ask(
@@ -100,12 +130,11 @@ def executions(deployment: LocalDeployment) -> tuple[int, int]:
 @pytest.mark.parametrize("server", SERVERS)
 @pytest.mark.parametrize("format", ["onnx", "openvino"])
 def test_concurrent_requests_of_mixed_sizes_each_get_their_own_answer(
-    cluster: LocalCluster, tmp_path: Path, server: str, format: str
+    deploy: Callable[..., LocalDeployment], tmp_path: Path, server: str, format: str
 ) -> None:
     write, engine = (write_onnx, None) if format == "onnx" else (write_openvino, FLOAT)
     artifact = write(mlp(), tmp_path / "files")
-    served = candidate(server=server, engine=engine, max_batch_size=8, max_batch_delay_ms=5.0)
-    deployment = cluster.deploy(served, artifact, tmp_path / "files", timeout_s=LIMIT_S)
+    deployment = deploy(artifact, server=server, engine=engine, max_batch_size=8, max_batch_delay_ms=5.0)
     assert 0 < deployment.load_time_s < LIMIT_S
     # Triton counts the rows of its own warm-up too: one, and as many as a batch holds.
     warm = executions(deployment) if server == "triton" else (0, 0)
@@ -212,16 +241,17 @@ def test_mlserver_batches_by_what_core_2_keeps(cluster: LocalCluster, tmp_path: 
         return time.monotonic() - began
 
     assert seconds(0) > 1.4
-    # Four fill the batch, so none of them waits for more company.
+    # Four fill the batch, so none of them waits for more company; but a busy machine may be late with one.
     with ThreadPoolExecutor(4) as pool:
-        assert max(pool.map(seconds, range(4))) < 1.2
+        assert undisturbed(lambda: max(pool.map(seconds, range(4))), lambda longest_s: longest_s < 1.2) < 1.2
 
 
 @pytest.mark.parametrize("server", SERVERS)
 @pytest.mark.parametrize("protocol", ["grpc", "rest"])
-def test_a_model_of_two_integer_inputs(cluster: LocalCluster, tmp_path: Path, server: str, protocol: str) -> None:
-    artifact = write_onnx(two_inputs(), tmp_path / "files")
-    deployment = cluster.deploy(candidate(server=server), artifact, tmp_path / "files", timeout_s=LIMIT_S)
+def test_a_model_of_two_integer_inputs(
+    deploy: Callable[..., LocalDeployment], tmp_path: Path, server: str, protocol: str
+) -> None:
+    deployment = deploy(write_onnx(two_inputs(), tmp_path / "files"), server=server)
     ids = np.array([[1, 2, 2**40], [4, 5, 6]])
     mask = np.array([[1, 0, 1], [1, 0, 0]])
     got = ask(deployment, protocol, {"ids": ids, "mask": mask})
@@ -232,10 +262,11 @@ def test_a_model_of_two_integer_inputs(cluster: LocalCluster, tmp_path: Path, se
 
 
 @pytest.mark.parametrize("server", SERVERS)
-def test_metadata_a_fixed_batch_and_float16(cluster: LocalCluster, tmp_path: Path, server: str) -> None:
+def test_metadata_a_fixed_batch_and_float16(
+    deploy: Callable[..., LocalDeployment], tmp_path: Path, server: str
+) -> None:
     artifact = write_onnx(mlp(batch=1, dtype="float16"), tmp_path / "files")
-    served = candidate(server=server, max_batch_size=8, max_batch_delay_ms=2.0)
-    deployment = cluster.deploy(served, artifact, tmp_path / "files", timeout_s=LIMIT_S)
+    deployment = deploy(artifact, server=server, max_batch_size=8, max_batch_delay_ms=2.0)
     with tritonclient.grpc.InferenceServerClient(f"127.0.0.1:{deployment.ports.grpc}") as client:
         metadata = client.get_model_metadata(deployment.target.model)
     tensors = [(t.name, t.datatype, list(t.shape)) for t in (*metadata.inputs, *metadata.outputs)]
@@ -248,10 +279,9 @@ def test_metadata_a_fixed_batch_and_float16(cluster: LocalCluster, tmp_path: Pat
 @pytest.mark.parametrize("server", SERVERS)
 @pytest.mark.parametrize("protocol", ["grpc", "rest"])
 def test_a_request_that_does_not_fit_is_told_why(
-    cluster: LocalCluster, tmp_path: Path, server: str, protocol: str
+    deploy: Callable[..., LocalDeployment], tmp_path: Path, server: str, protocol: str
 ) -> None:
-    artifact = write_onnx(mlp(), tmp_path / "files")
-    deployment = cluster.deploy(candidate(server=server), artifact, tmp_path / "files", timeout_s=LIMIT_S)
+    deployment = deploy(write_onnx(mlp(), tmp_path / "files"), server=server)
     x = np.ones((2, 8), np.float32)
     for bad in ({"y": x}, {"x": x.astype(np.float64)}, {"x": x[:, :5]}):
         with pytest.raises(InferenceServerException, match=r"x|y"):
@@ -324,8 +354,17 @@ def test_a_server_that_is_killed_under_load_is_told_with_its_log(cluster: LocalC
     artifact = write_onnx(mlp(), tmp_path / "files")
     deployment = cluster.deploy(candidate(), artifact, tmp_path / "files", timeout_s=LIMIT_S)
     payloads = encode_payloads({"x": np.ones((4, 8), np.float32)}, target=deployment.target)
-    load = LoadProfile(name="closed", load=ClosedLoop(concurrency=2), warmup_s=0.1, duration_s=1.5)
-    killer = threading.Timer(0.6, os.kill, (processes_of(deployment)[0].pid, signal.SIGKILL))
+    load = LoadProfile(name="closed", load=ClosedLoop(concurrency=2), warmup_s=0.1, duration_s=30.0)
+    victims = processes_of(deployment)[:1]
+
+    def usage() -> Usage:
+        """Kills the server when the window begins."""
+        if not victims:
+            use_for(deployment, LIMIT_S)
+        before = deployment.usage()
+        victims.pop().kill()
+        return before
+
     with LoadGenerator(cpus=tuple(os.sched_getaffinity(0)), work=tmp_path) as generator:
         generator.run(
             deployment.target,
@@ -334,12 +373,10 @@ def test_a_server_that_is_killed_under_load_is_told_with_its_log(cluster: LocalC
             raw_path=tmp_path / "raw.npz",
             usage=deployment.usage,
         )
-        killer.start()
         with pytest.raises(
             ServerDiedError, match=r"(?s)mlserver has ended with status 137\nIts log ends:.*Loaded model"
         ):
-            generator.run(deployment.target, payloads, load, raw_path=tmp_path / "raw.npz", usage=deployment.usage)
-    killer.join()
+            generator.run(deployment.target, payloads, load, raw_path=tmp_path / "raw.npz", usage=usage)
 
 
 def test_a_server_that_is_killed_while_it_loads(cluster: LocalCluster, tmp_path: Path) -> None:

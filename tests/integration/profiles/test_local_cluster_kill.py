@@ -14,6 +14,7 @@ import pytest
 from profiles.deploy import local
 from profiles.deploy.reaper import reap
 from profiles.deploy.supervise import MARK
+from tests.doubles.busy import LONG_S
 from tests.doubles.candidates import candidate
 from tests.doubles.models import mlp, write_onnx
 
@@ -73,7 +74,7 @@ def gone(family: list[psutil.Process], *, limit_s: float) -> bool:
 
 
 def finish(parent: "subprocess.Popen[str]") -> None:
-    parent.wait(30)
+    parent.wait(LONG_S)
     parent.stdin.close()
     parent.stdout.close()
 
@@ -88,7 +89,7 @@ def test_nothing_outlives_the_parent(tmp_path: Path, way: signal.Signals | str) 
     else:
         parent.send_signal(way)
     finish(parent)
-    assert gone(family, limit_s=10)
+    assert gone(family, limit_s=LONG_S)
     assert reap(tmp_path) == []
     assert not [path for path in mine if path.exists()]
     assert not list((tmp_path / "servers").glob("*.json"))
@@ -107,7 +108,7 @@ def test_what_outlives_a_killed_supervisor_is_reaped(tmp_path: Path) -> None:
     for process in supervisors:
         process.kill()
     assert len(reap(tmp_path)) == 2
-    assert gone(family, limit_s=1)
+    assert gone(family, limit_s=10)
     assert not [path for path in mine if path.exists()]
     assert reap(tmp_path) == []
 

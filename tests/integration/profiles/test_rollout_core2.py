@@ -25,7 +25,7 @@ from tests.doubles.kubernetes_api import KubernetesDouble
 
 pytestmark = pytest.mark.slow
 
-WAIT_S = 5.0
+WAIT_S = 30.0
 """Longest wait for what comes about."""
 OLD, NEW = "s3://models/old", "s3://models/new"
 

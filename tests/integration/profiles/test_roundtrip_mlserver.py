@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import sysconfig
@@ -27,6 +26,7 @@ from profiles.serving.roundtrip import agent_rewrite
 from profiles.serving.triton import render_triton
 from registry.records import Artifact, TensorSpec
 from tests.doubles.candidates import candidate
+from tests.doubles.ports import free_ports
 
 pytestmark = pytest.mark.slow
 
@@ -149,13 +149,6 @@ def started(
         with contextlib.suppress(ProcessLookupError):
             os.killpg(server.pid, signal.SIGKILL)
         server.wait()
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody listened on a moment ago."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
-        return [int(held.getsockname()[1]) for held in sockets]
 
 
 def wait_until_live(

@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -30,6 +29,7 @@ from profiles.serving.container import container_environment
 from profiles.serving.mlserver import render_mlserver
 from tests.doubles.candidates import candidate
 from tests.doubles.models import mlp, mlp_answer, two_inputs, write_onnx
+from tests.doubles.ports import free_ports
 
 pytestmark = pytest.mark.slow
 
@@ -129,9 +129,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module", params=[0, 1], ids=["in process", "in a worker"])
 def served(request: pytest.FixtureRequest, repository: Path) -> Iterator[Served]:
     """An MLServer with all models, each in the server's process or in a worker."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(3)]
-        http, port, metrics = (held.getsockname()[1] for held in sockets)
+    http, port, metrics = free_ports(3)
     environment = {
         **server_environment("mlserver", container_environment(candidate().serving)),
         "PYTHONPATH": os.pathsep.join(sys.path),
