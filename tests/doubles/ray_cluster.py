@@ -71,7 +71,7 @@ def ray_cluster(
     finally:
         cluster.stdin.close()
         try:
-            cluster.wait(timeout=30)
+            cluster.wait(timeout=90)
         finally:
             cluster.kill()
             cluster.wait()

@@ -16,23 +16,17 @@ from pathlib import Path
 
 import pytest
 
+from tests.doubles.ports import free_ports
 from tests.doubles.rclone import RCLONE, serve_s3, settings
 
 READY_WITHIN_S = 90
 POSTGRES_USER, POSTGRES_PASSWORD = "burnish", "p@ss/of:postgres"
 
 
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
-
-
 @contextmanager
 def mlflow_server(folder: Path, *options: str, variables: Mapping[str, str] | None = None) -> Iterator[str]:
     """The URL of an MLflow server; ``options`` name its stores."""
-    port = free_port()
+    [port] = free_ports(1)
     url = f"http://127.0.0.1:{port}"
     environment = {
         **{name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")},
@@ -83,7 +77,7 @@ def postgres_server() -> Iterator[str]:
              "--no-sync", "--no-locale", "--encoding=UTF8"],
             check=True, capture_output=True, user=user, cwd=folder, timeout=60,
         )  # fmt: skip
-        port = free_port()
+        [port] = free_ports(1)
         with (folder / "log").open("w") as log:
             server = subprocess.Popen(
                 [programs / "postgres", "-D", data, "-p", str(port), "-k", folder, "-c", "listen_addresses=127.0.0.1",
@@ -96,7 +90,7 @@ def postgres_server() -> Iterator[str]:
             yield f"postgresql://{POSTGRES_USER}:{hidden}@127.0.0.1:{port}/postgres"
         finally:
             server.send_signal(signal.SIGINT)  # a fast shutdown
-            server.wait(20)
+            server.wait(60)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -1,13 +1,14 @@
 """The embedded store after a kill in the middle of its making."""
 
+import itertools
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from registry.tracking import open_tracker
+from tests.doubles.busy import undisturbed, until
 
 pytestmark = [
     pytest.mark.slow,
@@ -25,13 +26,19 @@ open_tracker(None, Path(sys.argv[1])).check()
 
 def test_a_store_whose_making_was_killed_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    with subprocess.Popen([sys.executable, "-c", CHECK, str(tmp_path)], stderr=subprocess.DEVNULL) as process:
-        deadline = time.monotonic() + 60
-        # As soon as there is something of a database, the tables are being laid out.
-        while process.poll() is None and not [*tmp_path.glob("*mlflow.db*")] and time.monotonic() < deadline:
-            time.sleep(0.01)
-        time.sleep(0.3)
-        process.kill()
-    assert not (tmp_path / "mlflow.db").exists(), "killed too late to tell anything"
-    open_tracker(None, tmp_path).check()
-    assert (tmp_path / "mlflow.db").exists()
+    numbers = itertools.count()
+
+    def killed() -> Path:
+        folder = tmp_path / f"{next(numbers)}"
+        folder.mkdir()
+        with subprocess.Popen([sys.executable, "-c", CHECK, str(folder)], stderr=subprocess.DEVNULL) as process:
+            # As soon as there is something of a database, the tables are being laid out.
+            until(lambda: process.poll() is not None or [*folder.glob("*mlflow.db*")])
+            process.kill()
+        return folder
+
+    folder = undisturbed(killed, lambda folder: not (folder / "mlflow.db").exists())
+    assert [*folder.glob("*mlflow.db*")]
+    assert not (folder / "mlflow.db").exists(), "killed too late to tell anything"
+    open_tracker(None, folder).check()
+    assert (folder / "mlflow.db").exists()

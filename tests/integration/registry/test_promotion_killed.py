@@ -19,6 +19,7 @@ from registry.ledger import Ledger
 from registry.policy import parse_policy
 from registry.promotion import Journal, Promoter, steps_of
 from registry.records import Promotion
+from tests.doubles.busy import LONG_S
 from tests.doubles.core2 import LOOPBACK, SchedulerDouble
 from tests.doubles.promotions import FileRegistry, StatedProbe, model_manifest, pipeline_manifest
 
@@ -66,7 +67,7 @@ def served(name: str, uri: str) -> Manifest:
 
 
 def promoter(work: Path, client: SchedulerClient, mesh: str, journal: Journal, told: object, kind: str) -> Promoter:
-    applier = SchedulerApplier(client, Mesh(mesh, tls=False, hint=""), location="Core 2", timeout_s=10)
+    applier = SchedulerApplier(client, Mesh(mesh, tls=False, hint=""), location="Core 2", timeout_s=LONG_S)
     folder = work / "manifests"
     rollout: ManifestRollout
     if kind == "pipeline":
@@ -139,7 +140,7 @@ def test_killed_the_pipeline_is_served_and_the_next_try_gets_there(
     (tmp_path / "manifests").mkdir()
     (tmp_path / "manifests" / "Pipeline-p.yaml").write_text(text)
     with SchedulerClient(LOOPBACK, double.port) as client:
-        applier = SchedulerApplier(client, Mesh(double.mesh, tls=False, hint=""), location="Core 2", timeout_s=10)
+        applier = SchedulerApplier(client, Mesh(double.mesh, tls=False, hint=""), location="Core 2", timeout_s=LONG_S)
         for name in ("tokens", "encoder"):
             applier.apply(served(name, f"s3://models/{name}"))
         applier.apply(pipeline_manifest("p", "tokens", "encoder"))
@@ -159,7 +160,7 @@ def kill_at(line: str, work: Path, double: SchedulerDouble, kind: str) -> None:
     """Promotes in a process of its own, which is killed once it has told a line."""
     arguments = [sys.executable, "-c", CHILD, str(work), str(double.port), double.mesh, kind]
     with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT) as child:
-        limit = threading.Timer(60, child.kill)
+        limit = threading.Timer(200, child.kill)
         limit.start()
         assert child.stdin is not None
         assert child.stdout is not None

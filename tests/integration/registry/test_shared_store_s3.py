@@ -1,9 +1,9 @@
 """A store that machines share over a real S3 server, rclone's."""
 
 import os
+import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from registry.filesystems import destination_of
 from registry.remote_folder import RemoteFolder
 from registry.shared_store import SharedStore, open_store
 from registry.store import FolderStore
+from tests.doubles.busy import LONG_S
 from tests.doubles.rclone import KEY, SECRET
 from tests.doubles.shared_work import SPEC, wanted_by_three
 
@@ -104,18 +105,28 @@ def test_a_missing_bucket_is_no_empty_store(prefix):
 
 
 def test_work_that_three_want_is_done_once(machine):
-    made, results = wanted_by_three(machine, ttl_s=3.0, takes_s=0.5)
+    made, results = wanted_by_three(machine, ttl_s=LONG_S, takes_s=0.5)
     assert len(made) == 1
     assert results == made * 3
     assert machine("d").once("k", lambda: pytest.fail("it was done")).name == made[0]
 
 
 UPLOADER = """
-import sys
+import os, signal, sys, threading
 from pathlib import Path
 from registry.records import TensorSpec
+from registry.remote_folder import RemoteFolder
 from registry.shared_store import SharedStore
 from registry.store import FolderStore
+put, begun = RemoteFolder.put, []
+
+def last(folder, path, source):
+    begun.append(path)
+    if len(begun) == 8:
+        threading.Thread(target=os.kill, args=(os.getpid(), signal.SIGKILL)).start()
+    put(folder, path, source)
+
+RemoteFolder.put = last
 store = SharedStore(sys.argv[1], FolderStore(Path(sys.argv[2])))
 spec = TensorSpec(name="x", dtype="float32", shape=("batch", 3))
 store.add(Path(sys.argv[3]), format="onnx", entry="model.onnx", inputs=(spec,), outputs=(spec,))
@@ -129,14 +140,8 @@ def test_an_upload_that_is_killed_leaves_nothing_that_counts(machine, tmp_path, 
     for number in range(60):
         (folder / f"part-{number:02}").write_bytes(os.urandom(200_000))
     command = [sys.executable, "-c", UPLOADER, f"s3://models/{prefix.name}", str(tmp_path / "killed"), str(folder)]
-    child = subprocess.Popen(command, cwd=ROOT)
-    try:
-        while len(list(prefix.rglob("part-*"))) < 5:
-            assert child.poll() is None
-            time.sleep(0.005)
-    finally:
-        child.kill()
-        child.wait(timeout=10)
+    assert subprocess.run(command, cwd=ROOT, check=False, timeout=200).returncode == -signal.SIGKILL
+    assert list(prefix.rglob("part-*"))
     assert not list(prefix.rglob("*.json"))
     artifact = add(machine("a"), folder)
     path = machine("b").path(artifact)
