@@ -1,6 +1,7 @@
 """Windows of load on a real MLServer and a real Triton server, over gRPC and REST."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -77,7 +78,11 @@ def test_closed_and_open_windows(
 def test_a_candidate_from_capacity_to_comparison(
     cluster: LocalCluster, generator: LoadGenerator, tmp_path: Path
 ) -> None:
-    level = find_level("quick")
+    # Short, and once: what is tested is the way through, not the numbers.
+    level = replace(
+        find_level("quick"), warmup_s=0.1, closed_s=0.4, open_s=0.4, longest_s=1.0, reruns=0, ladder=(1, 4),
+        ladder_s=0.3, stages=(0.5, 1.1), stage_s=0.3,
+    )  # fmt: skip
     artifact = write_onnx(mlp(), tmp_path / "files")
     deployments = [
         cluster.deploy(candidate(server=server), artifact, tmp_path / "files", timeout_s=100)
