@@ -75,7 +75,7 @@ def run_campaign(
         planned = plan(config, base=base, work=work, engine=named)
         if config.search.serving is not None and not planned.elsewhere:
             space_of(planned, config.search.serving)  # says so now where there is nothing to search
-        planned.work.mkdir(parents=True, exist_ok=True)
+        make_folder(planned.work, "--work")
         planned = with_champion(planned)
         with _workspace(planned, observer, budget, store=store) as workspace:
             told = workspace.observer
@@ -133,7 +133,9 @@ def _beforehand(planned: Plan) -> Iterator[str]:
 
 @contextlib.contextmanager
 def _with_engine(workspace: Workspace, name: str) -> Iterator[Workspace]:
-    """The workspace with its engine; one that is to measure is looked at now, unless there is nothing left for it.
+    """The workspace with its engine, which is opened before the first work, where there is any left.
+
+    One that is to measure is looked at now, unless that was done.
 
     Raises:
         InputError: no node has what the campaign asks for, or one cannot run burnish.
@@ -144,7 +146,11 @@ def _with_engine(workspace: Workspace, name: str) -> Iterator[Workspace]:
     with engine_on_demand(workspace.store, scratch=scratch, name=name, waiting=workspace.waits_for_cores) as engine:
         if planned.elsewhere and not was_found(planned.work):
             engine().check(NAME, planned.config.resources.needed())
-        yield replace(workspace, engine=engine)
+
+        def begin_work() -> None:
+            engine()
+
+        yield replace(workspace, engine=engine, begin_work=begin_work)
 
 
 def _look_at_cluster(workspace: Workspace) -> None:
@@ -176,10 +182,11 @@ def judge_campaign(config: CampaignConfig, *, base: Path, work: Path, observer: 
         InputError: the configuration or the samples do not fit.
     """
     budget = Budget.from_now(config.limits.minutes)
+    named = engine_named()
     planned = plan(config, base=base, work=work)
-    planned.work.mkdir(parents=True, exist_ok=True)
     with _workspace(planned, observer, budget) as workspace:
-        made, failures = _make(workspace)
+        with _with_engine(workspace, named) as working_there:
+            made, failures = _make(working_there)
         with with_cores_alone(workspace) as alone:
             prepared = prepare(alone, made)
     return replace(prepared, failures=[*failures, *prepared.failures])
@@ -397,12 +404,14 @@ def make_variants(
     Raises:
         InputError: the model or a recipe cannot be taken, or ``out`` cannot be made, or holds what is no variant.
         StorageError: ``out`` cannot be written.
+        UnreachableError: they are to be made on a cluster, and there is none.
     """
     config = _config_for(model, variants, calibration)
     budget = Budget.from_now(config.limits.minutes)
+    named = engine_named()
     planned = plan(config, base=model.parent, work=work or model.parent / "burnish-work")
     make_folder(out, "--out")
-    with _workspace(planned, observer, budget) as workspace:
+    with _workspace(planned, observer, budget) as opened, _with_engine(opened, named) as workspace:
         samples = _calibration(planned)
         sources, failures = make_sources(workspace)
         if samples is not None:
