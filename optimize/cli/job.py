@@ -31,13 +31,14 @@ def render(
     Example: burnish job render job.yaml | kubectl apply -f -
     """
     from optimize.engines.kubernetes_job import as_yaml, render_file
+    from registry.ledger import write_durably
 
     rendered = render_file(file)
     for warning in rendered.warnings:
         say(f"warning: {warning}")
     text = as_yaml(rendered.manifests)
     if out is not None:
-        out.write_text(text, encoding="utf-8")
+        write_durably(out, text)
     if json_output:
         emit_json(
             {
