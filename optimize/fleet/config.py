@@ -272,8 +272,12 @@ class _Reading:
     def _matching(self, pattern: str, listed: set[str]) -> Iterator[_Read]:
         """The campaign files that a pattern matches, but for those that ``models`` lists themselves."""
         known = {(self._folder / Path(name).expanduser()).resolve() for name in listed}
-        matching = sorted(path for path in self._folder.glob(pattern) if path.is_file())
         place = self._document.part("models_from").place
+        try:
+            matching = sorted(path for path in self._folder.glob(pattern) if path.is_file())
+        except ValueError as error:
+            self._problems.append(f"{place}: models_from: {pattern!r} is no pattern: {error}")
+            return
         if not matching:
             self._problems.append(f"{place}: models_from: no file matches {pattern!r} in {self._folder.resolve()}")
         for path in matching:

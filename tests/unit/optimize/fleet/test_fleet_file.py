@@ -131,6 +131,7 @@ def test_a_level_of_the_command_line_is_everybodys(folder: Path):
         (("    group: text", "    group: text\ngroups: {texts: 2}"), "name: letters", "did you mean 'texts'?"),
         (("accuracy_drop <= 0.01", "acuracy_drop <= 0.01"), "name: digits", "acuracy_drop"),
         (("models:", "models_from: x/*.yaml\nmodels:"), "models_from", "no file matches 'x/*.yaml'"),
+        (("models:", "models_from: x/**.yaml\nmodels:"), "models_from", "'x/**.yaml'"),
         (("    share: 2", "    campaign: a.yaml"), "onnx: letters", "unknown key 'sources'"),
     ],
 )
