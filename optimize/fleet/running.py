@@ -166,9 +166,8 @@ class _Run:
                 continue
             if past.why is not None:
                 self._observer.note(past.why)
-            left = None if entry.minutes is None else max(0.0, entry.minutes - past.spent)
-            # Minutes that were cut short by a kill may all be used up: then it gets them anew.
-            tickets.append(Ticket(name=entry.name, group=entry.group, share=entry.share, minutes=left or entry.minutes))
+            minutes = _minutes_left(entry, past)
+            tickets.append(Ticket(name=entry.name, group=entry.group, share=entry.share, minutes=minutes))
         return FairQueue(tickets, groups=self._fleet.config.groups, used=used)
 
     def _begin(self, entry: Entry, allotted: float | None) -> None:
@@ -213,7 +212,11 @@ class _Run:
 
 
 def _minutes_left(entry: Entry, past: Past) -> float | None:
-    """What is left of a model's own minutes: a little at least, for a verdict over what earlier attempts have found."""
+    """What is left of a model's own minutes; None for any.
+
+    Attempts that were stopped or killed may have used all of them up: there are a few at least, for a verdict over what
+    those have found.
+    """
     if entry.minutes is None:
         return None
     return max(entry.minutes - past.spent, _LAST_SHARE * entry.minutes)

@@ -17,9 +17,9 @@ import pytest
 
 from optimize import budget
 from optimize.config import load_campaign
-from optimize.fleet import process, running
+from optimize.fleet import JOURNAL, process, running
 from optimize.fleet.config import FleetPlan, plan_fleet
-from optimize.fleet.journal import read_fleet
+from optimize.fleet.journal import Journal, read_fleet
 from optimize.fleet.outcomes import exit_code_of
 from optimize.fleet.process import CAMPAIGN, LOG, SAID, CampaignProcess, as_document
 from optimize.fleet.running import run_fleet
@@ -27,6 +27,7 @@ from optimize.plan import Plan
 from registry import codec
 from registry.documents import parse_document
 from registry.errors import InputError
+from registry.ledger import Ledger
 from registry.records import Fleet
 from tests.doubles import campaigns, fleets
 from tests.doubles.busy import until
@@ -192,8 +193,6 @@ def test_a_model_whose_campaign_or_files_changed_is_run_again(plan_of, tmp_path:
 
 
 def test_files_beside_a_model_count_too(plan_of, tmp_path: Path):
-    from registry.ledger import Ledger
-
     (tmp_path / "weights.bin").write_bytes(b"1")
     fleet = plan_of("a")
     work = fleet.entries[0].planned.work
@@ -218,6 +217,19 @@ def test_a_verdict_for_want_of_its_own_minutes_is_final_until_it_gets_more(plan_
     run(plan_of("a minutes: 30"), scripts)
     assert scripts.started == ["a", "a"]
     assert 9.9 < (scripts.minutes["a"] or 0) <= 30
+
+
+@pytest.mark.parametrize("taken", [19.9, 20.0, 31.0])
+def test_what_kills_have_taken_leaves_a_model_a_few_of_its_minutes(plan_of, taken: float):
+    fleet = plan_of("a minutes: 20")
+    with Ledger.open(fleet.work / JOURNAL) as ledger:
+        journal = Journal(ledger)
+        journal.begin(fleet)
+        stopped = fleets.lost("a", "stopped", minutes=taken)
+        journal.commit(fleet.entries[0], stopped, journal.past(fleet.entries[0]).components)
+    scripts = Scripts({"a": WON})
+    run(fleet, scripts)
+    assert scripts.minutes["a"] == pytest.approx(2.0)
 
 
 def test_a_verdict_for_want_of_the_fleets_minutes_goes_on_the_next_time(plan_of):
@@ -304,8 +316,6 @@ def test_ctrl_c_ends_all_and_the_next_run_goes_on(plan_of):
 
 
 def test_two_fleets_in_one_folder_are_refused(plan_of):
-    from registry.ledger import Ledger
-
     fleet = plan_of("a")
     with Ledger.open(fleet.work / "fleet.jsonl"), pytest.raises(InputError, match="another burnish is working"):
         run(fleet, Scripts({"a": WON}))
