@@ -29,7 +29,7 @@ from optimize.engines.local import ChildFailure
 from optimize.engines.performing import as_outcome, as_request
 from optimize.engines.port import Begun, Outcome, Resources, Task, nobody
 from optimize.packages import version
-from registry.errors import InputError, MissingExtraError, UnreachableError
+from registry.errors import BurnishError, InputError, MissingExtraError, UnreachableError
 from registry.shared_store import SharedStore
 
 _log = logging.getLogger(__name__)
@@ -38,7 +38,8 @@ RETRIES = 3
 """How often a task is run again whose worker or node died."""
 _CONNECT_S = 5.0
 _LOOK_S = 90.0
-_SETTLED_S, _SETTLING_S = 10.0, 0.2
+"""How long nodes have to run a first task; Ray takes some 20 s to notice that one has died."""
+_SLOW_S, _SETTLING_S = 5.0, 0.2
 _LOOPBACK = "127.0.0.1"
 _NAMESPACE = "burnish"
 _MARKS_S = 1.0
@@ -69,7 +70,8 @@ class RayEngine:
         Raises:
             MissingExtraError: Ray is not installed.
             InputError: the cluster has another version of Ray, Python or burnish.
-            UnreachableError: there is no cluster at the address, or a node cannot use the shared store.
+            UnreachableError: there is no cluster at the address, or a node does not answer or cannot use the shared
+                store.
         """
         with ExitStack() as opened:
             session = None
@@ -143,48 +145,71 @@ class RayEngine:
     # --- parts of it ---
 
     def _look_at_nodes(self) -> None:
-        asked = [self._ask(node) for node in self._nodes]
-        for node, future in zip(self._nodes, asked, strict=True):
-            name, about = node["NodeManagerHostname"], self._answer(node, future)
-            if about["burnish"] != version("burnish"):
-                raise InputError(
-                    f"the node {name} has burnish {about['burnish']}, and this is {version('burnish')}",
-                    hint="Install the same one on all nodes.",
-                )
-            if "error" in about:
-                raise UnreachableError(f"the node {name} cannot use the shared store: {about['error']}")
+        """Asks each node what it is; those that have gone are left out."""
+        deadline, mark = time.monotonic() + _LOOK_S, f"look-{uuid.uuid4().hex}"
+        self._store.tell(mark, b"seen")
+        try:
+            asked = [(node, self._ask(node, mark)) for node in self._nodes]
+            self._nodes = []
+            for node, future in asked:
+                about = self._answer(node, future, mark, deadline)
+                if about is not None:
+                    _check_node(node["NodeManagerHostname"], about)
+                    self._nodes.append(node)
+        finally:
+            with suppress(BurnishError):
+                self._store.forget(mark)
+        if not self._nodes:
+            raise UnreachableError("all nodes of the Ray cluster have gone", hint="Run it again once there are some.")
 
-    def _ask(self, node: Mapping[str, Any]) -> Future[str]:
+    def _ask(self, node: Mapping[str, Any], mark: str) -> Future[str]:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as On
 
         look = self._ray.remote(ray_worker.look)
         there = look.options(num_cpus=0, max_retries=0, scheduling_strategy=On(node["NodeID"], soft=False))
-        future: Future[str] = there.remote(self._store.uri).future()
+        future: Future[str] = there.remote(self._store.uri, mark).future()
         return future
 
-    def _answer(self, node: Mapping[str, Any], future: Future[str]) -> dict[str, Any]:
-        """What a node says of itself."""
-        name, known, deadline = node["NodeManagerHostname"], self._ray.exceptions, time.monotonic() + _LOOK_S
+    def _answer(
+        self, node: Mapping[str, Any], future: Future[str], mark: str, deadline: float
+    ) -> dict[str, Any] | None:
+        """What a node says of itself; None where it has gone."""
+        name, known, told = node["NodeManagerHostname"], self._ray.exceptions, False
+        slow = time.monotonic() + _SLOW_S
         while True:
             try:
-                return dict(json.loads(future.result(deadline - time.monotonic())))
-            except known.TaskUnschedulableError as error:
-                # A node that has just come is known to one part of Ray sooner than to the next.
-                if deadline - time.monotonic() < _LOOK_S - _SETTLED_S:
-                    raise UnreachableError(
-                        f"the node {name} of the Ray cluster went away: {_last_line(error)}"
-                    ) from None
-                time.sleep(_SETTLING_S)
-                future = self._ask(node)
+                return dict(json.loads(future.result(_SLOW_S)))
             except TimeoutError:
-                raise UnreachableError(
-                    f"the node {name} of the Ray cluster has not run a first task within {_LOOK_S:g} s"
-                ) from None
-            except known.RayError as error:
+                why = "it has not run a first task"
+            except (known.TaskUnschedulableError, known.NodeDiedError, known.WorkerCrashedError) as error:
+                # One part of Ray knows sooner than the next of a node that has just come, or died.
+                why = _last_line(error)
+                time.sleep(_SETTLING_S)
+                future = self._ask(node, mark)
+            except (known.RayTaskError, known.RuntimeEnvSetupError) as error:
                 raise InputError(
                     f"the node {name} of the Ray cluster cannot run burnish: {_last_line(error)}",
                     hint="Install the same burnish in the environment that Ray runs in there.",
                 ) from None
+            except known.RayError as error:
+                raise UnreachableError(
+                    f"the node {name} of the Ray cluster cannot be asked: {_last_line(error)}", hint="Run it again."
+                ) from None
+            if not self._is_there(node):
+                _log.warning("the node %s of the Ray cluster has gone: nothing runs there", name)
+                return None
+            if time.monotonic() > deadline:
+                raise UnreachableError(
+                    f"the node {name} of the Ray cluster has not answered within {_LOOK_S:g} s: {why}",
+                    hint="Look after it, or take it out of the cluster.",
+                )
+            if not told and time.monotonic() > slow:
+                _log.warning("waiting for the node %s of the Ray cluster, which may have gone: %s", name, why)
+                told = True
+
+    def _is_there(self, node: Mapping[str, Any]) -> bool:
+        """Whether Ray takes a node for alive."""
+        return any(one["Alive"] and one["NodeID"] == node["NodeID"] for one in self._ray.nodes())
 
     def _placed(self, task: Task) -> Resources:
         """What a task asks Ray for, with a number of cores, where there is a node that has it."""
@@ -318,6 +343,22 @@ class _Marks:
 
 
 # --- nodes -----------------------------------------------------------------------------------------------------------
+
+
+def _check_node(name: str, about: Mapping[str, Any]) -> None:
+    """Returns where a node can do the work, by what it says of itself.
+
+    Raises:
+        InputError: it has another burnish.
+        UnreachableError: it cannot use the shared store.
+    """
+    if about["burnish"] != version("burnish"):
+        raise InputError(
+            f"the node {name} has burnish {about['burnish']}, and this is {version('burnish')}",
+            hint="Install the same one on all nodes.",
+        )
+    if "error" in about:
+        raise UnreachableError(f"the node {name} cannot use the shared store: {about['error']}")
 
 
 def _lacking(node: Mapping[str, Any], wanted: Resources) -> str | None:

@@ -56,8 +56,13 @@ def _fitted(task: dict[str, Any]) -> dict[str, Any]:
     return {**task, "resources": {**resources, "cores": min(resources["cores"], len(usable_cores()))}}
 
 
-def look(uri: str) -> str:
-    """What this node is, as JSON, and whether it can use the shared store."""
+def look(uri: str, mark: str) -> str:
+    """What this node is, as JSON, and why it cannot use the shared store, if it cannot.
+
+    Args:
+        uri: of the store.
+        mark: key of the word that the machine that asks has left in it.
+    """
     about = {
         "node": socket.gethostname(),
         "host": fingerprint_of(usable_cores()),
@@ -65,7 +70,13 @@ def look(uri: str) -> str:
         "python": platform.python_version(),
     }
     try:
-        _store(uri).check()
+        store = _store(uri)
+        store.check()
+        if store.told(mark) is None:
+            about["error"] = (
+                f"{uri} is another place there, without what this machine has written to it (a folder has to be "
+                "mounted on all nodes, and AWS_ENDPOINT_URL to be the same)"
+            )
     except BurnishError as error:
         about["error"] = str(error)
     return json.dumps(about)

@@ -9,9 +9,11 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -244,14 +246,81 @@ except Terminated:
 """
 
 
-def test_a_node_that_cannot_use_the_store_is_said_before_any_work(cluster: str, tmp_path: Path):
+class AnotherThere(SharedStore):
+    """A store at whose URI the nodes find another place than this machine does."""
+
+    there = ""
+
+    @property
+    def uri(self) -> str:
+        return self.there
+
+
+@pytest.mark.parametrize(
+    ("there", "words"), [("file/store", "Not a directory"), ("empty", "is another place there, without what")]
+)
+def test_a_node_that_cannot_use_the_store_is_said_before_any_work(cluster: str, tmp_path: Path, there: str, words: str):
     (tmp_path / "file").write_text("")
-    broken = SharedStore(str(tmp_path / "file" / "store"), FolderStore(tmp_path / "work"))
+    store = AnotherThere(str(tmp_path / "mount"), FolderStore(tmp_path / "work"))
+    store.there = str(tmp_path / there)
     with (
-        pytest.raises(UnreachableError, match=r"cannot use the shared store: .*Not a directory"),
-        RayEngine(broken, address=cluster),
+        pytest.raises(UnreachableError, match=rf"cannot use the shared store: .*{words}"),
+        RayEngine(store, address=cluster),
     ):
         pass
+    assert not list((tmp_path / "mount" / "progress").iterdir())
+
+
+class Noticing:
+    """Ray's module as far as it asks nodes, where all but one have died and Ray notices at the third look.
+
+    A real one takes some 20 s for that.
+    """
+
+    exceptions = ray.exceptions
+
+    def __init__(self, *names: str) -> None:
+        self._ids = {name: f"{number:056x}" for number, name in enumerate(names, start=1)}
+        self._looks = 0
+
+    def nodes(self) -> list[dict[str, Any]]:
+        self._looks += 1
+        return [
+            {"NodeID": node_id, "NodeManagerHostname": name, "Alive": name == "well" or self._looks < 3}
+            for name, node_id in self._ids.items()
+        ]
+
+    def remote(self, function: Callable[..., str]) -> SimpleNamespace:
+        def options(*, scheduling_strategy: Any, **_: Any) -> SimpleNamespace:
+            def begin(*arguments: str) -> SimpleNamespace:
+                future: Future[str] = Future()
+                if scheduling_strategy.node_id == self._ids.get("well"):
+                    future.set_result(function(*arguments))
+                else:
+                    future.set_exception(ray.exceptions.TaskUnschedulableError("the node has died"))
+                return SimpleNamespace(future=lambda: future)
+
+            return SimpleNamespace(remote=begin)
+
+        return SimpleNamespace(options=options)
+
+
+def test_nodes_that_have_died_are_left_out_once_ray_notices(
+    store: SharedStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setenv("BURNISH_CACHE", str(tmp_path / "cache"))
+
+    def looked_at(*names: str) -> list[str]:
+        engine = RayEngine(store)
+        engine._ray = Noticing(*names)
+        engine._nodes = engine._ray.nodes()
+        engine._look_at_nodes()
+        return [node["NodeManagerHostname"] for node in engine._nodes]
+
+    assert looked_at("ill", "well", "worse") == ["well"]
+    assert "the node ill of the Ray cluster has gone: nothing runs there" in caplog.messages
+    with pytest.raises(UnreachableError, match="all nodes of the Ray cluster have gone"):
+        looked_at("ill")
 
 
 @pytest.mark.parametrize("versions", [("2.59.0", "3.11.7"), (ray.__version__, "3.9.2")])

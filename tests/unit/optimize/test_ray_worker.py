@@ -62,7 +62,13 @@ def test_what_keeps_a_task_from_running_is_its_error(tmp_path: Path):
 
 
 def test_a_node_says_what_it_is_and_whether_it_can_use_the_store(tmp_path: Path):
-    about = json.loads(look(str(tmp_path / "mount")))
-    assert {"node", "host", "burnish", "python"} == about.keys()
+    mount = str(tmp_path / "mount")
+    SharedStore(mount, FolderStore(tmp_path / "driver")).tell("look-1", b"seen")
+    assert {"node", "host", "burnish", "python"} == json.loads(look(mount, "look-1")).keys()
     (tmp_path / "file").write_text("")
-    assert "Not a directory" in json.loads(look(str(tmp_path / "file" / "mount")))["error"]
+    assert "Not a directory" in json.loads(look(str(tmp_path / "file" / "mount"), "look-1"))["error"]
+
+
+def test_a_folder_that_is_not_mounted_on_the_node_is_told_from_the_store(tmp_path: Path):
+    """An empty folder of the same name can be written, too."""
+    assert "is another place there" in json.loads(look(str(tmp_path / "empty"), "look-1"))["error"]
