@@ -29,7 +29,7 @@ from optimize.samples import load_samples, open_samples
 from profiles.measure.host import fingerprint_host, split_cpus
 from profiles.measure.levels import Level
 from registry import codec
-from registry.errors import BurnishError, InputError, StorageError, UnreachableError
+from registry.errors import BudgetUsedUpError, BurnishError, InputError, StorageError, UnreachableError
 from registry.ledger import Ledger, write_durably
 from registry.records import Policy, Recipe, ServingProfile, Source, Variant
 from registry.shared_store import SharedStore, share
@@ -58,6 +58,7 @@ def find_on_node(workspace: Workspace, made: Made, preparing: Budget) -> Finding
 
     Raises:
         BurnishError: what the node raised.
+        BudgetUsedUpError: no node was free before the campaign's time was used up.
         InputError: no node has what the campaign asks for.
         UnreachableError: the engine or the store was lost; what was measured is kept.
     """
@@ -76,6 +77,8 @@ def find_on_node(workspace: Workspace, made: Made, preparing: Budget) -> Finding
         workspace.plan, made, key, budgets={"begin_by": workspace.budget.begin_by, "prepare_by": preparing.begin_by}
     )
     (outcome,) = workspace.engine().run([task], begun=relay.begun, meanwhile=relay.forward)
+    if isinstance(outcome.error, BudgetUsedUpError):
+        raise workspace.budget.error from outcome.error  # no node was free in time
     told = _result(outcome)
     relay.end(told["run"], told["events"])
     mirror = StoreMirror(store, work, workspace.plan.config.name)

@@ -25,7 +25,7 @@ from optimize.plan import Workspace, plan
 from optimize.recipes import recipe
 from optimize.samples import load_samples
 from profiles.measure.resources import PackageEnergy
-from registry.errors import InputError, PolicyError, ServerDiedError, UnreachableError
+from registry.errors import BudgetUsedUpError, InputError, PolicyError, ServerDiedError, UnreachableError
 from registry.ledger import Ledger
 from registry.records import Failure, Host, Round, Source, Variant
 from registry.shared_store import SharedStore
@@ -306,6 +306,14 @@ def test_a_machine_that_lacks_what_is_asked_for_is_said_before_it_begins(tmp_pat
         campaign_in(tmp_path, resources={"gpus": 64}) as (workspace, made),
     ):
         find_on_node(workspace, made, UNLIMITED)
+    assert not node.made
+
+
+def test_no_node_that_is_free_before_the_time_is_used_up_is_said(tmp_path: Path, node: Node):
+    with campaign_in(tmp_path) as (workspace, made):
+        late = replace(workspace, budget=Budget(minutes=7.0, deadline=0.0))
+        with pytest.raises(BudgetUsedUpError, match="the budget of 7 minutes was used up"):
+            find_on_node(late, made, UNLIMITED)
     assert not node.made
 
 
