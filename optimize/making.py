@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from socket import gethostname
 from time import monotonic
 from typing import Any, cast
 
@@ -29,7 +30,7 @@ from optimize.sources import code_digests, load_huggingface, load_onnx, load_tor
 from optimize.stages import make_stage
 from optimize.stages.base import TorchOrigin, input_of
 from registry import codec
-from registry.errors import BudgetUsedUpError, BurnishError, NotApplicableError, StorageError
+from registry.errors import BudgetUsedUpError, BurnishError, InputError, NotApplicableError, StorageError
 from registry.records import Failure, Recipe, Source, TensorSpec, Variant
 from registry.shared_store import once, share
 
@@ -352,11 +353,13 @@ def make_in_place(
 
     Raises:
         NotApplicableError: a stage does not apply.
+        InputError: this machine has other versions of the recipe's tools than the one that asks.
         BurnishError: it failed in another way.
     """
 
     def make() -> Variant:
         begin = monotonic()
+        _check_tools(codec.from_jsonable(Recipe, variant["recipe"]), variant["tool_versions"])
         made = run_in_child(
             "optimize.making:make_here",
             {
@@ -395,6 +398,24 @@ def make_in_place(
         )
 
     return cast(dict[str, Any], codec.to_jsonable(once(place.store, f"variant-{variant['id']}", make)))
+
+
+def _check_tools(recipe: Recipe, known_by: Mapping[str, str]) -> None:
+    """Returns where the recipe's tools are here of the versions that the variant will be known by.
+
+    Raises:
+        InputError: they are not; builds for other hardware are of the same version.
+    """
+    other = [
+        f"{tool} {here}, not {known_by[tool]}"
+        for tool, here in tool_versions(recipe).items()
+        if here.partition("+")[0] != known_by[tool].partition("+")[0]
+    ]
+    if other:
+        raise InputError(
+            f"{gethostname()} has {', '.join(other)}",
+            hint="Install the versions of the machine that runs the campaign in the environment of all nodes.",
+        )
 
 
 def origin_of(plan: Plan, source: Source, recipe: Recipe) -> dict[str, Any] | None:
