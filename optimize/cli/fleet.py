@@ -18,7 +18,7 @@ def run_fleet_file(file: Path, work: Path | None, level: str | None, json_output
     from optimize.fleet.running import run_fleet
 
     fleet = plan_fleet(file, work=work or default_work(file), level=level)
-    _check_store()
+    _check_surroundings()
     say(f"{fleet.config.name}: {len(fleet.entries)} models, {fleet.config.parallel} at a time, in {fleet.work}")
     with progress() as observer, terminable():
         found = run_fleet(fleet, observer=observer)
@@ -31,13 +31,22 @@ def run_fleet_file(file: Path, work: Path | None, level: str | None, json_output
         raise typer.Exit(code)
 
 
-def _check_store() -> None:
-    """Returns where there is no store that machines share, or it can be written: else every campaign would say so."""
-    from registry.shared_store import VARIABLE, open_store
+def _check_surroundings() -> None:
+    """Returns where the campaigns will find their store and their engine: else every one of them would say so.
 
-    if os.environ.get(VARIABLE):
-        with TemporaryDirectory(prefix="burnish-fleet-") as folder:
-            open_store(Path(folder))
+    Raises:
+        InputError: the environment names what is none, or an engine without the store that it needs.
+        UnreachableError: the store cannot be written, or nothing listens at the cluster's address.
+    """
+    from optimize.engines.choosing import ADDRESS, choose_engine, engine_named
+    from registry.shared_store import open_store
+
+    with TemporaryDirectory(prefix="burnish-fleet-") as folder:
+        choose_engine(open_store(Path(folder)), scratch=Path(folder))
+    if engine_named() == "ray":
+        from optimize.engines.ray_engine import check_address
+
+        check_address(os.environ.get(ADDRESS) or None)
 
 
 def report_fleet(work: Path, *, markdown: bool, json_output: bool) -> None:

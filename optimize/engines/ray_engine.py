@@ -395,10 +395,20 @@ def _told(node: Mapping[str, Any]) -> str:
 # --- connecting ------------------------------------------------------------------------------------------------------
 
 
+def check_address(address: str | None) -> str | None:
+    """The host of a cluster's address, where something listens; None where no address has to be found.
+
+    Raises:
+        InputError: it is no address.
+        UnreachableError: nothing listens there.
+    """
+    return None if address is None or address == "auto" else _reachable(address)
+
+
 def _connect(address: str | None, session: str | None) -> Any:
     """Ray's module, connected; one that is started here has its files in the folder ``session``."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    host = None if address in {None, "auto"} else _reachable(str(address))
+    host = check_address(address)
     if address is None or (host is not None and _is_loopback(host)):
         # Ray's servers listen on every interface, unless it may not be more than one machine; the switch has the name
         # of the systems where that is the default.

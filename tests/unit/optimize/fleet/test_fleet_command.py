@@ -58,6 +58,24 @@ def test_a_store_that_cannot_be_written_is_said_once_before_anything_begins(monk
     assert not (file.parent / "burnish-work").exists()
 
 
+def test_an_engine_that_cannot_be_had_is_said_once_before_anything_begins(monkeypatch, capsys, file: Path):
+    def refused(**variables: str) -> tuple[int, str]:
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        code = burnish(monkeypatch, "run", "--fleet", str(file), "--json")
+        assert not (file.parent / "burnish-work").exists()
+        return code, json.loads(capsys.readouterr().out)["error"]["message"]
+
+    monkeypatch.delenv("BURNISH_STORE", raising=False)
+    assert refused(BURNISH_ENGINE="slurm")[0] == 2
+    assert refused(BURNISH_ENGINE="ray", RAY_ADDRESS="127.0.0.1:1") == (
+        2,
+        "workers on a Ray cluster need a store that they share with this machine",
+    )
+    code, words = refused(BURNISH_STORE=str(file.parent / "mount"))
+    assert (code, words) == (4, "there is no Ray cluster at 127.0.0.1:1: Connection refused")
+
+
 @pytest.fixture
 def work(tmp_path: Path) -> Path:
     made = fleets.fleet()
