@@ -5,6 +5,7 @@ retries counted by index, exit codes that no retry changes, and pods that a node
 """
 
 import base64
+import re
 import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from optimize.config import CampaignConfig, load_campaign
+from optimize.config import REGISTERED, CampaignConfig, ChampionConfig, load_campaign
 from optimize.engines.job_config import JobConfig, PodConfig
 from optimize.engines.rayjob_schema import RayJob
 from optimize.packages import PackageNotFoundError, version
@@ -32,6 +33,7 @@ KUBERNETES = "1.31"
 
 _CONFIG = "/etc/burnish"
 _WORK = "/var/lib/burnish"
+_KEY = re.compile(r"[-._a-zA-Z0-9]{1,253}")  # of a ConfigMap
 _CONFIG_MAP_BYTES = 1_000_000  # Kubernetes takes 1 MiB, names and base64 included
 # No retry changes these: a bug, wrong input, no variant that meets the policy, a check that found something.
 _FINAL_CODES = (1, 2, 3, 5)
@@ -152,11 +154,14 @@ def _campaign(path: Path, config: JobConfig) -> CampaignConfig:
     """
     campaign = load_campaign(path)
     beside = {PurePosixPath(file).name for file in config.files}
-    mounted = [PurePosixPath(volume.path) for volume in config.volumes]
+    mounted = [PurePosixPath(path) for path in (*(volume.path for volume in config.volumes), _WORK)]
     named = [source.location for source in campaign.sources if source.kind != "torch"]
     named += [file for source in campaign.sources for file in source.depends_on]
     named += [file for file in (campaign.samples.evaluation, campaign.samples.calibration) if file is not None]
     named += [file for file in (campaign.recipes, campaign.levels) if file is not None]
+    champion = campaign.champion.work if isinstance(campaign.champion, ChampionConfig) else campaign.champion
+    if champion is not None and not REGISTERED.fullmatch(champion):
+        named.append(champion)
     for given in named:
         place = PurePosixPath(given)
         if str(place) in beside or any(place.is_relative_to(mount) for mount in mounted):
@@ -179,7 +184,13 @@ def _contents(config: JobConfig, base: Path) -> dict[str, bytes]:
     """Name in the ConfigMap -> content: the campaigns by their index, and the files beside them."""
     contents = {f"campaign-{index}.yaml": base / name for index, name in enumerate(config.campaigns)}
     for file in config.files:
-        contents[PurePosixPath(file).name] = base / file
+        name = PurePosixPath(file).name
+        if name in contents or not _KEY.fullmatch(name):
+            raise InputError(
+                f"files: a ConfigMap cannot hold {name!r} beside the campaigns",
+                hint="Name it with letters, digits, '-', '_' and '.', and not as campaigns are there: campaign-0.yaml.",
+            )
+        contents[name] = base / file
     read: dict[str, bytes] = {}
     for name, path in contents.items():
         if not path.is_file():

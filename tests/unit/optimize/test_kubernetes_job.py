@@ -155,6 +155,8 @@ def test_what_may_not_be_meant_is_said(folder: Path) -> None:
         ({"volumes": []}, "no container has '/models/digits.onnx'"),
         ({"files": []}, "no container has 'held-out.npz'"),
         ({"files": ["held-out.npz", "gone.py"]}, "nothing at .*gone.py"),
+        ({"files": ["held-out.npz", "other/campaign-1.yaml"]}, "cannot hold 'campaign-1.yaml' beside the campaigns"),
+        ({"files": ["held-out.npz", "my notes.txt"]}, "cannot hold 'my notes.txt'"),
     ],
 )
 def test_a_job_that_cannot_run_is_refused_before_it_is_sent(folder: Path, changes: dict[str, Any], words: str) -> None:
@@ -166,6 +168,17 @@ def test_a_job_that_cannot_run_is_refused_before_it_is_sent(folder: Path, change
 def test_a_campaign_with_a_tracking_store_of_its_own_is_refused(folder: Path) -> None:
     (folder / "digits.yaml").write_text(CAMPAIGN.format(name="digits") + "registry: {tracking_uri: 'sqlite:///x.db'}\n")
     with pytest.raises(InputError, match="stands in the way of the job's own tracking server"):
+        render(folder)
+
+
+@pytest.mark.parametrize("champion", ["../earlier", "{work: /elsewhere, candidate: int8}"])
+def test_a_champion_that_no_container_has_is_refused(folder: Path, champion: str) -> None:
+    campaign = CAMPAIGN.format(name="digits")
+    (folder / "digits.yaml").write_text(f"{campaign}champion: {champion}\n")
+    with pytest.raises(InputError, match=r"no container has '(\.\./earlier|/elsewhere)'"):
+        render(folder)
+    for there in ("models:/digits@champion", "/models/earlier", "/var/lib/burnish/weekly/0"):
+        (folder / "digits.yaml").write_text(f"{campaign}champion: {there}\n")
         render(folder)
 
 
