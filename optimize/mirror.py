@@ -5,14 +5,13 @@ only what it was at with it: whoever goes on, there or on another node, finds th
 started it all.
 """
 
-import shutil
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from registry.codec import digest, file_sha256
-from registry.errors import InputError, StorageError
+from registry.codec import digest
+from registry.errors import InputError
 from registry.records import ArtifactFile, Fidelity, Round
 from registry.shared_store import SharedStore
 
@@ -98,14 +97,4 @@ class StoreMirror:
         target = self._work / path
         if not target.resolve().is_relative_to(self._work.resolve()):
             raise InputError(f"{path!r} is no file of a working folder")
-        if target.is_file() and file_sha256(target) == sha256:
-            return
-        fetched = self._store.fetch_file(sha256)
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.move(fetched, target)  # nobody else looks for it by its digest
-        except OSError as error:
-            raise StorageError(
-                f"{target} could not be written: {error.strerror or error}",
-                hint="Check free space and permissions of its folder.",
-            ) from error
+        self._store.fetch_file(sha256, target)

@@ -296,14 +296,18 @@ class SharedStore:
             self._folder.put(f"files/{sha256}/content", path)
         return sha256
 
-    def fetch_file(self, sha256: str) -> Path:
-        """The file of these bytes, in the local store.
+    def fetch_file(self, sha256: str, place: Path | None = None) -> Path:
+        """The file of these bytes, on this machine.
+
+        Args:
+            sha256: of the bytes (hex).
+            place: where it is to be, on the file system of the local store; None for a place in that.
 
         Raises:
             InputError: it is not in the shared place, or has other bytes there.
             StorageError: the shared place does not answer, or refuses; or the local one cannot be written.
         """
-        place = self.local.root / "files" / sha256
+        place = place or self.local.root / "files" / sha256
         if not place.is_file() or codec.file_sha256(place) != sha256:
             self.local.write_file(place, sha256, self._folder.chunks(f"files/{sha256}/content"))
         return place

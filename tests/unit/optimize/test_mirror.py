@@ -1,5 +1,6 @@
 """Results that outlive the machine they were found on."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,6 +31,20 @@ def test_a_round_is_found_with_its_arrays_on_another_machine(tmp_path: Path):
     assert there.find("Round", {**WORK, "round": 1}) is None
     assert there.find("Capacity", WORK) is None
     assert mirror_in(tmp_path / "c", tmp_path / "mount", "another").find("Round", WORK) is None
+
+
+def test_workers_of_one_node_do_not_take_files_from_each_other(tmp_path: Path):
+    made = measured(tmp_path / "a")
+    mirror_in(tmp_path / "a", tmp_path / "mount").keep("Round", WORK, made)
+    cache = FolderStore(tmp_path / "cache")
+
+    def found(number: int) -> object:
+        folder = tmp_path / f"worker-{number}"
+        return StoreMirror(SharedStore(str(tmp_path / "mount"), cache), folder, "tiny").find("Round", WORK)
+
+    with ThreadPoolExecutor(16) as workers:
+        assert list(workers.map(found, range(48))) == [made] * 48
+    assert not list(cache.root.glob("files/*"))
 
 
 def test_answers_come_with_what_is_said_of_them(tmp_path: Path):
