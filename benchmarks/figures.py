@@ -1,5 +1,6 @@
 """How a benchmark says what it found: a line ``FIGURE name value goal``, and exit status 1 where the goal is missed."""
 
+import signal
 import sys
 
 _COMPARE = {"<=": float.__le__, ">=": float.__ge__, ">": float.__gt__}
@@ -23,3 +24,8 @@ def say(text: str) -> None:
     """A line for whoever watches."""
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
+
+
+def end_on_sigterm() -> None:
+    """Has SIGTERM end a benchmark as Ctrl-C does, with the servers and processes that it has started."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))

@@ -17,7 +17,7 @@ from statistics import median
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from figures import figure, finish, say
+from figures import end_on_sigterm, figure, finish, say
 
 from optimize.engines.pool import LocalEngine
 from optimize.engines.port import Resources, Task
@@ -70,6 +70,7 @@ def run(folder: Path, store: SharedStore, address: str) -> tuple[int, float, flo
 
 
 def main() -> None:
+    end_on_sigterm()
     for variable in FOREIGN:
         os.environ.pop(variable, None)
     with contextlib.ExitStack() as stack:

@@ -24,7 +24,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from figures import figure, finish, say
+from figures import end_on_sigterm, figure, finish, say
 
 from tests.doubles.kills import Batch, Siege, random_kills
 from tests.doubles.ray_cluster import ray_cluster
@@ -38,6 +38,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=SEED)
     given = parser.parse_args()
+    end_on_sigterm()
     for variable in FOREIGN:
         os.environ.pop(variable, None)
     with contextlib.ExitStack() as stack:
