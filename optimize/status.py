@@ -20,6 +20,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from optimize.budget import Budget
+from optimize.fleet import MODELS
 from optimize.progress import FAILED, Phase, Progress, Running
 from optimize.reporting import RECORD, read_campaign
 from registry.errors import BurnishError, InputError
@@ -31,8 +32,6 @@ if TYPE_CHECKING:
 
 STATUS = "status.json"
 LOG = "log.jsonl"
-MODELS = "models"
-"""Folder of a fleet's working folder with those of its campaigns."""
 LOG_BYTES = 2_000_000
 """The log is begun anew at this size; the one before it is kept as ``log.jsonl.1``."""
 

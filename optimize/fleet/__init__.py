@@ -4,6 +4,8 @@ from pathlib import Path
 
 JOURNAL = "fleet.jsonl"
 """Name of the file in a fleet's working folder that tells of all its attempts."""
+MODELS = "models"
+"""Folder of the models' working folders, in the fleet's."""
 
 
 def is_fleet(work: Path) -> bool:

@@ -9,12 +9,11 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from optimize.config import CampaignConfig, Name, load_campaign
+from optimize.fleet import MODELS
 from optimize.plan import Plan, plan
 from registry.documents import Document, KeyPath, read_document
 from registry.errors import BurnishError, DocumentError, InputError
 
-MODELS = "models"
-"""Folder of the models' working folders, in the fleet's."""
 _SHOWN = 20
 _OWN = ("share", "minutes", "group")
 

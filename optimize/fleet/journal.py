@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from optimize.config import REGISTERED, SourceConfig
-from optimize.fleet import JOURNAL, is_fleet
-from optimize.fleet.config import MODELS, Entry, FleetPlan
+from optimize.fleet import JOURNAL, MODELS, is_fleet
+from optimize.fleet.config import Entry, FleetPlan
 from optimize.packages import PackageNotFoundError, version
 from optimize.plan import Plan
 from optimize.recipes import functions_of
