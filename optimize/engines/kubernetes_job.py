@@ -47,7 +47,7 @@ class Rendered:
 
     Attributes:
         jobs: the Job, or the RayJobs.
-        config: the ConfigMap with the campaigns, that goes with the first of them.
+        config: the ConfigMap with the campaigns, that goes with the last of them.
         warnings: what may not be what was meant.
     """
 

@@ -1,7 +1,7 @@
 """Jobs on a Kubernetes cluster: sent, looked at, read and taken away, through the client of Kubernetes."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -75,7 +75,7 @@ class JobsClient(KubernetesClient):
     def submit(self, rendered: Rendered, *, dry_run: bool = False) -> bool:
         """Sends a job, unless the same is there, and says whether it did.
 
-        The ConfigMap belongs to the Job (the first RayJob), and goes with it. Nothing is left of a job of which a part
+        The ConfigMap belongs to the Job (all RayJobs), and goes with it. Nothing is left of a job of which a part
         was refused.
 
         Args:
@@ -92,7 +92,7 @@ class JobsClient(KubernetesClient):
         try:
             made.extend(self._send(job, dry_run=dry_run) for job in rendered.jobs)
             # Pods wait for it; so it may come after what it belongs to.
-            self._send(_owned(rendered.config, made[0]), dry_run=dry_run)
+            self._send(_owned(rendered.config, made), dry_run=dry_run)
         except BaseException:
             for job in made if not dry_run else ():
                 self.delete(job)
@@ -266,11 +266,18 @@ class JobsClient(KubernetesClient):
         return {"group": group, "version": version, "namespace": self.namespace, "plural": plural}
 
 
-def _owned(config: Manifest, job: Manifest) -> Manifest:
-    """The ConfigMap as a part of a job, with which it is deleted."""
-    owner = {"apiVersion": job["apiVersion"], "kind": job["kind"], "name": job["metadata"]["name"]}
-    metadata = {**config["metadata"], "ownerReferences": [{**owner, "uid": job["metadata"]["uid"]}]}
-    return {**config, "metadata": metadata}
+def _owned(config: Manifest, jobs: Iterable[Manifest]) -> Manifest:
+    """The ConfigMap as a part of jobs, with the last of which it is deleted."""
+    owners = [
+        {
+            "apiVersion": job["apiVersion"],
+            "kind": job["kind"],
+            "name": job["metadata"]["name"],
+            "uid": job["metadata"]["uid"],
+        }
+        for job in jobs
+    ]
+    return {**config, "metadata": {**config["metadata"], "ownerReferences": owners}}
 
 
 def _job_state(status: Mapping[str, Any]) -> tuple[str, str]:

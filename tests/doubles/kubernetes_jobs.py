@@ -147,8 +147,10 @@ class JobsDouble:
         resource = self.resources.pop((plural, name))
         uid = resource["metadata"]["uid"]
         assert (body.get("preconditions") or {}).get("uid") == uid
+        there = {other["metadata"].get("uid") for other in self.resources.values()}
         for key, other in list(self.resources.items()):
-            if any(owner["uid"] == uid for owner in other["metadata"].get("ownerReferences", [])):
+            owners = {owner["uid"] for owner in other["metadata"].get("ownerReferences", [])}
+            if uid in owners and not owners & there:  # the garbage collector waits for the last of several
                 del self.resources[key]
         return resource
 

@@ -138,6 +138,9 @@ def test_rayjobs_are_one_job(double: JobsDouble, client: JobsClient, job: Path):
     assert double.names("rayjobs") == ["nightly-0", "nightly-1"]
     status = {"jobStatus": "FAILED", "jobDeploymentStatus": "Complete", "reason": "AppFailed", "message": "exit code 3"}
     double.resources["rayjobs", "nightly-1"]["status"] = status
+    (config,) = double.names("configmaps")
+    owners = double.resources["configmaps", config]["metadata"]["ownerReferences"]
+    assert [owner["name"] for owner in owners] == ["nightly-0", "nightly-1"]  # it is needed until the last has ended
     first, second = client.states("nightly")
     assert (first.state, second.state, second.reason) == ("pending", "failed", "Complete: AppFailed: exit code 3")
     assert client.cancel("nightly", timeout_s=60) == ["RayJob nightly-0", "RayJob nightly-1"]
