@@ -9,15 +9,11 @@ from optimize.fleet.journal import BUDGET, beside_of
 from optimize.fleet.process import last_words, read_said
 from optimize.plan import Plan
 from optimize.reporting import read_campaign
-from registry.errors import (
-    BurnishError,
-    InputError,
-    NoVariantError,
-    UnreachableError,
-)
+from registry.errors import BurnishError, InputError, NoVariantError, UnreachableError
 from registry.records import Campaign, Fleet, FleetOutcome
 from registry.report import numbers
 from registry.report.fleet_gains import gain_of
+from registry.tracking import hide_secrets
 
 KILLED = "killed"
 _DONE = 0
@@ -57,7 +53,9 @@ def outcome_of(
         return FleetOutcome(**about, state="failed", kind=BUDGET, reason=reason)
     if ended:
         return FleetOutcome(**about, state="stopped", reason="the fleet was ended while it was under way")
-    return FleetOutcome(**about, state="failed", **_of_failure(code, said, last_words(planned.work)))
+    kind, reason = _of_failure(code, said, last_words(planned.work))
+    # The words of a library's error may quote what it was called with.
+    return FleetOutcome(**about, state="failed", kind=kind, reason=hide_secrets(reason))
 
 
 def _of_verdict(campaign: Campaign, planned: Plan) -> dict[str, Any]:
@@ -82,15 +80,16 @@ def _of_verdict(campaign: Campaign, planned: Plan) -> dict[str, Any]:
     }
 
 
-def _of_failure(code: int, said: Mapping[str, Any], last: str) -> dict[str, Any]:
+def _of_failure(code: int, said: Mapping[str, Any], last: str) -> tuple[str, str]:
+    """The kind of a failure, and its reason."""
     error = said.get("error")
     if isinstance(error, dict):
         hint = f". {error['hint']}" if error.get("hint") else ""
-        return {"kind": str(error["kind"]), "reason": f"{error['message']}{hint}"}
+        return str(error["kind"]), f"{error['message']}{hint}"
     tail = f"; its log ends: {last}" if last else ""
     if code < 0:
-        return {"kind": KILLED, "reason": f"its process was ended by {signal.Signals(-code).name}{tail}"}
-    return {"kind": "bug", "reason": f"its process ended with code {code} and no word{tail}"}
+        return KILLED, f"its process was ended by {signal.Signals(-code).name}{tail}"
+    return "bug", f"its process ended with code {code} and no word{tail}"
 
 
 def exit_code_of(fleet: Fleet) -> int:

@@ -46,7 +46,7 @@ CUT = "import shutil; shutil.copy('cut.json', 'campaign.json'); print('{\"select
 WRONG = 'print(\'{"error": {"kind": "input", "message": "no labels", "hint": "Save them."}}\'); raise SystemExit(2)'
 GONE = 'print(\'{"error": {"kind": "unreachable", "message": "no MLflow", "hint": null}}\'); raise SystemExit(4)'
 NO_TIME = 'print(\'{"error": {"kind": "budget", "message": "was used up", "hint": null}}\'); raise SystemExit(3)'
-BUG = "import sys; sys.stderr.write('Traceback\\nKeyError: 3\\n'); raise SystemExit(1)"
+BUG = "import sys; sys.stderr.write('Traceback\\nKeyError: http://me:hunter2@mlflow\\n'); raise SystemExit(1)"
 KILLED = "import os; os.kill(os.getpid(), 9)"
 SLEEPS = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)); time.sleep(200)"
 WON_ONE, LOST, STOPPED = ("won", "", 0), ("no_winner", "", 3), ("stopped", "", 143)
@@ -154,7 +154,7 @@ def test_whatever_becomes_of_a_campaign_the_others_go_on(plan_of):
     reasons = {one.model: one.reason for one in fleet.outcomes}
     assert reasons["a"] == "no labels. Save them."
     assert reasons["d"] == "its process was ended by SIGKILL"
-    assert reasons["e"].endswith("its log ends: KeyError: 3")
+    assert reasons["e"].endswith("its log ends: KeyError: http://***@mlflow")
     assert "No candidate meets the policy" in reasons["c"]
     found = {one.model: one for one in fleet.outcomes}
     assert found["b"].gain is not None
