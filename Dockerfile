@@ -47,13 +47,14 @@ LABEL org.opencontainers.image.title="burnish-serve" \
 COPY --from=build-serve /opt/venv /opt/venv
 COPY profiles/__init__.py /opt/burnish/profiles/
 COPY profiles/serving /opt/burnish/profiles/serving
-# Core 2 sets MLSERVER_MODELS_DIR, ports and workers. The memory settings are profiles.serving.mlserver.ENVIRONMENT.
+# Core 2 sets MLSERVER_MODELS_DIR, ports and workers. The last five are profiles.serving.mlserver.ENVIRONMENT.
 ENV PYTHONPATH=/opt/burnish \
     MLSERVER_MODELS_DIR=/mnt/models \
     MALLOC_ARENA_MAX=1 \
     MALLOC_MMAP_THRESHOLD_=33554432 \
     MALLOC_TOP_PAD_=67108864 \
-    MALLOC_TRIM_THRESHOLD_=268435456
+    MALLOC_TRIM_THRESHOLD_=268435456 \
+    GRPC_EXPERIMENTS=-event_engine_listener
 USER 1000
 WORKDIR /home/burnish
 EXPOSE 8080 8081 8082

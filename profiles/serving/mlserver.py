@@ -16,11 +16,17 @@ ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": str(2**25),
     "MALLOC_TOP_PAD_": str(2**26),
     "MALLOC_TRIM_THRESHOLD_": str(2**28),
+    "GRPC_EXPERIMENTS": "-event_engine_listener",
 }
-"""glibc keeps the memory of one request's tensors for the next (see mallopt(3)).
+"""What MLServer does with the memory and the sockets of requests, which no setting of its own says.
 
-By default it maps blocks of 128 KiB and more anew and gives them back, so that every image costs page faults; for
-small requests nothing changes. The server holds up to some 300 MB that it no longer uses.
+glibc keeps the memory of one request's tensors for the next (see mallopt(3)). By default it maps blocks of 128 KiB and
+more anew and gives them back, so that every image costs page faults; for small requests nothing changes. The server
+holds up to some 300 MB that it no longer uses.
+
+gRPC reads requests in the thread that hands them to Python. In late versions of its Python package several threads of
+its own ("EventEngine") read them, which wake each other again and again for one image. Older versions, which know
+nothing of that, or have it switched off, go on as they are.
 """
 
 

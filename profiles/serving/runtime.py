@@ -53,6 +53,8 @@ _Outputs = Sequence[Arrays | InferenceError]
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 QUICK_S = 0.0003
 """A run as short as this may hold up the event loop: handing it to a thread takes about as long."""
+RUNS_OF_LATE = 50
+"""Runs that weigh in the mean time of one (as 1 / `RUNS_OF_LATE` each, and less by and by)."""
 MODEL_SECONDS = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
 """Upper ends of the histograms' buckets: rows, and seconds."""
 
@@ -193,20 +195,21 @@ class _Metered:
         sizes = _histogram("burnish_batch_size", "rows of each run of the model", BATCH_SIZES)
         seconds = _histogram("burnish_model_seconds", "seconds of each run of the model", MODEL_SECONDS)
         self._sizes, self._seconds = sizes.labels(**labels), seconds.labels(**labels)
-        self._slowest_s = math.inf
+        self._mean_s = math.inf
 
     @property
     def is_quick(self) -> bool:
         """Whether the runs of late took so little time that they need no thread of their own."""
-        return self._slowest_s < QUICK_S
+        return self._mean_s < QUICK_S
 
     def run(self, inputs: Mapping[str, Array], /) -> Arrays:
         """See `Session.run`."""
         began = time.perf_counter()
         outputs = self._run(inputs)
         took = time.perf_counter() - began
-        # What was slow once is forgotten by and by, so that one hiccup does not count for ever.
-        self._slowest_s = took if self._slowest_s == math.inf else max(took, 0.9 * self._slowest_s)
+        # A mean, since a busy machine makes a quick model wait milliseconds for its CPU now and then: as a slow one it
+        # would then take the two threads, and so more of the machine.
+        self._mean_s = took if self._mean_s == math.inf else self._mean_s + (took - self._mean_s) / RUNS_OF_LATE
         self._seconds.observe(took)
         self._sizes.observe(max((len(array) for array in inputs.values() if array.ndim), default=1))
         return outputs
