@@ -5,9 +5,10 @@ import logging
 import os
 import re
 import socket
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, CancelledError, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -166,16 +167,28 @@ def each(work: Callable[[T], R], items: Iterable[T], *, at_once: int) -> list[R]
     """
     if at_once == 1:
         return [work(item) for item in items]
-    with ThreadPoolExecutor(at_once, thread_name_prefix="burnish-tracking") as pool:
-        futures = [pool.submit(work, item) for item in items]
+    failed_one = threading.Event()
+
+    def begin(item: T) -> R:
+        # The others are cancelled a moment after that.
+        if failed_one.is_set():
+            raise CancelledError
         try:
-            failed = wait(futures, return_when=FIRST_EXCEPTION).done
-            for future in futures:
-                if future in failed:
-                    future.result()
-            return [future.result() for future in futures]
+            return work(item)
+        except BaseException:
+            failed_one.set()
+            raise
+
+    with ThreadPoolExecutor(at_once, thread_name_prefix="burnish-tracking") as pool:
+        futures = [pool.submit(begin, item) for item in items]
+        try:
+            wait(futures, return_when=FIRST_EXCEPTION)
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+    for error in (future.exception() for future in futures if not future.cancelled()):
+        if error is not None and not isinstance(error, CancelledError):
+            raise error
+    return [future.result() for future in futures]
 
 
 # --- MLflow's ways -----------------------------------------------------------------------------------------------

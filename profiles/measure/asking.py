@@ -89,7 +89,9 @@ class _Deadline:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         self._timer.cancel()
-        if self._over and (error is None or isinstance(error, OSError | ValueError | http.client.HTTPException)):
+        ended = error is None or isinstance(error, OSError | ValueError | http.client.HTTPException)
+        # A read of its own that took as long says only that it timed out.
+        if isinstance(error, TimeoutError) or (self._over and ended):
             raise TimeoutError(f"no whole answer within {self._timeout_s:g} s") from error
 
     def _end(self) -> None:
