@@ -19,7 +19,7 @@ from profiles.measure.rounds import run_until_valid
 from registry.codec import to_jsonable
 from registry.errors import InputError
 from registry.ledger import write_durably
-from registry.records import ClosedLoop, Estimate, LoadProfile, OpenLoop, RunRecord, Target
+from registry.records import ClosedLoop, Depth, Estimate, LoadProfile, OpenLoop, RunRecord, Target
 from registry.report import numbers
 
 _DURATION_S, _ROUNDS, _WARMUP_SHARE = 3.0, 8, 0.3
@@ -65,7 +65,8 @@ def bench_depths(
         rounds: how often each place is measured.
         headers: ``name=value``, sent to the mesh.
         tls: whether the mesh is spoken to with TLS.
-        out: keeps the times of each request, and what was found; or None.
+        out: keeps the times of each request, and in `FILE` what was found, also where something ends it before its end;
+            or None.
         seed: of arrivals, payloads and the order in rounds.
         told: takes a line for each window.
 
@@ -91,8 +92,8 @@ def bench_depths(
     if agent is not None:
         places["agent"] = replace(inner, url=agent, headers={INTERNAL: own})
     places["mesh"] = target
-    inputs = load_samples(samples).inputs
-    payloads = {name: encode_payloads(inputs, target=place, seed=seed) for name, place in places.items()}
+    asked = load_samples(samples)
+    payloads = {name: encode_payloads(asked.inputs, target=place, seed=seed) for name, place in places.items()}
     load = OpenLoop(rate_rps=rate_rps) if rate_rps is not None else ClosedLoop(concurrency=concurrency or 1)
     named = f"{rate_rps:g} rps" if rate_rps is not None else f"concurrency {concurrency or 1}"
     standard = find_level("standard")
@@ -104,6 +105,17 @@ def bench_depths(
         timeout_s=standard.timeout_s,
         seed=seed,
     )
+    windows: list[RunRecord] = []
+
+    def found(depths: Sequence[Depth] = ()) -> dict[str, Any]:
+        told_of = [to_jsonable(one) for one in depths]
+        return {"model": model, "load": named, "rounds": rounds or _ROUNDS, "depths": told_of}
+
+    def keep(depths: Sequence[Depth] = ()) -> None:
+        if out is not None and windows:
+            about = {"seed": seed, "samples_digest": asked.digest, "windows": [to_jsonable(one) for one in windows]}
+            write_durably(out / FILE, json.dumps({**found(depths), **about}, indent=2) + "\n")
+
     with TemporaryDirectory(prefix="burnish-bench-") as scratch:
         folder = out or Path(scratch)
         make_folder(folder, "--out")
@@ -113,22 +125,21 @@ def bench_depths(
 
             def run(place: Target, profile: LoadProfile, path: Path) -> RunRecord:
                 name = next(name for name, one in places.items() if one is place)
-                record = run_until_valid(
-                    lambda one, file: generator.run(place, payloads[name], one, raw_path=file), profile, path, standard
-                )
-                told(f"{profile.name}: {_outcome(record)}")
-                return record
 
-            found = measure_depths(run, places, window, rounds=rounds or _ROUNDS, seed=seed, folder=folder)
-    result = {
-        "model": model,
-        "load": named,
-        "rounds": rounds or _ROUNDS,
-        "depths": [to_jsonable(one) for one in found],
-    }
-    if out is not None:
-        write_durably(out / FILE, json.dumps(result, indent=2) + "\n")
-    return result
+                def offer(one: LoadProfile, file: Path) -> RunRecord:
+                    return generator.run(place, payloads[name], one, raw_path=file, raw_root=folder)
+
+                windows.append(run_until_valid(offer, profile, path, standard))
+                told(f"{profile.name}: {_outcome(windows[-1])}")
+                return windows[-1]
+
+            try:
+                measured = measure_depths(run, places, window, rounds=rounds or _ROUNDS, seed=seed, folder=folder)
+            except BaseException:
+                keep()  # what was measured before something ended it stays
+                raise
+    keep(measured)
+    return found(measured)
 
 
 def show_depths(result: dict[str, Any]) -> None:

@@ -78,6 +78,7 @@ def test_the_medians_stand_in_a_table(
     }  # fmt: skip
     kept = json.loads((tmp_path / "out" / depths.FILE).read_text(encoding="utf-8"))
     assert [one["name"] for one in kept["depths"]] == ["server", "agent", "mesh"]
+    assert all((tmp_path / "out" / window["raw"]).is_file() for window in kept["windows"])
 
 
 @pytest.mark.parametrize(
