@@ -1,6 +1,7 @@
 """Endpoints that somebody else serves, as a command line names them."""
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -126,5 +127,7 @@ def _agreed(scheme: str, protocol: str | None, encoding: str | None) -> Literal[
 def _named(headers: Sequence[str]) -> dict[str, str]:
     pairs = [header.partition("=") for header in headers]
     if wrong := [header for header, pair in zip(headers, pairs, strict=True) if not pair[1] or not pair[0]]:
-        raise InputError(f"--header {wrong[0].partition(':')[0]!r} is not name=value")
+        # No more of it than a name: the rest may be a credential.
+        name = re.split(r"[:\s]", wrong[0], maxsplit=1)[0]
+        raise InputError(f"--header {name!r} is not name=value")
     return {name: value for name, _, value in pairs}

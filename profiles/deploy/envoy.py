@@ -26,7 +26,7 @@ from profiles.deploy.envoy_config import (
     response,
     routes_of,
 )
-from profiles.deploy.local_ports import LOOPBACK
+from profiles.deploy.local_ports import LOOPBACK, check_port
 from profiles.deploy.reaper import RECORDS, reap
 from profiles.serving.naming import model_name_of
 from registry.errors import BurnishError, InputError, MissingExtraError, ServerDiedError, UnreachableError
@@ -91,11 +91,12 @@ class EnvoyFront:
             timeout_s: longest wait until it routes.
 
         Raises:
-            InputError: see `envoy_config.check_routes`.
+            InputError: see `envoy_config.check_routes`, or the port is none.
             MissingExtraError: Envoy is not installed.
             UnreachableError: the port is in use, or Envoy did not start or refused what it was given; the message ends
                 with the end of its log.
         """
+        check_port(port)
         check_routes(models, experiments)
         binary = envoy_binary()
         reap(work)

@@ -31,12 +31,22 @@ def choose_ports(fixed: Mapping[str, int | None]) -> Ports:
         InputError: a fixed one is no port.
         UnreachableError: it is in use.
     """
-    if odd := [port for port in fixed.values() if port is not None and not 0 < port <= _MOST]:
-        raise InputError(f"there is no port {odd[0]}", hint=f"Ports are 1 to {_MOST}.")
+    for port in fixed.values():
+        check_port(port)
     with contextlib.ExitStack() as held:
         # All are held until all are known, so that they differ.
         chosen = {name: held.enter_context(_bound(fixed.get(name) or 0)) for name in ("http", "grpc", "metrics")}
         return Ports(**chosen)
+
+
+def check_port(port: int | None) -> None:
+    """Returns where it is a port, or None, which is any.
+
+    Raises:
+        InputError: it is none.
+    """
+    if port is not None and not 0 < port <= _MOST:
+        raise InputError(f"there is no port {port}", hint=f"Ports are 1 to {_MOST}.")
 
 
 def is_open(port: int) -> bool:

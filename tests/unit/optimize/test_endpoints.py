@@ -45,6 +45,7 @@ def test_http_before_an_address_is_rest() -> None:
         ({"protocol": "grpc", "url": "https://host:1"}, "https:// is of rest, not grpc"),
         ({"url": "ftp://host:1"}, "is no address of a server"),
         ({"headers": ["seldon-model: m"]}, "--header 'seldon-model' is not name=value"),
+        ({"headers": ["Authorization secret"]}, "--header 'Authorization' is not name=value"),
     ],
 )
 def test_what_does_not_go_together(given: dict[str, Any], said: str) -> None:

