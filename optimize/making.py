@@ -154,6 +154,13 @@ def make_variant(
     return workspace.remember("Variant", name, work.components, make)[0]
 
 
+def made_under_another_name(
+    workspace: Workspace, source: Source, recipe: Recipe, name: str, calibration: Samples | SampleFile | None
+) -> Variant | None:
+    """The variant under its name here, where the journal has it under another one, so that it is not made again."""
+    return _under_another_name(workspace, _work(workspace, source, recipe, name, calibration))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Work:
     """One variant that is to be made.

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from optimize.config import CampaignConfig, SourceConfig
 from optimize.judging import Judged, judge_one, screen_one
-from optimize.making import make_source, make_variant
+from optimize.making import made_under_another_name, make_source, make_variant
 from optimize.plan import Plan, Workspace, plan
 from optimize.recipes import engine_label
 from optimize.samples import SampleFile, Samples, load_samples, open_samples
@@ -187,7 +187,10 @@ def _variant(inquiry: _Inquiry, source: SourceConfig, recipe: Recipe, calibratio
     try:
         made = make_variant(inquiry, known, recipe, name, calibration)
     except _Missing:
-        return None
+        other = made_under_another_name(inquiry, known, recipe, name, calibration)
+        if other is not None:
+            inquiry.findings[-1] = replace(inquiry.findings[-1], reused=True, reason="")
+        return other
     return None if isinstance(made, Failure) else made
 
 

@@ -172,3 +172,10 @@ def test_the_command(campaign: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
         shown = capsys.readouterr().out
         assert "seed was 0, is now 3" in shown
     assert json.loads(shown)["results"][0]["reused"] is True
+
+
+def test_a_variant_that_was_made_under_another_name_is_reused(campaign: Path):
+    before = (campaign / "burnish-work" / "ledger.jsonl").read_bytes()
+    variants = [{"name": "mine", "stages": ["quantize.static"]}]
+    assert told(asked(campaign, "mine", variants=variants)) == ALL
+    assert (campaign / "burnish-work" / "ledger.jsonl").read_bytes() == before
