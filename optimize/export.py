@@ -108,12 +108,13 @@ def export_module(
     """Exports a module as `export_torch` does, with examples from `make_module`.
 
     Raises:
+        InputError: ``forward`` raises on the examples, or answers with something else than tensors.
         StageError: the module cannot be exported, or the exported model answers otherwise.
     """
     import torch
 
     with torch.no_grad():
-        names = _output_names(_call(module, examples))
+        names = _output_names(_answer(module, examples, factory))
     path = folder / ENTRY
     size = sum(tensor.numel() * tensor.element_size() for tensor in (*module.parameters(), *module.buffers()))
     try:
@@ -193,6 +194,33 @@ def takes_by_name(module: "torch.nn.Module", names: Mapping[str, Any]) -> bool:
 
 def _call(module: "torch.nn.Module", examples: Mapping[str, "torch.Tensor"]) -> Any:
     return module(**examples) if takes_by_name(module, examples) else module(*examples.values())
+
+
+def _answer(module: "torch.nn.Module", examples: Mapping[str, "torch.Tensor"], factory: str) -> Any:
+    """What the module answers to the examples: tensors alone.
+
+    Raises:
+        InputError: it raises, or there is something else among its answers.
+    """
+    import torch
+
+    try:
+        answer = _call(module, examples)
+    except Exception as error:  # whatever a user's module raises
+        traceback.print_exc()
+        shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in examples.items())
+        raise InputError(
+            f"forward of {factory} raised {_first_line(error)} on example inputs of the shapes {shapes}",
+            hint="Have the factory return example inputs that fit, or name the arrays of the samples after forward's "
+            "parameters.",
+        ) from error
+    for leaf in _flat(answer):
+        if not isinstance(leaf, torch.Tensor):
+            raise InputError(
+                f"forward of {factory} returned {type(leaf).__name__} among its answers, not tensors alone",
+                hint="Wrap the module in one whose forward returns the tensors that are served.",
+            )
+    return answer
 
 
 def flat_answer(module: "torch.nn.Module", examples: Mapping[str, "torch.Tensor"]) -> list["torch.Tensor"]:
@@ -282,8 +310,12 @@ def _check_against(module: "torch.nn.Module", examples: Mapping[str, "torch.Tens
             )
         if expected.dtype.kind != "f":
             continue
-        scale = max(1.0, float(np.abs(expected).max(initial=0.0)))
-        worst = float(np.abs(expected.astype(np.float64) - actual).max(initial=0.0))
+        finite = np.isfinite(expected)
+        scale = max(1.0, float(np.abs(expected[finite]).max(initial=0.0)))
+        # Infinities, which masks have on purpose, and NaN are to be where they were.
+        other = ~finite & ~((expected == actual) | (np.isnan(expected) & np.isnan(actual)))
+        gap = np.abs(expected[finite].astype(np.float64) - actual[finite]).max(initial=0.0)
+        worst = np.inf if other.any() else float(gap)
         if not worst <= _TOLERANCE * scale:
             raise StageError(f"{factory}: the output {value.name!r} differs by {worst:.3g} between ONNX and torch")
 
@@ -452,6 +484,7 @@ _POOLING = {
     "plain": """
       embedding = Identity (pooled)""",
 }
+_POOLING_OPSET = 13  # from which on ReduceSum and Unsqueeze take their axes as an input
 _POOLING_SIGNATURE = """
     pooling (float[b, s, h] states, int64[b, s] mask) => (float[b, h] embedding)
     <int64 first = {0}, int64[1] middle = {1}, int64[1] last = {2}, float unit = {1.0}, float tiny = {1e-12}>"""
@@ -468,7 +501,7 @@ def append_pooling(path: Path, pooling: str, *, normalize: bool) -> None:
         normalize: whether to divide by the Euclidean length.
 
     Raises:
-        InputError: the model has no such output, or no ``attention_mask`` for a mean.
+        InputError: the model has no such output, no ``attention_mask`` for a mean, or too old an opset.
     """
     import onnx
     from onnx import parser
@@ -479,6 +512,13 @@ def append_pooling(path: Path, pooling: str, *, normalize: bool) -> None:
     inputs = [value.name for value in graph.input]
     if pooling not in {"mean", "cls"}:
         raise InputError(f"no pooling is named {pooling!r}", hint="There are mean and cls.")
+    opset = next(entry.version for entry in model.opset_import if entry.domain in {"", "ai.onnx"})
+    if opset < _POOLING_OPSET and (pooling == "mean" or normalize):
+        raise InputError(
+            f"pooling {pooling}{', normalized,' if normalize else ''} needs opset {_POOLING_OPSET}, and the model is "
+            f"of opset {opset}",
+            hint="Leave 'opset' out, or ask for a newer one.",
+        )
     if len(shape) != 3:
         raise InputError(f"pooling wants token states (batch, sequence, hidden); the first output is {shape}")
     if pooling == "mean" and "attention_mask" not in inputs:

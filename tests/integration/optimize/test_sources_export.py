@@ -34,7 +34,12 @@ class Net(nn.Module):
 
 class Two(nn.Module):
     def forward(self, a, b=None):
-        return {"sum": a if b is None else a + b, "first": a * 2}
+        return {"sum": a if b is None else a + b, "first": torch.log(a)}  # of 0, as masks are
+
+
+class Counting(nn.Module):
+    def forward(self, image):
+        return image, 3
 
 
 class Branching(nn.Module):
@@ -60,6 +65,14 @@ def raising():
 
 def number():
     return 3
+
+
+def counting():
+    return Counting()
+
+
+def misfit():
+    return Two(), {"a": torch.ones(1, 4), "b": torch.ones(1, 3)}
 '''
 
 
@@ -129,6 +142,8 @@ def test_an_opset_that_the_exporter_cannot_give_is_no_silent_other(place, store)
         ("raising", InputError, "raised KeyError: 'no weights'"),
         ("number", InputError, "returned int, not a torch.nn.Module"),
         ("missing", InputError, "has no 'missing'"),
+        ("counting", InputError, "forward of nets_of_a_test:counting returned int among its answers, not tensors"),
+        ("misfit", InputError, r"forward of nets_of_a_test:misfit raised RuntimeError: .*\n?.*a \[4, 4\], b \[4, 3\]"),
     ],
 )
 def test_factories_that_fail(place, store, factory, kind, text):
