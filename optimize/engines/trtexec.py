@@ -13,7 +13,9 @@ import signal
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, Field, ValidationError
 
 from optimize.readiness.releases import Version
 from optimize.stages.onnx_files import ENTRY
@@ -25,8 +27,27 @@ ENGINE_FILE = "engine.json"
 _ENVIRONMENT = ("PATH", "HOME", "LANG", "TMPDIR", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES")
 _TAIL = 2000
 _MADE_BY = "Name the folder of a variant whose recipe ends with tensorrt.prepare."
-_PARTS = ("trtexec", "profile", "triton")  # of build.json that are read
 _ASK_TIMEOUT_S = 60.0
+# What `optimize.stages.tensorrt.trtexec_command` writes. Other flags name files of the machine, or code to load.
+_ARGUMENT = re.compile(
+    rf"trtexec|--onnx={re.escape(ENTRY)}|--saveEngine={re.escape(PLAN)}|--memPoolSize=workspace:\d+|"
+    r"--(min|opt|max)Shapes=.+|--timingCacheFile=timing\.cache|--stronglyTyped|--fp16|--int8"
+)
+_NOT_LINKED = frozenset({PLAN, ENGINE_FILE, "timing.cache"})  # trtexec would write through the links
+
+
+class _Shapes(BaseModel):
+    min: tuple[int, ...] = Field(min_length=1)
+    opt: tuple[int, ...] = Field(min_length=1)
+    max: tuple[int, ...] = Field(min_length=1)
+
+
+class _Build(BaseModel):
+    """What is read of ``build.json``."""
+
+    trtexec: dict[Annotated[str, Field(pattern=r"^\d+\.\d+$")], list[str]] = Field(min_length=1)
+    profile: dict[str, _Shapes]
+    triton: dict[str, str]
 
 
 def build_engine(folder: Path, out: Path, *, timeout_s: float = 3600.0) -> Path:
@@ -54,7 +75,7 @@ def build_engine(folder: Path, out: Path, *, timeout_s: float = 3600.0) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".engine-", dir=out) as scratch:
         for file in folder.iterdir():
-            if file.is_file():
+            if file.is_file() and file.name not in _NOT_LINKED:
                 (Path(scratch) / file.name).symlink_to(file.resolve())
         log = _run(command, Path(scratch), timeout_s)
         plan = Path(scratch) / PLAN
@@ -69,6 +90,8 @@ def build_engine(folder: Path, out: Path, *, timeout_s: float = 3600.0) -> Path:
 def read_build(folder: Path) -> dict[str, Any]:
     """What ``tensorrt.prepare`` wrote beside its model: profile, commands, strings for Triton, findings.
 
+    Nobody has vouched for the file: its commands may hold no more than those that the stage writes.
+
     Raises:
         InputError: the folder is not what the stage makes.
     """
@@ -76,9 +99,18 @@ def read_build(folder: Path) -> dict[str, Any]:
         build = json.loads((folder / BUILD_FILE).read_text())
     except (OSError, ValueError) as error:
         raise InputError(f"{folder} holds no {BUILD_FILE} that can be read: {error}", hint=_MADE_BY) from error
-    whole = isinstance(build, dict) and all(isinstance(build.get(key), dict) for key in _PARTS)
-    if not whole or not (folder / ENTRY).is_file():
-        raise InputError(f"{folder} is not what the stage tensorrt.prepare makes", hint=_MADE_BY)
+    try:
+        commands = _Build.model_validate(build).trtexec.values()
+    except ValidationError as error:
+        where = ".".join(map(str, error.errors()[0]["loc"])) or "it"
+        told = f"{folder} is not what the stage tensorrt.prepare makes: {where} in {BUILD_FILE} does not fit"
+        raise InputError(told, hint=_MADE_BY) from error
+    if not (folder / ENTRY).is_file():
+        raise InputError(f"{folder} is not what the stage tensorrt.prepare makes: it has no {ENTRY}", hint=_MADE_BY)
+    if other := [argument for command in commands for argument in command if not _ARGUMENT.fullmatch(argument)]:
+        raise InputError(
+            f"{BUILD_FILE} of {folder} would run {other[0]!r}, which the stage never writes", hint=_MADE_BY
+        )
     return dict(build)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import onnx
 import pytest
 
 from optimize.cli import main
-from optimize.engines.trtexec import build_engine
+from optimize.engines.trtexec import build_engine, read_build
 from optimize.readiness.serving import parse_config
 from optimize.stages import make_stage
 from optimize.stages.base import Context, read_input
@@ -86,6 +87,38 @@ def test_without_a_gpu_or_trtexec_the_reason_is_said(ready, machine, tmp_path: P
 def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no build\.json"):
         build_engine(tmp_path, tmp_path / "engine")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"trtexec": {}}, "is not what the stage tensorrt.prepare makes"),
+        ({"trtexec": {"newest": ["trtexec"]}}, "is not what the stage tensorrt.prepare makes"),
+        ({"trtexec": {"10.0": "trtexec --onnx=model.onnx"}}, "is not what the stage tensorrt.prepare makes"),
+        ({"profile": {"x": {"max": 3}}}, "is not what the stage tensorrt.prepare makes"),
+        ({"trtexec": {"10.0": ["trtexec", "--staticPlugins=/tmp/own.so"]}}, "'--staticPlugins=/tmp/own.so'"),
+        ({"trtexec": {"10.0": ["trtexec", "--saveEngine=/home/me/.profile"]}}, "'--saveEngine=/home/me/.profile'"),
+        ({"trtexec": {"10.0": ["sh", "--onnx=model.onnx"]}}, "'sh'"),
+    ],
+)
+def test_a_build_file_of_somebody_elses_is_refused(ready, tmp_path: Path, change: dict, said: str) -> None:
+    folder = shutil.copytree(ready, tmp_path / "variant")
+    build = json.loads((folder / "build.json").read_text())
+    assert read_build(folder) == build
+    (folder / "build.json").write_text(json.dumps(build | change))
+    with pytest.raises(InputError, match=re.escape(said)):
+        read_build(folder)
+
+
+def test_an_engine_that_is_there_is_not_written_through(ready, machine, tmp_path: Path) -> None:
+    machine("trtexec", "nvidia-smi")
+    folder = shutil.copytree(ready, tmp_path / "variant")
+    (tmp_path / "elsewhere").write_text("of somebody")
+    for name in ("model.plan", "timing.cache"):
+        (folder / name).symlink_to(tmp_path / "elsewhere")
+    plan = build_engine(folder, tmp_path / "engine")
+    assert not plan.is_symlink()
+    assert (tmp_path / "elsewhere").read_text() == "of somebody"
 
 
 def test_int8_made_here_gives_the_rules_nothing_to_say(machine, tmp_path: Path) -> None:
@@ -165,3 +198,6 @@ def test_a_build_that_fails_writes_nothing_and_is_told(ready, machine, tensorrt,
     assert code == 2
     assert "network is not supported" in json.loads(told)["error"]["message"]
     assert not (tmp_path / "repository").exists()
+    code, told = tensorrt(ready, "--out", tmp_path / "bin" / "wish" / "below", "--json")
+    assert code == 2
+    assert "cannot be made" in json.loads(told)["error"]["message"]
