@@ -138,7 +138,7 @@ def rollback(
         emit_json({"rolled_back": undone.candidate_name, "model": undone.model, "champion": undone.champion})
     else:
         now = "no version" if undone.champion is None else f"version {undone.champion}"
-        typer.echo(f"{undone.candidate_name} is the champion of {undone.model} no more; {now} is again.")
+        typer.echo(f"The promotion of {undone.candidate_name} is undone; {now} is the champion of {undone.model}.")
 
 
 def history(
