@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import threading
@@ -11,13 +10,15 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from optimize import rollback
+from optimize import model_promoting, rollback
 from optimize.cli import main
 from optimize.live_fidelity import JUDGED, LiveFidelity
 from optimize.model_promoting import Promoting, find_subject
@@ -34,8 +35,10 @@ from registry.policy import parse_policy
 from registry.promotion import Journal
 from registry.records import Campaign, PromotionEvent
 from registry.store import FolderStore
+from tests.doubles.busy import until
 from tests.doubles.core2 import SchedulerDouble
 from tests.doubles.kubernetes_api import KubernetesDouble
+from tests.doubles.ports import free_ports
 from tests.doubles.promotions import chosen_campaign
 
 pytestmark = [
@@ -93,9 +96,7 @@ def prometheus_of(folder: Path, targets: Path) -> Iterator[str]:
         ],
     }
     (folder / "prometheus.yml").write_text(json.dumps(config))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    [port] = free_ports(1)
     command = [binary, f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={folder}/data"]
     with (folder / "log").open("w") as log:
         server = subprocess.Popen([*command, f"--web.listen-address=127.0.0.1:{port}"], stdout=log, stderr=log)
@@ -130,7 +131,7 @@ def telling_of_envoy(work: Path, targets: Path) -> Iterator[None]:
         thread.join()
 
 
-def test_from_the_first_champion_to_the_next_and_back(work: Path, tmp_path: Path):
+def test_from_the_first_champion_to_the_next_and_back(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     if local.available_servers()["mlserver"].version is None:
         pytest.skip("MLServer is not installed")
     served: list[float] = []
@@ -155,8 +156,8 @@ def test_from_the_first_champion_to_the_next_and_back(work: Path, tmp_path: Path
     targets = tmp_path / "targets.json"
     targets.write_text("[]")
     with prometheus_of(tmp_path / "prometheus", targets) as url, telling_of_envoy(work, targets):
-        # On a busy machine some scrapes are late.
-        second, told = promoting_of(work, replace(QUICK, prometheus=url, scrape_s=0.8))
+        second, told = promoting_of(work, replace(QUICK, prometheus=url, scrape_s=0.2))
+        monkeypatch.setattr(model_promoting, "time", SimpleNamespace(sleep=partial(_until_scraped, url)))
         _wait_for(url)
         assert second.apply(hold=lambda place: served.append(answer(place))).state == "completed"
     # The same again has nothing to do.
@@ -205,7 +206,7 @@ def _wait_for(url: str) -> None:
     from profiles.measure.prometheus import Prometheus
     from registry.errors import UnreachableError
 
-    for _ in range(200):
+    for _ in range(1200):
         try:
             Prometheus(url).query("vector(1)")
         except UnreachableError:
@@ -213,6 +214,15 @@ def _wait_for(url: str) -> None:
         else:
             return
     pytest.fail("Prometheus did not begin")
+
+
+def _until_scraped(url: str, seconds: float) -> None:
+    """As long as is planned for it, and until it has happened: on a busy machine some scrapes are late, or fail."""
+    from profiles.measure.prometheus import Prometheus
+
+    time.sleep(seconds)
+    now_s, newest = time.time(), "max(timestamp(envoy_cluster_upstream_rq_time_bucket))"
+    until(lambda: any(at_s > now_s for _, at_s in Prometheus(url).query(newest)))
 
 
 # --- the command, where nothing is served ----------------------------------------------------------------------------

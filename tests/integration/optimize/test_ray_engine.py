@@ -28,6 +28,7 @@ from optimize.testing import tiny_conv_net  # noqa: E402
 from registry.errors import InputError, UnreachableError  # noqa: E402
 from registry.shared_store import SharedStore  # noqa: E402
 from registry.store import FolderStore  # noqa: E402
+from tests.doubles.busy import LONG_S, until  # noqa: E402
 from tests.doubles.ray_cluster import Cluster, ray_cluster  # noqa: E402
 
 STEPS = "tests.doubles.steps"
@@ -112,16 +113,21 @@ def test_a_killed_worker_is_replaced_and_nothing_is_lost_or_done_twice(
     names = [f"w{number}" for number in range(6)]
     victims: list[str] = []
     begun: list[tuple[str, str]] = []
+    over = threading.Event()
 
     def kill() -> None:
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
-            running = [mark for mark in tmp_path.glob("w3.*") if not mark.name.endswith(".done")]
-            if running:
-                os.kill(int(running[0].name.split(".")[1]), signal.SIGKILL)
-                victims.append(running[0].name)
-                return
-            time.sleep(0.01)
+        while not victims and not over.wait(0.01):
+            for mark in tmp_path.glob("w?.*"):
+                pid = int(mark.name.split(".")[1])
+                if mark.suffix == ".done":
+                    continue
+                os.kill(pid, signal.SIGSTOP)
+                # In the middle of it, and not on to the next meanwhile.
+                if mark.exists():
+                    os.kill(pid, signal.SIGKILL)
+                    victims.append(mark.name)
+                    return
+                os.kill(pid, signal.SIGCONT)
 
     killer = threading.Thread(target=kill)
     killer.start()
@@ -130,6 +136,7 @@ def test_a_killed_worker_is_replaced_and_nothing_is_lost_or_done_twice(
             tasks = [task(name, "begin_and_wait", folder=str(tmp_path), mark=name, wait_s=0.5) for name in names]
             outcomes = list(engine.run(tasks, begun=lambda task, where: begun.append((task.name, where))))
     finally:
+        over.set()
         killer.join()
     assert len(victims) == 1
     # Looked at once a second, so that not each of these is seen.
@@ -149,14 +156,13 @@ def test_variants_are_made_on_the_cluster_though_a_worker_is_killed_at_it(
     model = tmp_path / "source" / "model.onnx"
     tiny_conv_net(model.parent)
     victims: list[psutil.Process] = []
+    over = threading.Event()
 
     def kill() -> None:
-        deadline = time.monotonic() + 120
-        while not victims and time.monotonic() < deadline:
+        while not victims and not over.wait(0.02):
             # The processes of this cluster that make a variant are children of Ray's workers.
             workers = (child.parent() for child in _descendants(running.pid) if _is_child(child))
             victims.extend(worker for worker in islice(workers, 1) if worker is not None)
-            time.sleep(0.02)
         for worker in victims:
             worker.kill()
 
@@ -164,8 +170,11 @@ def test_variants_are_made_on_the_cluster_though_a_worker_is_killed_at_it(
     killer.start()
     names = ("float32", "ort-optimized")
     where: dict[str, Any] = {"out": tmp_path / "out", "work": tmp_path / "work", "observer": Quiet()}
-    made, failures = make_variants(model, variants=names, calibration=None, **where)
-    killer.join()
+    try:
+        made, failures = make_variants(model, variants=names, calibration=None, **where)
+    finally:
+        over.set()
+        killer.join()
     assert victims
     assert not failures
     assert tuple(one["name"] for one in made) == names
@@ -212,15 +221,12 @@ def test_sigterm_ends_the_campaign_and_what_runs_for_it(cluster: str, tmp_path: 
             assert driver.poll() is None
             time.sleep(0.02)
         driver.send_signal(signal.SIGTERM)
-        assert driver.wait(timeout=20) == 143
+        assert driver.wait(timeout=LONG_S) == 143
     finally:
         driver.kill()
         driver.wait()
     worker = int(marks[0].name.split(".")[1])
-    deadline = time.monotonic() + 20
-    while psutil.pid_exists(worker) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not psutil.pid_exists(worker)
+    until(lambda: not psutil.pid_exists(worker))
     assert not list(tmp_path.glob("*.done"))
 
 

@@ -3,7 +3,6 @@
 import json
 import tempfile
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -140,18 +139,17 @@ class Killer(threading.Thread):
         super().__init__(name="killer", daemon=True)
         self.before: dict[str, tuple[str, int]] = {}
         self.servers: list[psutil.Process] = []
+        self.over = threading.Event()
         self._cluster, self._folder = cluster, folder
 
     def run(self) -> None:
-        deadline = time.monotonic() + 240
-        while time.monotonic() < deadline:
+        while not self.over.wait(0.02):
             self.before = kept(self._folder)
             if any(kind == "Round" for kind, _ in self.before.values()):
                 worker = measuring_worker(self._cluster)
                 self.servers = worker.children(recursive=True)
                 worker.kill()
                 return
-            time.sleep(0.02)
 
 
 def ledger(folder: Path) -> list[dict[str, Any]]:
@@ -164,8 +162,11 @@ def test_a_campaign_is_measured_on_a_node_though_its_worker_is_killed_at_it(
     monkeypatch.setenv("RAY_ADDRESS", cluster.address)
     killer = Killer(cluster, campaign)
     killer.start()
-    found, told = run(campaign)
-    killer.join()
+    try:
+        found, told = run(campaign)
+    finally:
+        killer.over.set()
+        killer.join()
     assert sum(line.startswith("The measuring begins on") for line in told) in (
         1,
         2,

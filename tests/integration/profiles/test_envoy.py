@@ -9,10 +9,9 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 import urllib.request
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +34,7 @@ from profiles.load.payloads import encode_payloads
 from profiles.load.transports import GRPC_METHOD, Reply, Status, make_transport
 from registry.errors import InputError, ServerDiedError, UnreachableError
 from registry.records import Target
+from tests.doubles.busy import until
 from tests.doubles.candidates import candidate
 from tests.doubles.models import write_onnx
 
@@ -77,7 +77,7 @@ class Served:
 
     def requests(self) -> int:
         """How many its server has answered, by its own count."""
-        connection = http.client.HTTPConnection(f"127.0.0.1:{self.deployment.ports.metrics}", timeout=5)
+        connection = http.client.HTTPConnection(f"127.0.0.1:{self.deployment.ports.metrics}", timeout=LIMIT_S)
         connection.request("GET", "/metrics")
         lines = connection.getresponse().read().decode().splitlines()
         connection.close()
@@ -133,7 +133,7 @@ class Client:
             )
             self._call = self._channel.unary_unary(GRPC_METHOD, response_deserializer=None)
         else:
-            self._connection = http.client.HTTPConnection(target.url, timeout=20)
+            self._connection = http.client.HTTPConnection(target.url, timeout=LIMIT_S)
 
     def __enter__(self) -> "Client":
         return self
@@ -153,7 +153,7 @@ class Client:
         request = service_pb2.ModelInferRequest(
             model_name=model, model_version="9", inputs=[tensor], raw_input_contents=[x.tobytes()]
         )
-        body, call = self._call.with_call(request.SerializeToString(), metadata=tuple(headers.items()), timeout=20)
+        body, call = self._call.with_call(request.SerializeToString(), metadata=tuple(headers.items()), timeout=LIMIT_S)
         reply = service_pb2.ModelInferResponse.FromString(body)
         (total,) = np.frombuffer(reply.raw_output_contents[0], np.float32)
         return float(total), dict(call.initial_metadata()).get("x-seldon-route", ""), reply.model_name
@@ -169,13 +169,6 @@ class Client:
         assert response.status == 200, text
         reply = json.loads(text)
         return reply["outputs"][0]["data"][0], response.headers["x-seldon-route"], reply["model_name"]
-
-
-def until(condition: Callable[[], bool], *, limit_s: float = 10.0) -> None:
-    deadline = time.monotonic() + limit_s
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)
 
 
 def experiment(weights: dict[str, int], **more: Any) -> Experiment:
@@ -217,7 +210,7 @@ def test_what_a_model_says_of_itself(front: EnvoyFront, served: tuple[Served, Se
             ask.ModelInfer(request, metadata=headers, compression=grpc.Compression.Gzip)
         assert caught.value.code() == grpc.StatusCode.UNIMPLEMENTED
         assert "compressed messages cannot be routed here" in caught.value.details()
-    with urllib.request.urlopen(f"http://{front.url}/v2/models/{one.name}", timeout=10) as reply:
+    with urllib.request.urlopen(f"http://{front.url}/v2/models/{one.name}", timeout=LIMIT_S) as reply:
         assert json.load(reply)["name"] == one.route.served_as
 
 
@@ -245,25 +238,28 @@ def test_weights_change_while_requests_flow(front: EnvoyFront, served: tuple[Ser
     one, two = served
     target, done = front.target(one.name, "grpc"), threading.Event()
 
-    def flow() -> set[float]:
+    def flow(answers: set[float]) -> None:
         with Client(target) as client:
-            answers = set()
             while not done.is_set():
                 answers.add(client.ask().offset)
-            return answers
 
+    seen: list[set[float]] = [set(), set()]
     with ThreadPoolExecutor(2) as pool, Client(target) as client:
-        flows = [pool.submit(flow) for _ in range(2)]
+        flows = [pool.submit(flow, answers) for answers in seen]
         try:
+            until(lambda: all(seen) or any(each.done() for each in flows))
             for weights, only in (({one.name: 1, two.name: 0}, one), ({one.name: 0, two.name: 1}, two)) * 5:
                 front.update(experiments=[experiment(weights, default=one.name)])
                 # What Envoy was told it does at once.
                 assert {client.ask().offset for _ in range(10)} == {only.offset}
+                until(lambda only=only: all(only.offset in answers for answers in seen))
             front.update(experiments=[])
             assert client.ask().offset == one.offset
         finally:
             done.set()
-        assert [each.result() for each in flows] == [{one.offset, two.offset}] * 2
+        for each in flows:
+            each.result()
+        assert seen == [{one.offset, two.offset}] * 2
 
 
 @pytest.mark.parametrize("protocol", ["rest", "grpc"])
@@ -295,9 +291,9 @@ def through_transport(target: Target, count: int) -> list[Reply]:
     async def ask() -> list[Reply]:
         payloads = encode_payloads({"x": np.ones((1, WIDTH), np.float32)}, target=target, count=1)
         transport = make_transport(target, 8)
-        await transport.open(10)
+        await transport.open(LIMIT_S)
         try:
-            return [await transport.infer(payloads[0], 10) for _ in range(count)]
+            return [await transport.infer(payloads[0], LIMIT_S) for _ in range(count)]
         finally:
             await transport.close()
 
@@ -363,7 +359,7 @@ def test_it_listens_on_loopback_alone_and_takes_no_orders(front: EnvoyFront) -> 
     assert {address.ip for address in listening} == {"127.0.0.1"}
     assert len(listening) == 3
     (admin,) = {address.port for address in listening} - set(front._ports.values())
-    connection = http.client.HTTPConnection("127.0.0.1", admin, timeout=10)
+    connection = http.client.HTTPConnection("127.0.0.1", admin, timeout=LIMIT_S)
     connection.request("POST", "/quitquitquit")
     assert connection.getresponse().status == http.client.FORBIDDEN
     connection.close()
@@ -389,7 +385,7 @@ def test_what_envoy_refuses_is_told_by_its_log(tmp_path: Path, monkeypatch: pyte
         front.update(experiments=[experiment({"m": 1})])
         (child,) = psutil.Process(front._child.supervisor).children()
         os.kill(child.pid, signal.SIGKILL)
-        child.wait(10)
+        child.wait(LIMIT_S)
         until(lambda: front._child.status is not None)
         for work in (front.check, front.update):
             with pytest.raises(ServerDiedError, match="with status 137"):
@@ -418,6 +414,6 @@ def test_it_does_not_outlive_its_parent(tmp_path: Path, way: signal.Signals) -> 
         family = psutil.Process(parent.pid).children(recursive=True)
         assert len(family) == 2
         parent.send_signal(way)
-    _, alive = psutil.wait_procs(family, 10)
+    _, alive = psutil.wait_procs(family, LIMIT_S)
     assert not alive
     assert not list((tmp_path / "servers").glob("*.json"))
