@@ -1,5 +1,6 @@
 """What holds for every test."""
 
+import fcntl
 import logging
 import os
 import signal
@@ -41,15 +42,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An embedded tracking store with nothing in it, to be copied; MLflow takes seconds to lay out its tables."""
+    """An embedded tracking store with nothing in it, to be copied; MLflow takes seconds to lay out its tables.
+
+    It is made once for all workers.
+    """
     from registry.tracking import open_tracker
 
-    folder = tmp_path_factory.mktemp("empty-store")
-    with pytest.MonkeyPatch.context() as patched, warnings.catch_warnings():
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "empty-store"
+    folder.mkdir(exist_ok=True)
+    with (
+        (folder / "lock").open("w") as lock,
+        pytest.MonkeyPatch.context() as patched,
+        warnings.catch_warnings(),
+    ):
+        fcntl.flock(lock, fcntl.LOCK_EX)
         # Of MLflow's own libraries.
         warnings.simplefilter("ignore")
         patched.delenv("MLFLOW_TRACKING_URI", raising=False)
-        open_tracker(None, folder).check()
+        if not (folder / "mlflow.db").exists():
+            open_tracker(None, folder).check()
     return folder / "mlflow.db"
 
 
