@@ -125,6 +125,7 @@ def _workspace(planned: Plan, observer: Observer, budget: Budget, *, store: str 
 
 def _beforehand(planned: Plan) -> Iterator[str]:
     """What is worth saying before the work begins."""
+    yield from planned.remarks
     if planned.passed_over:
         yield f"{NONE_YET} Limits against it are passed over: {'; '.join(planned.passed_over)}"
     if planned.stays is not None:

@@ -142,6 +142,17 @@ class Plan:
         """Whether names of variants must say which source they come from."""
         return len(self.config.sources) > 1
 
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What is worth saying of the campaign file before the work begins, and is no error."""
+        samples = self.config.samples
+        if samples.calibration is None or self.path(samples.calibration) != self.path(samples.evaluation):
+            return ()
+        return (
+            "samples.calibration is the file that judges, too: ranges that are fitted to the samples that judge make static "
+            "int8 look better than it is. Give it other samples.",
+        )
+
     def path(self, given: str) -> Path:
         """A path of the campaign file, as seen from its folder."""
         return (self.base / Path(given).expanduser()).resolve()

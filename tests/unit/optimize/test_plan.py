@@ -187,3 +187,11 @@ def test_gpus_of_a_node_are_not_looked_for_here(tmp_path: Path) -> None:
     if not made.host.gpus:
         with pytest.raises(PolicyError, match="there is no GPU here to measure"):
             plan(config, base=tmp_path, work=tmp_path / "work")
+
+
+def test_samples_that_judge_and_calibrate_are_remarked_on(tmp_path: Path) -> None:
+    both = {"evaluation": "samples.npz", "calibration": "../here/samples.npz"}
+    (tmp_path / "here").mkdir()
+    (remark,) = planned(tmp_path / "here", samples=both).remarks
+    assert remark.startswith("samples.calibration is the file that judges, too")
+    assert planned(tmp_path).remarks == ()
