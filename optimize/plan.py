@@ -149,8 +149,8 @@ class Plan:
         if samples.calibration is None or self.path(samples.calibration) != self.path(samples.evaluation):
             return ()
         return (
-            "samples.calibration is the file that judges, too: ranges that are fitted to the samples that judge make static "
-            "int8 look better than it is. Give it other samples.",
+            "samples.calibration is the file that judges, too: ranges that are fitted to the samples that judge make "
+            "static int8 look better than it is. Give it other samples.",
         )
 
     def path(self, given: str) -> Path:
