@@ -15,6 +15,8 @@ from registry.records import Capacity, Host, Round, RunRecord, Target
 
 FILE = "bench.json"
 SCHEMA = 1
+# Settings that rounds are looked at by.
+_COUNTS = ("rounds", "most_rounds")
 _PACKAGES = ("burnish", "numpy", "tritonclient", "grpcio")
 
 
@@ -136,16 +138,20 @@ def read_recorded(folder: Path) -> Recorded:
             client=from_jsonable(Host, content["client"]),
             versions=dict(content["versions"]),
             samples_digest=str(content["samples_digest"]),
-            settings=dict(content["settings"]),
+            settings={name: _setting(name, value) for name, value in content["settings"].items()},
             capacity=None if capacity is None else from_jsonable(Capacity, capacity),
             rounds=tuple(_placed(from_jsonable(Round, one), folder.resolve()) for one in content["rounds"]),
             searched=tuple(from_jsonable(RunRecord, one) for one in content.get("searched", ())),
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"no measurement can be read from {folder}: {error}",
             hint="`burnish bench ... --out FOLDER` and `burnish compare ... --out FOLDER` write such folders.",
         ) from error
+
+
+def _setting(name: str, value: Any) -> Any:
+    return int(value) if name in _COUNTS else value
 
 
 def _placed(one: Round, folder: Path) -> Round:

@@ -181,6 +181,9 @@ def test_records_that_cannot_be_read(live: Callable[..., Pair], tmp_path: Path) 
         compare_recorded(out / "A", rewritten(out / "B", rounds=rounds))
     with pytest.raises(InputError, match="schema 9"):
         compare_recorded(out / "A", rewritten(out / "B", schema=9))
+    for odd in ({"rounds": "many"}, ["rounds"]):
+        with pytest.raises(InputError, match="no measurement can be read"):
+            read_recorded(rewritten(out / "A", settings=odd))
     (out / "A" / FILE).write_text("[]")
     with pytest.raises(InputError, match="no measurement can be read"):
         read_recorded(out / "A")
