@@ -53,7 +53,7 @@ def reserve_cores(
         waiting: told once, where it has to wait.
 
     Raises:
-        InputError: there are not so many.
+        InputError: there are not so many, or the folder of the locks cannot be written.
         InterruptedError: nobody wants them any more (`registry.stopping`).
     """
     cores = tuple(usable_cores() if among is None else among)
@@ -61,7 +61,8 @@ def reserve_cores(
     if wanted > len(cores):
         raise InputError(f"{wanted} cores were asked for, and {len(cores)} can be used here")
     place = folder or _usual_folder()
-    place.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with _refusals(place):
+        place.mkdir(mode=0o700, parents=True, exist_ok=True)
     wait = _Waiting(waiting)
     with ExitStack() as held:
         with _locked(place / _TURN, wait):
@@ -154,13 +155,25 @@ class _Waiting:
 
 
 def _lock(path: Path, mode: int) -> int | None:
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    with _refusals(path):
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(descriptor, mode)
     except BlockingIOError:
         os.close(descriptor)
         return None
     return descriptor
+
+
+@contextmanager
+def _refusals(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"cores cannot be shared by {path}: {error.strerror}",
+            hint=f"Name a folder with {FOLDER} that whoever shares the cores can write.",
+        ) from error
 
 
 def _release(descriptors: Iterable[int]) -> None:

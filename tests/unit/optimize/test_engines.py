@@ -127,6 +127,18 @@ def test_containers_may_share_the_locks(tmp_path: Path, monkeypatch: pytest.Monk
         assert (tmp_path / "shared" / "turn").is_file()
 
 
+def test_a_folder_of_locks_that_cannot_be_written_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("BURNISH_CORES", str(tmp_path / "file" / "cores"))
+    with pytest.raises(InputError, match="BURNISH_CORES"), reserve_cores(1, alone=True):
+        pass
+    locks = tmp_path / "locks"
+    (locks / "turn").mkdir(parents=True)
+    words = r"cannot be shared by .*turn: Is a directory"
+    with pytest.raises(InputError, match=words), reserve_cores(1, alone=True, folder=locks):
+        pass
+
+
 def test_a_process_is_pinned_for_a_while():
     before = usable_cores()
     with pinned(before[:1]):
