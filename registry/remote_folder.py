@@ -18,6 +18,10 @@ from registry.stopping import pause
 
 R = TypeVar("R")
 
+ABANDONED_S = 86_400.0
+"""How long after its last byte a file that is not whole is nobody's any more."""
+_PART = ".part"
+
 
 class RemoteFolder:
     """A folder that several machines use at once.
@@ -143,6 +147,22 @@ class RemoteFolder:
 
         self._call(remove)
 
+    def sweep(self) -> None:
+        """Removes what killed processes have left half-written, a day later by the place's own clock.
+
+        That is in a folder alone: an object of a store is there whole, or not at all. What cannot be removed stays.
+        """
+        if self.place.scheme != "file":
+            return
+        with suppress(OSError):
+            descriptor, name = tempfile.mkstemp(prefix=".now.", suffix=_PART, dir=self._incoming())
+            now = os.fstat(descriptor).st_mtime
+            os.close(descriptor)
+            Path(name).unlink()
+            for left in self._incoming().glob(f".*{_PART}"):
+                if now - left.stat().st_mtime > ABANDONED_S:
+                    left.unlink(missing_ok=True)
+
     # --- parts of it ---
 
     def _call(self, call: Callable[[], R]) -> R:
@@ -169,7 +189,7 @@ class RemoteFolder:
     def _write_local(self, path: str, content: bytes, *, replace: bool) -> None:
         target = Path(self._full(path))
         target.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(prefix=".object.", suffix=".part", dir=self._incoming())
+        descriptor, name = tempfile.mkstemp(prefix=".object.", suffix=_PART, dir=self._incoming())
         partial_file = Path(name)
         try:
             with os.fdopen(descriptor, "wb") as stream:

@@ -114,6 +114,8 @@ class SharedStore:
     def check(self) -> None:
         """Returns where the shared place can be written. It is asked once: before any work a fault is said soon.
 
+        What killed processes left half-written there is removed, a day later.
+
         Raises:
             InputError: its bucket is not there.
             StorageError: it does not answer, or refuses.
@@ -121,6 +123,7 @@ class SharedStore:
         self._knows_conditions = self._folder.at_once().is_exclusive(_probe_path())
         if not self._knows_conditions:
             _log.info("%s knows no conditional writes; leases are taken by writing and looking", self.uri)
+        self._folder.sweep()
 
     def add(
         self,

@@ -316,6 +316,19 @@ def test_the_environment_names_the_shared_store(tmp_path, mount, monkeypatch):
     assert once(open_store(tmp_path / "other"), "k", lambda: pytest.fail("it was done")) == SPEC
 
 
+def test_what_killed_writers_left_is_removed_a_day_later(machine, mount):
+    store = machine("a")
+    store.check()
+    incoming = mount / ".incoming"
+    left, writing, strange = (incoming / name for name in (".file.a1.part", ".object.b2.part", "notes"))
+    for path in (left, writing, strange):
+        path.write_bytes(b"half of it")
+    for path in (left, strange):
+        os.utime(path, (0, writing.stat().st_mtime - 90_000))
+    store.check()
+    assert sorted(incoming.iterdir()) == [writing, strange]
+
+
 def test_a_store_that_cannot_be_written_is_said_when_it_is_opened(tmp_path):
     (tmp_path / "in-the-way").write_text("")
     with pytest.raises(StorageError, match="Not a directory"):
