@@ -13,10 +13,10 @@ from typing import Any, Literal
 
 from optimize.admission import ENTRY, ask_child
 from optimize.endpoints import make_folder
-from optimize.engines.trtexec import build_engine, read_build
 from optimize.judging import as_input
 from optimize.signature import signature_of
 from optimize.stages.tensorrt import PLAN
+from optimize.trtexec import build_engine, read_build
 from profiles.serving.triton import GpuServing, TensorRtProvider, render_triton_plan, render_triton_tensorrt
 from registry.errors import InputError, MissingExtraError, NotApplicableError, StageError
 from registry.records import Artifact

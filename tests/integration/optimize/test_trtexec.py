@@ -11,12 +11,12 @@ import onnx
 import pytest
 
 from optimize.cli import main
-from optimize.engines.trtexec import build_engine, read_build
 from optimize.readiness.serving import parse_config
 from optimize.stages import make_stage
 from optimize.stages.base import Context, read_input
 from optimize.stages.tensorrt import Prepare
 from optimize.testing import samples_for, tiny_conv_net, tiny_transformer
+from optimize.trtexec import build_engine, read_build
 from registry.errors import InputError, NotApplicableError, StageError
 from registry.records import StageCall
 
