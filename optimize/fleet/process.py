@@ -38,8 +38,10 @@ class CampaignProcess:
         Args:
             planned: the campaign, in its working folder.
             minutes: the most that it may take, for its own configuration; None for any.
+
+        Raises:
+            StorageError: its working folder cannot be written.
         """
-        planned.work.mkdir(parents=True, exist_ok=True)
         file = planned.work / CAMPAIGN
         write_durably(file, json.dumps(as_document(planned.config, minutes), indent=2) + "\n")
         command = [

@@ -26,7 +26,7 @@ from optimize.fleet.running import run_fleet
 from optimize.plan import Plan
 from registry import codec
 from registry.documents import parse_document
-from registry.errors import InputError
+from registry.errors import InputError, StorageError
 from registry.ledger import Ledger
 from registry.records import Fleet
 from tests.doubles import campaigns, fleets
@@ -313,6 +313,15 @@ def test_ctrl_c_ends_all_and_the_next_run_goes_on(plan_of):
     again, _ = run(fleet, scripts)
     assert scripts.started == ["done", "long", "long", "last"]
     assert exit_code_of(again) == 0
+
+
+def test_a_folder_of_a_model_that_cannot_be_written_is_said(plan_of):
+    fleet = plan_of("a", "b")
+    fleet.entries[0].planned.work.parent.mkdir(parents=True)
+    fleet.entries[0].planned.work.touch()
+    with pytest.raises(StorageError, match=r"campaign\.yaml could not be written: (File exists|Not a directory)"):
+        run_fleet(fleet, observer=Told())
+    assert "2 not begun" in (fleet.work / "fleet.html").read_text()
 
 
 def test_two_fleets_in_one_folder_are_refused(plan_of):
