@@ -654,5 +654,5 @@ def fidelity_components(
         "parity": parity,
         "seed": seed,
         "saturation": saturation,
-        "method": 2,
+        "method": 3,
     }
