@@ -3,10 +3,12 @@
 import fcntl
 import logging
 import os
+import re
 import signal
 import tempfile
 import warnings
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,9 @@ from hypothesis import settings
 settings.register_profile("burnish", deadline=None)
 settings.load_profile("burnish")
 
-HERE = Path(__file__).parent
-WITH_SERVERS = ("e2e", "integration/profiles", "integration/registry")
+# Where one tracking server serves a whole session, and the fixtures that lead to it.
+REGISTRY = Path(__file__).parent / "integration" / "registry"
+ONE_SERVER = r"\b(mlflow_server|uri): str"
 REQUIRE_ALL = os.environ.get("BURNISH_REQUIRE_ALL") == "1"
 
 # A shell starts background jobs with SIGINT ignored, and children inherit that; tests of Ctrl-C need the usual.
@@ -33,11 +36,29 @@ _LOCKS = f"burnish-cores-of-tests-{os.getuid()}-{os.environ.get('PYTEST_XDIST_WO
 os.environ.setdefault("BURNISH_CORES", str(Path(tempfile.gettempdir(), _LOCKS)))
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests with servers take their turns in one worker; the others run beside them in the next."""
-    for item in items:
-        if any(item.path.is_relative_to(HERE / folder) for folder in WITH_SERVERS):
-            item.add_marker(pytest.mark.xdist_group("servers"))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Tests that share what takes long to set up run in one worker, which sets it up once; the others in any.
+
+    pytest-xdist 3.8 marks groups in names that pytest 9.2 no longer takes from where they are marked.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByGroups(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return _group(config.rootpath / nodeid.partition("::")[0]) or nodeid
+
+    return ByGroups(config, log) if config.getvalue("dist") == "loadgroup" else None
+
+
+@cache
+def _group(module: Path) -> str | None:
+    text = module.read_text(encoding="utf-8")
+    if named := re.search(r'xdist_group\("(\w+)"\)', text):
+        return named[1]
+    if module.parent == REGISTRY and re.search(ONE_SERVER, text):
+        return "mlflow"
+    return str(module) if '@pytest.fixture(scope="module"' in text else None
 
 
 @pytest.fixture(scope="session")
