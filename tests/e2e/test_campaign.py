@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from optimize.status import read_status
+from tests.doubles.busy import LONG_S, until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -38,7 +39,7 @@ def servers_of(work: Path) -> list[str]:
 
 
 def wait_for_no_servers(work: Path) -> list[str]:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + LONG_S
     while (left := servers_of(work)) and time.monotonic() < deadline:
         time.sleep(0.2)
     return left
@@ -99,7 +100,7 @@ def test_a_run_that_is_ended_leaves_no_server_and_goes_on(tiny: Path, ending: si
         while not any(entry["kind"] == "Capacity" for entry in ledger(work)) and time.monotonic() < deadline:
             time.sleep(0.1)
         process.send_signal(ending)
-        said = process.communicate(timeout=60)[1]
+        said = process.communicate(timeout=2 * LONG_S)[1]
     codes = {signal.SIGKILL: -signal.SIGKILL, signal.SIGINT: 130, signal.SIGTERM: 143}
     assert process.returncode == codes[ending], said
     assert "Traceback" not in said
@@ -122,10 +123,7 @@ def test_a_run_that_is_ended_leaves_no_server_and_goes_on(tiny: Path, ending: si
 def test_two_runs_on_one_folder_are_refused(tiny: Path):
     with subprocess.Popen([BURNISH, "run", "campaign.yaml"], cwd=tiny, stderr=subprocess.DEVNULL) as first:
         lock = tiny / "burnish-work" / "ledger.jsonl.lock"
-        deadline = time.monotonic() + 60
-        while not lock.exists() and time.monotonic() < deadline:
-            time.sleep(0.05)
-        time.sleep(0.5)
+        until(lambda: lock.exists() and lock.read_text())
         second = burnish("run", "campaign.yaml", cwd=tiny)
         first.kill()
     assert second.returncode == 2
@@ -142,13 +140,13 @@ def test_a_tracking_store_that_is_down_costs_no_work(tiny: Path):
         check=False,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     assert done.returncode == 4
     error = json.loads(done.stdout)["error"]
     assert "127.0.0.1:9" in error["message"]
     assert "secret" not in done.stdout + done.stderr
-    assert time.monotonic() - begin < 60
+    assert time.monotonic() - begin < 200
     assert not ledger(tiny / "burnish-work")
 
 

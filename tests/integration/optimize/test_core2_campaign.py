@@ -103,9 +103,7 @@ class Watching(Observer):
 
 
 def burnish(folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(
-        [BURNISH, *arguments], cwd=folder, capture_output=True, text=True, timeout=WAIT_S, check=False
-    )
+    return subprocess.run([BURNISH, *arguments], cwd=folder, capture_output=True, text=True, timeout=250, check=False)
 
 
 def go(folder: Path, observer: Watching | None = None) -> Campaign:

@@ -20,6 +20,7 @@ from registry.mlflow_tracking import MlflowTracker
 from registry.records import Campaign, Failure, Spectrum, StageCall
 from registry.tracking import embedded_uri, open_tracker
 from tests.doubles import campaigns, searches
+from tests.doubles.busy import LONG_S
 
 pytestmark = [
     pytest.mark.slow,
@@ -59,7 +60,7 @@ def test_a_campaign_is_a_parent_run_with_a_child_for_each_candidate(
     began = time.monotonic()
     published = MlflowTracker(uri, work).publish(own_name, files={"report.html": report})
     took_s = time.monotonic() - began
-    assert took_s < 60, f"publishing took {took_s:.1f} s"
+    assert took_s < 200, f"publishing took {took_s:.1f} s"
     assert capfd.readouterr().out == ""
 
     client = MlflowClient(tracking_uri=uri, registry_uri=uri)
@@ -385,7 +386,7 @@ def test_a_dead_server_is_named_within_seconds(tmp_path: Path) -> None:
     began = time.monotonic()
     with pytest.raises(UnreachableError) as caught:
         MlflowTracker("http://ann:s3cret@127.0.0.1:9", tmp_path).check()
-    assert time.monotonic() - began < 15
+    assert time.monotonic() - began < LONG_S
     assert "127.0.0.1:9" in caught.value.message
     assert "s3cret" not in str(caught.value)
     assert caught.value.hint is not None
@@ -395,7 +396,7 @@ def test_a_dead_database_is_named_within_seconds(tmp_path: Path) -> None:
     began = time.monotonic()
     with pytest.raises(UnreachableError, match=r"postgresql://\*\*\*@127\.0\.0\.1:9/mlflow"):
         MlflowTracker("postgresql://ann:s3cret@127.0.0.1:9/mlflow", tmp_path).check()
-    assert time.monotonic() - began < 15
+    assert time.monotonic() - began < LONG_S
 
 
 @pytest.mark.parametrize(
