@@ -77,7 +77,7 @@ def test_what_was_measured_before_the_end_stays(
             if line.startswith("run 2, "):
                 break
         process.send_signal(number)
-        assert process.wait(30) == status
+        assert process.wait(60) == status
         assert "Traceback" not in process.stderr.read()
     kept = json.loads((out / FILE).read_text(encoding="utf-8"))
     rounds = kept.get("record", kept)["rounds"]

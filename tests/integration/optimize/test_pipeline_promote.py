@@ -24,6 +24,7 @@ from profiles.deploy.scheduler import SchedulerClient
 from profiles.pipelines.gateway import decode_request, encode_answer
 from registry.ledger import Ledger
 from registry.promotion import Journal
+from tests.doubles.busy import LONG_S
 from tests.doubles.core2 import LOOPBACK, SchedulerDouble
 from tests.doubles.kubernetes_api import KubernetesDouble
 from tests.doubles.models import mlp, mlp_answer, write_onnx
@@ -110,12 +111,12 @@ def core2(kind: str, folder: Path) -> Iterator[tuple[SchedulerDouble | Kubernete
             double = stack.enter_context(SchedulerDouble())
             where = {"kind": "scheduler", "address": f"127.0.0.1:{double.port}"}
             scheduler = stack.enter_context(SchedulerClient(LOOPBACK, double.port))
-            applier = SchedulerApplier(scheduler, Mesh(double.mesh, tls=False, hint=""), location="x", timeout_s=10)
+            applier = SchedulerApplier(scheduler, Mesh(double.mesh, tls=False, hint=""), location="x", timeout_s=LONG_S)
         else:
             double = stack.enter_context(KubernetesDouble())
             where = {"kind": "kubernetes", "kubeconfig": str(double.kubeconfig(folder)), "namespace": "seldon"}
             client = stack.enter_context(KubernetesClient(kubeconfig=double.kubeconfig(folder)))
-            applier = KubernetesApplier(client, Mesh(double.mesh, tls=False, hint=""), location="x", timeout_s=10)
+            applier = KubernetesApplier(client, Mesh(double.mesh, tls=False, hint=""), location="x", timeout_s=LONG_S)
         file = folder / "cluster.yaml"
         file.write_text(json.dumps({"cluster": {**where, **storage, "mesh": double.mesh, "requirements": needed}}))
         yield double, applier
