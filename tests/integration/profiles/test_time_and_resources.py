@@ -58,6 +58,9 @@ def waits(crowd: Breakdown | None, alone: Breakdown | None) -> bool:
         return False
     return (
         min(crowd.requests, alone.requests) > 5
+        # The server's own times are of a few requests before and after the window, too.
+        and alone.service_ms > alone.compute_ms
+        and crowd.service_ms > crowd.compute_ms
         and crowd.queue_ms > 2 * crowd.compute_ms
         and (alone.queue_ms or 0.0) < crowd.queue_ms / 2
         # Both times grow with what else the machine does; who waits grows by more.

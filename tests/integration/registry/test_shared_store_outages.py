@@ -77,7 +77,8 @@ def pauses(double: ConditionalS3, monkeypatch: pytest.MonkeyPatch) -> list[float
         if seconds > 0.01:
             double.instead = nothing
 
-    monkeypatch.setattr(outages, "time", SimpleNamespace(monotonic=lambda: sum(slept), sleep=sleep))
+    monkeypatch.setattr(outages, "time", SimpleNamespace(monotonic=lambda: sum(slept)))
+    monkeypatch.setattr(outages, "pause", sleep)
     return slept
 
 
