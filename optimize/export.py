@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from optimize.admission import ENTRY
 from optimize.engines.child import resolve
@@ -303,21 +304,30 @@ def _check_against(module: "torch.nn.Module", examples: Mapping[str, "torch.Tens
     known = {value.name for value in session.get_inputs()}
     got = session.run(None, {name: tensor.numpy() for name, tensor in examples.items() if name in known})
     for value, expected, actual in zip(session.get_outputs(), wanted, got, strict=True):
-        if expected.shape != actual.shape:
-            raise StageError(
-                f"{factory}: the output {value.name!r} has shape {list(actual.shape)} in ONNX and "
-                f"{list(expected.shape)} in torch"
-            )
-        if expected.dtype.kind != "f":
-            continue
-        finite = np.isfinite(expected)
-        scale = max(1.0, float(np.abs(expected[finite]).max(initial=0.0)))
-        # Infinities, which masks have on purpose, and NaN are to be where they were.
-        other = ~finite & ~((expected == actual) | (np.isnan(expected) & np.isnan(actual)))
-        gap = np.abs(expected[finite].astype(np.float64) - actual[finite]).max(initial=0.0)
-        worst = np.inf if other.any() else float(gap)
-        if not worst <= _TOLERANCE * scale:
-            raise StageError(f"{factory}: the output {value.name!r} differs by {worst:.3g} between ONNX and torch")
+        _check_same(factory, value.name, expected, actual)
+
+
+def _check_same(source: str, output: str, expected: NDArray[Any], actual: NDArray[Any]) -> None:
+    """Returns when an output of the exported model is the one that torch gives.
+
+    Raises:
+        StageError: it has another shape, or other values.
+    """
+    if expected.shape != actual.shape:
+        raise StageError(
+            f"{source}: the output {output!r} has shape {list(actual.shape)} in ONNX and "
+            f"{list(expected.shape)} in torch"
+        )
+    if expected.dtype.kind != "f":
+        return
+    finite = np.isfinite(expected)
+    scale = max(1.0, float(np.abs(expected[finite]).max(initial=0.0)))
+    # Infinities, which masks have on purpose, and NaN are to be where they were.
+    other = ~finite & ~((expected == actual) | (np.isnan(expected) & np.isnan(actual)))
+    gap = np.abs(expected[finite].astype(np.float64) - actual[finite]).max(initial=0.0)
+    worst = np.inf if other.any() else float(gap)
+    if not worst <= _TOLERANCE * scale:
+        raise StageError(f"{source}: the output {output!r} differs by {worst:.3g} between ONNX and torch")
 
 
 # --- Hugging Face ----------------------------------------------------------------------------------------------
@@ -347,7 +357,7 @@ def export_huggingface(
     Raises:
         InputError: the folder, task or pooling does not fit.
         UntrustedModelError: its weights are pickles, or it needs code of its own.
-        StageError: optimum cannot export it.
+        StageError: optimum cannot export it, or the exported model answers otherwise.
         MissingExtraError: optimum or transformers is not installed.
     """
     try:
@@ -371,11 +381,50 @@ def export_huggingface(
             traceback.print_exc()
             raise StageError(f"optimum cannot export {source} for {task}: {_first_line(error)}") from error
         _collect(made, Path(folder))
-    path = Path(folder) / ENTRY
+        path = Path(folder) / ENTRY
+        _check_against_folder(staged, task, path, source)
     if pooling is not None:
         append_pooling(path, pooling, normalize=normalize)
     _rewrite(path, opset=opset)
     return describe_signature(read_signature(path))
+
+
+def _check_against_folder(folder: Path, task: str, path: Path, source: str) -> None:
+    """Returns when the exported model answers as transformers does to made-up inputs, of several rows and of one.
+
+    optimum has a check of its own, which lets other values pass with a word in a log. A decoder that takes its cache
+    (a task ``...-with-past``) is not compared: what it keeps has another form in each version of transformers.
+
+    Raises:
+        StageError: it answers otherwise, or has an output that transformers' model does not give.
+    """
+    import onnxruntime
+    import torch
+    from optimum.exporters.tasks import TasksManager
+
+    kind = TasksManager.map_from_synonym(task)
+    library = "transformers"
+    model = TasksManager.get_model_from_task(
+        kind, folder, framework="pt", library_name=library, local_files_only=True, trust_remote_code=False
+    ).eval()
+    made_for = TasksManager.get_exporter_config_constructor("onnx", model=model, task=kind, library_name=library)(
+        model.config
+    )
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    inputs = [value.name for value in session.get_inputs()]
+    outputs = [value.name for value in session.get_outputs()]
+    for rows in (_EXAMPLES, 1):
+        fed = made_for.generate_dummy_inputs(framework="pt", batch_size=rows)
+        if not set(inputs) <= set(fed):
+            return
+        with torch.no_grad():
+            answer = model(**made_for.rename_ambiguous_inputs({**fed}))
+        wanted = {made_for.torch_to_onnx_output_map.get(name, name): value for name, value in answer.items()}
+        if missing := sorted(set(outputs) - set(wanted)):
+            raise StageError(f"{source}: the exported model gives {missing[0]!r}, which transformers' does not")
+        got = session.run(outputs, {name: fed[name].numpy() for name in inputs})
+        for name, actual in zip(outputs, got, strict=True):
+            _check_same(source, name, wanted[name].numpy(), actual)
 
 
 def kept_files(folder: Path, *, allow_pickle: bool = False) -> list[Path]:

@@ -127,7 +127,7 @@ def load_huggingface(
     Raises:
         InputError: the folder, task or pooling does not fit.
         UntrustedModelError: its weights are pickles, or it asks for code of its own.
-        StageError: optimum cannot export it.
+        StageError: optimum cannot export it, or the exported model answers otherwise.
         ChildFailure: the export broke a limit, or crashed.
     """
     kept_files(folder, allow_pickle=allow_pickle)

@@ -9,6 +9,7 @@ import pytest
 from onnx import TensorProto, numpy_helper, parser
 
 from optimize.engines.local import ChildFailure, Limits
+from optimize.export import export_huggingface
 from optimize.sources import load_huggingface, load_onnx, load_torch
 from profiles.serving.session import open_session
 from registry.errors import InputError, StageError, UntrustedModelError
@@ -163,8 +164,10 @@ def test_samples_that_do_not_fit_forward(place, store):
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory):
     need("torch", "transformers", "optimum.exporters.onnx")
+    import torch
     from transformers import BertConfig, BertModel
 
+    torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("bert")
     config = BertConfig(
         vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
@@ -208,6 +211,28 @@ def test_a_hugging_face_folder(bert, place, store, pooling, normalize):
     alone = open_session(entry, engine="onnxruntime").run({name: array[2:, :1] for name, array in feed().items()})
     if pooling:
         assert np.abs(alone[output] - wanted[2]).max() < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch's tracer
+def test_an_export_that_answers_otherwise_is_refused(bert, tmp_path, monkeypatch):
+    from optimum.exporters import onnx as exporters
+
+    exported = exporters.main_export
+
+    def export(*args, output, **kwargs):
+        exported(*args, output=output, **kwargs)
+        model = onnx.load(output / "model.onnx")
+        weight = next(item for item in model.graph.initializer if "LayerNorm.bias" in item.name)
+        weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) + np.float32(0.01), weight.name))
+        onnx.save(model, output / "model.onnx")
+
+    monkeypatch.setattr(exporters, "main_export", export)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(StageError, match=r"the output 'last_hidden_state' differs by \S+ between ONNX and torch"):
+        export_huggingface(
+            source=str(bert), folder=str(tmp_path / "out"), task="feature-extraction", pooling=None, normalize=False,
+            opset=None, allow_pickle=False,
+        )  # fmt: skip
 
 
 def test_a_task_that_there_is_not(bert, place, store):
