@@ -82,6 +82,8 @@ class _Deadline:
     def hold(self, sock: socket.socket) -> None:
         """It is this one: a connection that is to be closed after its answer lets go of it before."""
         self._held = sock
+        if self._over:  # time was up before there was anything to break off
+            self._end()
 
     def __enter__(self) -> "_Deadline":
         self._timer.start()

@@ -66,6 +66,23 @@ def test_a_server_that_drips_is_given_up_in_time(head: bytes) -> None:
         ask(url, "/v2", timeout_s=0.2)
 
 
+def test_time_that_is_up_as_soon_as_somebody_is_there_is_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    connect, end, up = http.client.HTTPConnection.connect, asking._Deadline._end, threading.Event()
+
+    def ended(deadline: asking._Deadline) -> None:
+        end(deadline)
+        up.set()
+
+    def late(connection: http.client.HTTPConnection) -> None:
+        assert up.wait(LONG_S)
+        connect(connection)
+
+    monkeypatch.setattr(asking._Deadline, "_end", ended)
+    monkeypatch.setattr(http.client.HTTPConnection, "connect", late)
+    with talker(b"HTTP/1.1 200 OK\r\n\r\n", drip=b"H") as url, pytest.raises(TimeoutError, match=r"within 0\.2 s"):
+        ask(url, "/v2", timeout_s=0.2)
+
+
 def test_an_answer_without_end_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(asking, "MOST_BYTES", 1000)
     head = b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n"
