@@ -257,7 +257,7 @@ def test_who_waits_for_what_another_makes_stops_waiting_when_nobody_asks(tmp_pat
         assert next(outcomes).task.name == "first"
         ending = threading.Thread(target=outcomes.close, daemon=True)
         ending.start()
-        ending.join(30)
+        ending.join(LONG_S)
         assert not ending.is_alive()
 
 

@@ -30,6 +30,11 @@ from tests.doubles.busy import until
 SECRET = "t0p-s3cret-value"
 
 
+@pytest.fixture(autouse=True)
+def written_when_a_test_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(status, "_EVERY_S", 3600.0)
+
+
 class Told(Observer):
     def __init__(self) -> None:
         self.lines: list[tuple[str, ...]] = []
@@ -168,9 +173,11 @@ def test_how_a_run_ended(tmp_path: Path, error: BaseException | None, state: str
 KILLED = """
 import sys
 from pathlib import Path
+from optimize import status
 from optimize.budget import UNLIMITED
 from optimize.cli.output import LineObserver
 from optimize.status import Watch
+status._EVERY_S = 3600.0
 with Watch(Path(sys.argv[1]), LineObserver(), campaign="digits", level="quick", budget=UNLIMITED) as told:
     told.phase("Measuring", 9)
     told.begun("Round", "round 1 of float32")

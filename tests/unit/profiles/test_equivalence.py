@@ -1,7 +1,8 @@
 """Whether requests get their own answers, and from the right model, on servers that are wrong on demand."""
 
+import itertools
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +21,7 @@ from tests.doubles.busy import undisturbed
 
 Protocol = Literal["grpc", "rest"]
 Answers = list[NDArray[np.float32]]
+Split = Callable[[Answers], Answers]
 
 CHANCE = np.random.default_rng(0)
 X = CHANCE.normal(size=(64, 16)).astype("f4")
@@ -30,7 +32,7 @@ TARGET = Target(url="127.0.0.1:1", protocol="grpc", model="m")
 
 
 def check(
-    split: Callable[[Answers], Answers] = list,
+    split: Split = list,
     *,
     x: NDArray[np.float32] = X,
     protocol: Protocol = "grpc",
@@ -60,6 +62,24 @@ def swapped_once(answers: Answers) -> Answers:
     return [answers[0], answers[2], answers[1], *answers[3:]]
 
 
+@dataclass
+class Noted:
+    """Another split, and how often it changed anything: on a busy machine requests may come one by one."""
+
+    split: Split
+    times: int = 0
+
+    def __call__(self, answers: Answers) -> Answers:
+        given = self.split(answers)
+        self.times += not all(map(np.array_equal, answers, given))
+        return given
+
+
+def check_of_changed(split: Split, **how: Any) -> Equivalence:
+    noted = Noted(split)
+    return undisturbed(lambda: check(noted, **how), lambda _: noted.times)
+
+
 def all_rows(answers: Answers) -> Answers:
     return [np.concatenate(answers)] * len(answers)
 
@@ -78,10 +98,8 @@ def test_a_right_server_passes(protocol: Protocol, known: bool) -> None:
 
 @pytest.mark.parametrize("split", [offset, of_the_first, swapped_once, lambda answers: answers[::-1]])
 @pytest.mark.parametrize(("x", "known"), [(X, True), (X, False), (ALIKE, True)], ids=["known", "asked", "alike"])
-def test_answers_that_go_to_others_are_found(
-    split: Callable[[Answers], Answers], x: NDArray[np.float32], known: bool
-) -> None:
-    found = check(split, x=x, known=known, requests=128)
+def test_answers_that_go_to_others_are_found(split: Split, x: NDArray[np.float32], known: bool) -> None:
+    found = check_of_changed(split, x=x, known=known, requests=128)
     assert "got the answer of another" in found.reason
     assert all(one != other for one, other in found.swapped)
     if x is ALIKE:
@@ -90,7 +108,7 @@ def test_answers_that_go_to_others_are_found(
 
 
 def test_a_swap_names_whose_answer_it_was() -> None:
-    found = check(swapped_once, concurrency=16, requests=256)
+    found = check_of_changed(swapped_once, concurrency=16, requests=256)
     pairs = set(found.swapped)
     assert pairs
     assert {(other, one) for one, other in pairs} == pairs
@@ -251,9 +269,11 @@ def generator(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def test_a_window_of_another_model_is_invalid(
     generator: LoadGenerator, tmp_path: Path, protocol: Protocol, fault: dict[str, Any], said: str | None
 ) -> None:
-    profile = LoadProfile(name="test", load=ClosedLoop(concurrency=2), warmup_s=0.02, duration_s=0.1)
+    # Longer where a busy machine comes to little in so short a time.
+    lengths_s = itertools.chain([0.1, 0.5], itertools.repeat(3.0))
 
     def offer() -> RunRecord:
+        profile = LoadProfile(name="test", load=ClosedLoop(concurrency=2), warmup_s=0.02, duration_s=next(lengths_s))
         with FakeV2Server(**fault) as server:
             target = server.target(protocol)
             payloads = encode_payloads({"x": X}, target=target)

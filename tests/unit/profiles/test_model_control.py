@@ -67,7 +67,10 @@ def server() -> Iterator[Answers]:
 
 
 @pytest.fixture
-def control(server: Answers) -> ModelControl:
+def control(server: Answers, monkeypatch: pytest.MonkeyPatch) -> ModelControl:
+    # This process, and with it the server, may stand still for as long as a probe waits.
+    monkeypatch.setattr(model_control, "_PROBE_S", LONG_S)
+    monkeypatch.setattr(model_control, "_ANSWER_S", LONG_S)
     return ModelControl(f"127.0.0.1:{server.server_address[1]}")
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from profiles.deploy.reaper import end_server, reap
 from profiles.deploy.supervise import MARK, start_ticks
-from tests.doubles.busy import LONG_S
+from tests.doubles.busy import LONG_S, until
 
 SLEEP = [sys.executable, "-I", "-S", "-c", "import time; time.sleep(200)"]
 KEYS = ("mark", "shm_prefix", "server", "supervisor", "parent")
@@ -20,6 +20,8 @@ GONE = [2**22 - 1, 1]
 def sleeper() -> Iterator[subprocess.Popen[bytes]]:
     mark = f"reaper-test-{os.getpid()}"
     with subprocess.Popen(SLEEP, env={MARK: mark}) as process:
+        # The kernel shows a program's environment a moment after it has begun.
+        until(lambda: mark.encode() in Path(f"/proc/{process.pid}/environ").read_bytes())
         yield process
         process.kill()
 

@@ -140,6 +140,8 @@ def test_any_flipped_byte_of_a_bundle_is_refused(signed):
     # The name before a checkpoint's signature is a hint, which the signature does not cover.
     hint = whole.index("\N{EM DASH} double ".encode())
     for place in range(0, len(whole) - 1, 61):
+        if whole[place + 1 : place + 3] == b"==":
+            continue  # what is flipped there in Base64 belongs to no byte
         damaged = bytearray(whole)
         damaged[place] ^= 4
         signed.path.write_bytes(damaged)

@@ -107,16 +107,23 @@ def called(errors: list[BaseException], **options: Any) -> list[BaseException]:
     return errors
 
 
-def test_a_call_is_made_again_until_it_succeeds(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(outages, "_FIRST_PAUSE_S", 0.001)
+@pytest.fixture
+def slept(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """How long it was waited, by a clock that goes on by nothing else."""
+    pauses: list[float] = []
+    monkeypatch.setattr(outages, "time", SimpleNamespace(monotonic=lambda: sum(pauses)))
+    monkeypatch.setattr(outages, "pause", pauses.append)
+    return pauses
+
+
+def test_a_call_is_made_again_until_it_succeeds(slept: list[float], caplog: pytest.LogCaptureFixture) -> None:
     stale = [OSError(errno.ESTALE, "stale") for _ in range(4)]
     assert called(list(stale), patience_s=60.0) == []
     assert [record.getMessage().partition(" (")[0] for record in caplog.records] == [
         "/mnt/models does not answer",
-        "/mnt/models answers again, after 0 s",
+        f"/mnt/models answers again, after {sum(slept):.0f} s",
     ]
+    assert len(slept) == 4
     assert called([], patience_s=0.0) == []
     assert len(caplog.records) == 2
     with pytest.raises(OSError, match="stale"):
@@ -125,15 +132,7 @@ def test_a_call_is_made_again_until_it_succeeds(
         called([stale[0], PermissionError(errno.EACCES, "no")], patience_s=60.0)
 
 
-def test_pauses_grow_and_end_with_the_patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    now, slept = [0.0], []
-
-    def sleep(seconds: float) -> None:
-        slept.append(seconds)
-        now[0] += seconds
-
-    monkeypatch.setattr(outages, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    monkeypatch.setattr(outages, "pause", sleep)
+def test_pauses_grow_and_end_with_the_patience(slept: list[float]) -> None:
     with pytest.raises(OSError, match="stale"):
         called([OSError(errno.ESTALE, "stale") for _ in range(1000)], patience_s=outages.PATIENCE_S)
     assert sum(slept) == pytest.approx(120)

@@ -118,8 +118,11 @@ def test_pipes_folders_behind_links_and_odd_names_are_refused(store, folder):
 
 
 def damage_change(path: Path) -> None:
+    before_ns = path.stat().st_mtime_ns
     path.chmod(0o644)
     path.write_bytes(b"mod3l")
+    # A quick machine is done with all this before the clock of files has gone on.
+    os.utime(path, ns=(before_ns, before_ns + 1_000_000))
 
 
 def damage_remove(path: Path) -> None:

@@ -24,6 +24,7 @@ from optimize.fleet.outcomes import exit_code_of
 from optimize.fleet.process import CAMPAIGN, LOG, SAID, CampaignProcess, as_document
 from optimize.fleet.running import run_fleet
 from optimize.plan import Plan
+from profiles.deploy.supervise import start_ticks
 from registry import codec
 from registry.documents import parse_document
 from registry.errors import InputError, StorageError
@@ -234,10 +235,10 @@ def test_what_kills_have_taken_leaves_a_model_a_few_of_its_minutes(plan_of, take
 
 def test_a_verdict_for_want_of_the_fleets_minutes_goes_on_the_next_time(plan_of):
     scripts = Scripts({"a": CUT, "b": WON})
-    fleet = plan_of("a", "b", head=FLEET.replace("parallel: 2", "parallel: 1\nminutes: 10"))
+    fleet = plan_of("a", "b", head=FLEET.replace("parallel: 2", "parallel: 1\nminutes: 1000"))
     run(fleet, scripts)
-    assert scripts.minutes["a"] == pytest.approx(5.0, rel=0.1)
-    assert scripts.minutes["b"] == pytest.approx(10.0, rel=0.05)  # what the first left over
+    assert scripts.minutes["a"] == pytest.approx(500.0, rel=0.1)
+    assert scripts.minutes["b"] == pytest.approx(1000.0, rel=0.05)  # what the first left over
     run(fleet, scripts)
     assert scripts.started == ["a", "b", "a"]
 
@@ -377,4 +378,4 @@ def test_a_campaign_dies_with_its_fleet(plan_of, tmp_path: Path):
     plan_of("a")
     done = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, text=True, timeout=200)
     pid = int(done.stdout)
-    until(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == "zombie")
+    until(lambda: start_ticks(pid) is None)

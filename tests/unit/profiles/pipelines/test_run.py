@@ -69,19 +69,22 @@ def test_joins_put_tensors_together_and_triggers_give_none():
 
 
 def test_an_outer_join_goes_on_with_what_came_when_its_window_ends():
-    steps = [*STEPS[:2], {"name": "both", "inputs": ["parity.inputs.x", "half.outputs.y"], "inputsJoinType": "outer",
-                          "joinWindowMs": 30}]  # fmt: skip
+    def joined(window_ms: int) -> Pipeline:
+        both = {"name": "both", "inputs": ["parity.inputs.x", "half.outputs.y"], "inputsJoinType": "outer",
+                "joinWindowMs": window_ms}  # fmt: skip
+        return pipeline([*STEPS[:2], both], steps=["both"])
+
     models = {**MODELS, "both": lambda inputs: {"names": np.array([[len(inputs)]])}}
-    joined = pipeline(steps, steps=["both"])
 
     async def call(step, inputs):
         return models[step](inputs)
 
-    async def ask(number: int) -> int:
-        outputs, _ = await run_graph(joined, call, {"x": np.array([[number]])})
+    async def ask(number: int, window_ms: int) -> int:
+        outputs, _ = await run_graph(joined(window_ms), call, {"x": np.array([[number]])})
         return int(outputs["names"][0, 0])
 
-    assert [asyncio.run(ask(number)) for number in (4, 3)] == [2, 1]
+    # A window that all come in does not last to its end.
+    assert [asyncio.run(ask(4, 60_000)), asyncio.run(ask(3, 30))] == [2, 1]
 
 
 def test_a_step_that_fails_fails_the_request():
