@@ -11,7 +11,7 @@ from profiles.deploy.storage_uris import fetched_as, rclone_uri
 from profiles.serving.naming import check_core2_name
 from registry.documents import load_document
 from registry.errors import InputError
-from registry.filesystems import scheme_of
+from registry.filesystems import local_path, scheme_of
 from registry.records import Artifact, Candidate, ServingProfile
 
 _ADDRESS = re.compile(r"(?P<host>\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?):(?P<port>[0-9]{1,5})")
@@ -151,7 +151,7 @@ class _Core2Config(_Model):
 
     def storage_in(self, base: Path) -> str:
         """The destination of uploads, with a path as seen from ``base``."""
-        return self.storage if scheme_of(self.storage) else str((base / Path(self.storage).expanduser()).resolve())
+        return self.storage if scheme_of(self.storage) else str(local_path(self.storage, base).resolve())
 
     def memory_of(self, candidate: Candidate, artifact: Artifact) -> int:
         """Bytes to ask for."""

@@ -19,6 +19,7 @@ from profiles.deploy.cluster import Cluster
 from profiles.deploy.core2_candidates import Core2Options
 from profiles.deploy.placement import check_destination, place
 from profiles.deploy.storage_uris import fetched_as
+from registry.filesystems import local_path
 from registry.records import Artifact, ServingProfile
 
 if TYPE_CHECKING:
@@ -233,4 +234,4 @@ def core2_options(config: Core2Config, base: Path, owner: str) -> Core2Options:
 
 
 def _file(given: str | None, base: Path) -> Path | None:
-    return None if given is None else (base / Path(given).expanduser()).resolve()
+    return None if given is None else local_path(given, base).resolve()

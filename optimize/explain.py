@@ -20,6 +20,7 @@ from optimize.recipes import engine_label
 from optimize.reporting import read_campaign
 from profiles.measure.host import split_cpus
 from registry.errors import InputError, StageError
+from registry.filesystems import local_path
 from registry.records import Adaptation, Campaign, EngineGraph, EngineSpec, Estimate, Explanation, Recipe, Variant
 from registry.store import FolderStore
 
@@ -291,7 +292,7 @@ def evaluation_samples(work: Path, campaign_file: Path | None) -> Path:
             f"no campaign file at {file}, which names the samples to run",
             hint="Name it with --campaign, or the samples with --samples.",
         )
-    return file.parent / Path(load_campaign(file).samples.evaluation).expanduser()
+    return local_path(load_campaign(file).samples.evaluation, file.parent)
 
 
 def explain_files(

@@ -15,6 +15,7 @@ from optimize.promoting import BasePromoting, Options, Task
 from optimize.rollback import Told
 from registry import promotion as promotions
 from registry.errors import CheckFailedError, InputError
+from registry.filesystems import local_path
 from registry.keyless import SignerIdentity
 from registry.ports import Probe, RegisteredVersion
 from registry.promotion import CHAMPION, UNREGISTERED, Journal
@@ -76,7 +77,7 @@ def find_subject(where: Path, *, work: Path | None, cluster: Path | None, option
         base = where.resolve().parent
         work = work or where.parent / "burnish-work"
         configured = configured if cluster is not None else config.cluster
-        samples = samples or (base / Path(config.samples.evaluation).expanduser())
+        samples = samples or local_path(config.samples.evaluation, base)
     elif work is not None and work != where:
         raise InputError(f"{where} is no campaign file, and goes with no --work", hint="Name one of them.")
     work = work or where

@@ -20,6 +20,7 @@ from profiles.measure.levels import Level, load_levels
 from profiles.measure.resources import PackageEnergy
 from registry.codec import digest, to_jsonable
 from registry.errors import InputError, PolicyError
+from registry.filesystems import local_path
 from registry.ledger import Ledger
 from registry.policy import parse_policy, slo_limit
 from registry.ports import Store
@@ -155,7 +156,7 @@ class Plan:
 
     def path(self, given: str) -> Path:
         """A path of the campaign file, as seen from its folder."""
-        return (self.base / Path(given).expanduser()).resolve()
+        return local_path(given, self.base).resolve()
 
     def source_path(self, source: SourceConfig) -> Path:
         """The file or folder that a source names.

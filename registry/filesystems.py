@@ -83,7 +83,16 @@ def _local_root(uri: str) -> str:
             path = path.removeprefix("//")
         if not path.startswith("/"):
             raise InputError(f"{uri!r} is no file of this machine", hint="Write file:///path, or the path alone.")
-    return str(Path(path).expanduser().resolve())
+    return str(local_path(path).resolve())
+
+
+def local_path(given: str, base: Path | None = None) -> Path:
+    """A path as a user writes it: ``~`` is the home folder, and what is relative is seen from ``base``.
+
+    ``~name`` of a user that there is not stays as it is, as in a shell, and is then a file that is missing.
+    """
+    path = Path(os.path.expanduser(given))  # noqa: PTH111 (Path's own raises for such a user, and takes ./~ for ~)
+    return path if base is None else base / path
 
 
 # --- file systems -----------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from optimize.fleet import MODELS
 from optimize.plan import Plan, plan
 from registry.documents import Document, KeyPath, read_document
 from registry.errors import BurnishError, DocumentError, InputError
+from registry.filesystems import local_path
 
 _SHOWN = 20
 _OWN = ("share", "minutes", "group")
@@ -254,7 +255,7 @@ class _Reading:
     def _filed(self, part: Document) -> _Read:
         laid = part if self._defaults is None else part.over(self._defaults.only(_OWN))
         own = laid.as_model(FiledModel)
-        path = self._folder / Path(own.campaign).expanduser()
+        path = local_path(own.campaign, self._folder)
         try:
             config = load_campaign(path)
         except InputError as error:
@@ -270,7 +271,7 @@ class _Reading:
 
     def _matching(self, pattern: str, listed: set[str]) -> Iterator[_Read]:
         """The campaign files that a pattern matches, but for those that ``models`` lists themselves."""
-        known = {(self._folder / Path(name).expanduser()).resolve() for name in listed}
+        known = {local_path(name, self._folder).resolve() for name in listed}
         place = self._document.part("models_from").place
         try:
             matching = sorted(path for path in self._folder.glob(pattern) if path.is_file())

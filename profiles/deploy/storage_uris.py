@@ -6,7 +6,7 @@ from pathlib import Path
 
 from profiles.serving.roundtrip import DEFAULT_REMOTE
 from registry.errors import InputError
-from registry.filesystems import MLFLOW_SCHEMES, destination_of, scheme_of
+from registry.filesystems import MLFLOW_SCHEMES, destination_of, local_path, scheme_of
 from registry.tracking import artifact_location, redact
 
 _REMOTE = re.compile(r"\w[\w.+-]*")
@@ -85,7 +85,7 @@ def _in_container(path: Path, mounts: Mapping[str, str]) -> str:
     for local, inside in mounts.items():
         if not inside.startswith("/"):
             raise InputError(f"{inside!r} is no absolute path in the rclone container")
-        root = Path(local).expanduser().resolve()
+        root = local_path(local).resolve()
         if path.is_relative_to(root):
             return f"{inside.rstrip('/')}/{path.relative_to(root)}".removesuffix("/.") or "/"
     raise InputError(
