@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 # How long an example takes is the machine's affair, and machines are shared.
-settings.register_profile("burnish", deadline=None)
+settings.register_profile("burnish", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("burnish")
 
 # Where one tracking server serves a whole session, and the fixtures that lead to it.
@@ -84,6 +84,18 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if not (folder / "mlflow.db").exists():
             open_tracker(None, folder).check()
     return folder / "mlflow.db"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_told_of_conversions() -> Iterator[None]:
+    """OpenVINO reports each conversion over the network, from a fork of this process that has all of its sockets.
+
+    By these words it knows that it is not to; other libraries take them for more, so that they come after imports.
+    """
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("CI", "true")
+        patched.setenv("NNCF_CI", "1")
+        yield
 
 
 @pytest.fixture(autouse=True)
