@@ -57,10 +57,7 @@ def artifacts_of(client: MlflowClient, run_id: str, folder: str = "") -> set[str
 def test_a_campaign_is_a_parent_run_with_a_child_for_each_candidate(
     uri: str, own_name: Campaign, report: Path, work: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    began = time.monotonic()
     published = MlflowTracker(uri, work).publish(own_name, files={"report.html": report})
-    took_s = time.monotonic() - began
-    assert took_s < 200, f"publishing took {took_s:.1f} s"
     assert capfd.readouterr().out == ""
 
     client = MlflowClient(tracking_uri=uri, registry_uri=uri)

@@ -1,9 +1,11 @@
 """MLflow's own pages of a campaign in a real browser: what is recorded is where its users look for it."""
 
 import dataclasses
+import itertools
 import json
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import quote
 
@@ -13,6 +15,7 @@ from registry.mlflow_tracking import MlflowTracker
 from registry.ports import Published
 from registry.records import Campaign
 from tests.doubles import campaigns, searches
+from tests.doubles.busy import undisturbed
 
 pytestmark = [
     pytest.mark.slow,
@@ -50,12 +53,20 @@ def chromium() -> str:
     return found
 
 
-def opened(chromium: str, url: str, picture: Path) -> str:
-    """What the page holds when all is loaded; its picture is kept."""
-    command = [chromium, *QUIET, f"--user-data-dir={picture.parent / 'profile'}"]
-    taken = [f"--screenshot={picture}", "--dump-dom", url]
-    done = subprocess.run([*command, *taken], capture_output=True, text=True, timeout=120, check=True)
-    return done.stdout
+def missing(words: Sequence[str], chromium: str, url: str, picture: Path) -> list[str]:
+    """Those words that the page does not show when all is loaded; its picture is kept.
+
+    The page's own time may be over before a server that stands still has answered all; then it is opened once more.
+    """
+    numbers = itertools.count()
+
+    def not_shown() -> list[str]:
+        command = [chromium, *QUIET, f"--user-data-dir={picture.parent / f'profile-{next(numbers)}'}"]
+        taken = [f"--screenshot={picture}", "--dump-dom", url]
+        done = subprocess.run([*command, *taken], capture_output=True, text=True, timeout=120, check=True)
+        return [word for word in words if word not in done.stdout]
+
+    return undisturbed(not_shown, lambda left: not left, tries=3)
 
 
 def test_the_compare_page_shows_the_candidates_side_by_side(
@@ -64,22 +75,17 @@ def test_the_compare_page_shows_the_candidates_side_by_side(
     base, done = published
     runs = [done.runs[one.id] for one in campaigns.CANDIDATES]
     asked = f"runs={quote(json.dumps(runs))}&experiments={quote(json.dumps([base.rpartition('/')[2]]))}"
-    dom = opened(chromium, f"{base.partition('#')[0]}#/compare-runs?{asked}", tmp_path / "compare.png")
-    for candidate, run_id in zip(campaigns.CANDIDATES, runs, strict=True):
-        assert candidate.name in dom
-        assert run_id in dom
+    names = [one.name for one in campaigns.CANDIDATES]
     # What has room in MLflow's tables; the rest comes in when one scrolls.
-    assert "accuracy_drop_high" in dom
-    assert "calibration_digest" in dom
-    assert "burnish.verdict" in dom
+    words = (*names, *runs, "accuracy_drop_high", "calibration_digest", "burnish.verdict")
+    url = f"{base.partition('#')[0]}#/compare-runs?{asked}"
+    assert missing(words, chromium, url, tmp_path / "compare.png") == []
 
 
 def test_the_page_of_a_run_shows_its_verdict_samples_and_model(
     chromium: str, published: tuple[str, Published], tmp_path: Path
 ) -> None:
     base, done = published
-    dom = opened(chromium, f"{base}/runs/{done.runs[campaigns.STATIC_TRITON.id]}", tmp_path / "run.png")
-    assert campaigns.campaign().verdict.sentence in dom
-    assert "evaluation samples" in dom
-    assert "int8-static" in dom
-    assert "digits-in-the-browser" in dom
+    words = (campaigns.campaign().verdict.sentence, "evaluation samples", "int8-static", "digits-in-the-browser")
+    url = f"{base}/runs/{done.runs[campaigns.STATIC_TRITON.id]}"
+    assert missing(words, chromium, url, tmp_path / "run.png") == []

@@ -164,10 +164,12 @@ def kill_at(line: str, work: Path, double: SchedulerDouble, kind: str) -> None:
         limit.start()
         assert child.stdin is not None
         assert child.stdout is not None
-        while line not in (told := child.stdout.readline()):
-            assert told, "the child ended early"
-            child.stdin.write("\n")
-            child.stdin.flush()
-        child.kill()
+        try:
+            while line not in (told := child.stdout.readline()):
+                assert told, "the child ended early"
+                child.stdin.write("\n")
+                child.stdin.flush()
+        finally:
+            limit.cancel()
+            child.kill()
         assert child.wait() == -9
-        limit.cancel()

@@ -39,6 +39,7 @@ def nothing(key: str) -> None:
 
 
 MACHINE = "AWS_ACCESS_KEY_ID"
+WARNED = ("registry.outages", logging.WARNING)
 
 
 @pytest.fixture
@@ -108,7 +109,7 @@ def test_calls_to_a_store_that_is_away_are_made_again(
         assert found[0] == found[1], name
         assert len(pauses) == 1, name
         pauses.clear()
-        told = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+        told = [message for logger, level, message in caplog.record_tuples if (logger, level) == WARNED]
         caplog.clear()
         assert len(told) == 2, name
         assert told[0].startswith("s3://models/x does not answer (")
