@@ -28,6 +28,8 @@ its shared memory is removed by the supervisor.
 POLL_S = 0.02
 _REASON_S = 1.0
 _NOTICE_S = 2.0
+# What is left of a server that has ended is ended first, and on a busy machine that takes its time.
+_ENDING_S = 20.0
 _UNLOAD_S = 10.0
 # Triton's tables and notes, which would push the reason out of the end of its log.
 _LOG_NOISE = re.compile(r"[|+]|I\d{4} |$")
@@ -201,7 +203,7 @@ class ServerProcess:
             message = f"{self.server} did not have {model} ready after {waited:.0f} s"
             raise self._error(UnreachableError, message) from error
         except OSError as error:
-            self._child.wait(_NOTICE_S)
+            self._wait_for_status()
             if self.ended:
                 raise self._ended(f"while it loaded {model}") from error
             raise self._error(UnreachableError, f"{self.server} does not answer any more ({error})") from error
@@ -213,6 +215,15 @@ class ServerProcess:
             if self.ended:
                 raise ConnectionError
             time.sleep(POLL_S)
+
+    def _wait_for_status(self) -> None:
+        """Returns when it is known how the server ended; not long after, where it does not end."""
+        deadline = time.monotonic() + _NOTICE_S
+        while start_ticks(self._pid) is not None:
+            if time.monotonic() > deadline:
+                return
+            time.sleep(POLL_S)
+        self._child.wait(_ENDING_S)
 
     def unload(self, model: str) -> None:
         """Has the server unload a model, where it has it and still answers."""
@@ -230,7 +241,7 @@ class ServerProcess:
         processes = self._processes()
         # The supervisor may be about to end what is left of it.
         if not processes or start_ticks(self._pid) is None:
-            self._child.wait(_NOTICE_S)
+            self._wait_for_status()
             raise self._error(ServerDiedError, f"{self.server} has ended with status {self._child.status}")
         return usage_of(processes)
 

@@ -197,8 +197,7 @@ class SchedulerDouble:
 
     def hang_up(self) -> None:
         """Takes no connection any more, and ends those that are."""
-        self._line.open = False
-        self._line.cut()
+        self._line.hang_up()
 
     def be_far(self, late_s: float) -> None:
         """Every connection takes so long to come about."""
@@ -223,7 +222,18 @@ class SchedulerDouble:
     def restart(self, name: str) -> None:
         """Has the server of a model load it anew, as after a crash; it is ready at once."""
         with self._lock:
-            self._models[name][-1].ready_at = time.monotonic()
+            version = self._models[name][-1]
+            # Clients tell times apart that are a millisecond apart.
+            while (now := time.monotonic()) < version.ready_at + 0.002:
+                time.sleep(0.001)
+            version.ready_at = now
+
+    def hurry(self, name: str) -> None:
+        """What is under way with a model, to load or to unload it, is done."""
+        with self._lock:
+            version, now = self._models[name][-1], time.monotonic()
+            version.ready_at = min(version.ready_at, now)
+            version.gone_at = None if version.gone_at is None else min(version.gone_at, now)
 
     def route(self, name: str) -> tuple[Agent | None, str] | None:
         """(agent, internal name) of an available model, or None."""
@@ -548,7 +558,7 @@ class _Line:
     """A wire to a port, which can be cut: connections on it end, in the middle of whatever they carry."""
 
     def __init__(self, inner: Callable[[socket.socket], int]) -> None:
-        self.open = True
+        self._open = True
         self.late_s = 0.0
         self._inner = inner
         self._ends: list[socket.socket] = []
@@ -565,12 +575,17 @@ class _Line:
                 with contextlib.suppress(OSError):
                     end.shutdown(socket.SHUT_RDWR)
 
+    def hang_up(self) -> None:
+        """Ends every connection, and lets in no other."""
+        with self._lock:
+            self._open = False
+        self.cut()
+
     def close(self) -> None:
         """Ends every connection, and the line."""
-        self.open = False
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
-        self.cut()
+        self.hang_up()
         for thread in self._threads:
             thread.join()
         for end in (*self._ends, self._listener):
@@ -582,12 +597,15 @@ class _Line:
                 outside, _ = self._listener.accept()
             except OSError:
                 return
-            if not self.open:
-                outside.close()
-                continue
             with self._lock:
-                self._ends.append(outside)
-            self._start(self._lead, outside)
+                # Whoever comes while the line is closed is either cut with the others, or not let in.
+                let_in = self._open
+                if let_in:
+                    self._ends.append(outside)
+            if let_in:
+                self._start(self._lead, outside)
+            else:
+                outside.close()
 
     def _lead(self, outside: socket.socket) -> None:
         time.sleep(self.late_s)
@@ -719,12 +737,11 @@ def _handler(double: SchedulerDouble) -> type[BaseHTTPRequestHandler]:
                 self.answer(404, b"no route", {})
                 return
             agent, internal = route
-            connection = http.client.HTTPConnection(LOOPBACK, agent.http)
             path = re.sub(rf"/models/{re.escape(name)}\b", f"/models/{internal}", self.path)
-            connection.request(method, path, body, {"Content-Type": "application/json"})
-            reply = connection.getresponse()
-            self.answer(reply.status, reply.read(), {"x-seldon-route": f":{internal}:"})
-            connection.close()
+            with contextlib.closing(http.client.HTTPConnection(LOOPBACK, agent.http)) as connection:
+                connection.request(method, path, body, {"Content-Type": "application/json"})
+                reply = connection.getresponse()
+                self.answer(reply.status, reply.read(), {"x-seldon-route": f":{internal}:"})
 
         def answer(self, status: int, body: bytes, headers: dict[str, str]) -> None:
             self.send_response(status)

@@ -200,6 +200,12 @@ class KubernetesDouble:
         with self._changed:
             self._drop(("seldon", plural, name))
 
+    def hurry(self) -> None:
+        """What the operator is to do later it does at once."""
+        with self._changed:
+            self._due = [(0.0, work) for _, work in self._due]
+            self._changed.notify_all()
+
     def set_status(self, name: str, status: Json, plural: str = "models") -> None:
         with self._changed:
             key = ("seldon", plural, name)
@@ -364,14 +370,11 @@ class KubernetesDouble:
         """What the server behind the agent answers of a Model, by status and body."""
         if self.agent is None or not self.ready(name):
             return 404, b""
-        connection = http.client.HTTPConnection(LOOPBACK, self.agent.http)
         path = path.replace(f"/models/{name}", f"/models/{name}_1")
-        connection.request("POST" if body else "GET", path, body, {"Content-Type": "application/json"})
-        reply = connection.getresponse()
-        try:
+        with contextlib.closing(http.client.HTTPConnection(LOOPBACK, self.agent.http)) as connection:
+            connection.request("POST" if body else "GET", path, body, {"Content-Type": "application/json"})
+            reply = connection.getresponse()
             return reply.status, reply.read()
-        finally:
-            connection.close()
 
     def ready(self, name: str) -> bool:
         """Whether the mesh answers for a model."""

@@ -26,7 +26,9 @@ def burnish(*arguments: str, cwd: Path) -> "subprocess.CompletedProcess[str]":
 
 def ledger(work: Path) -> list[dict]:
     path = work / "ledger.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    # The last line may be being written.
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    return [json.loads(line) for line in lines]
 
 
 def servers_of(work: Path) -> list[str]:

@@ -73,11 +73,13 @@ def committed(work: Path) -> list[dict]:
 
 
 def server_of(work: Path, word: str) -> psutil.Process | None:
-    for process in psutil.process_iter(["cmdline", "name"]):
+    """The one that runs longest."""
+    found = []
+    for process in psutil.process_iter(["cmdline", "name", "create_time"]):
         words = " ".join(process.info["cmdline"] or [])
         if process.info["name"] == word and str(work) in words:
-            return process
-    return None
+            found.append(process)
+    return min(found, key=lambda process: process.info["create_time"], default=None)
 
 
 def test_a_server_that_dies_is_a_failed_candidate_and_the_rest_goes_on(tiny: Path):

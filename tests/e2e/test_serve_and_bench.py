@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 BURNISH = str(Path(sys.executable).with_name("burnish"))
 
@@ -41,7 +41,7 @@ def test_a_served_model_can_be_measured_over_both_protocols(tiny: Path, server: 
                     check=False,
                     capture_output=True,
                     text=True,
-                    timeout=120,
+                    timeout=200,
                 )
                 found = json.loads(done.stdout)
                 assert "error" not in found, found
@@ -88,7 +88,7 @@ def test_a_server_that_cannot_load_its_model_is_exit_4(tiny: Path):
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
     onnx.save(model, tiny / "broken.onnx")
     done = subprocess.run(
-        [BURNISH, "serve", str(tiny / "broken.onnx")], check=False, capture_output=True, text=True, timeout=120
+        [BURNISH, "serve", str(tiny / "broken.onnx")], check=False, capture_output=True, text=True, timeout=200
     )
     assert done.returncode in (2, 4), done.stderr
     assert "Traceback" not in done.stderr.partition("Its log ends")[0]
@@ -97,7 +97,7 @@ def test_a_server_that_cannot_load_its_model_is_exit_4(tiny: Path):
 def test_an_endpoint_that_is_not_there(tiny: Path):
     options = ["--model", "m", "--samples", str(tiny / "evaluation.npz"), "--concurrency", "1", "--json"]
     done = subprocess.run(
-        [BURNISH, "bench", "127.0.0.1:9", *options], check=False, capture_output=True, text=True, timeout=120
+        [BURNISH, "bench", "127.0.0.1:9", *options], check=False, capture_output=True, text=True, timeout=200
     )
     assert done.returncode == 4
     assert "127.0.0.1:9" in json.loads(done.stdout)["error"]["message"]

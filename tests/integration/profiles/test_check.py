@@ -237,7 +237,8 @@ def runtimes(folder: Path, **offsets: int) -> Iterator[tuple[int, int]]:
     with (folder / "server.log").open("wb") as log:
         server = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=folder, start_new_session=True)
     try:
-        wait_until_ready(f"http://127.0.0.1:{ports.http}/v2/models/{[*offsets][-1]}/ready", server, folder)
+        for name in offsets:
+            wait_until_ready(f"http://127.0.0.1:{ports.http}/v2/models/{name}/ready", server, folder)
         yield ports.http, ports.grpc
     finally:
         server.terminate()

@@ -26,7 +26,7 @@ from profiles.serving.naming import model_name_of
 from registry.errors import InputError, ServerDiedError, UnreachableError
 from registry.records import Artifact, Candidate, TensorSpec
 from registry.store import FolderStore
-from tests.doubles.busy import ends_in_vain
+from tests.doubles.busy import ends_in_vain, until
 from tests.doubles.candidates import candidate
 from tests.doubles.core2 import LOOPBACK, SchedulerDouble, ServerDouble
 
@@ -65,7 +65,7 @@ def changed(**fields: Any) -> Core2Model:
 
 
 def test_a_model_is_loaded_waited_for_and_unloaded(double: SchedulerDouble, client: SchedulerClient) -> None:
-    double.load_s = double.unload_s = 0.1
+    double.load_s, double.unload_s = 0.1, 600
     double.servers["mlserver"].memory_bytes = 10_000_000
     found = client.wait_for_model(client.load_model(MODEL), timeout_s=WAIT_S)
     assert (found.version, found.state, found.server, found.available_replicas) == (1, "ModelAvailable", "mlserver", 1)
@@ -73,7 +73,14 @@ def test_a_model_is_loaded_waited_for_and_unloaded(double: SchedulerDouble, clie
     assert (server.name, server.free_bytes, server.replicas[0].models) == ("mlserver", 9_000_000, 1)
     client.unload_model("digits")
     assert client.model("digits").state == "ModelTerminating"
-    client.wait_until_unloaded("digits", timeout_s=WAIT_S)
+    looked = double.methods().count("ModelStatus")
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(client.wait_until_unloaded, "digits", timeout_s=WAIT_S)
+        # Once it looks a second time, it has seen the model on its way out.
+        until(lambda: waiting.done() or double.methods().count("ModelStatus") > looked + 1)
+        assert not waiting.done()
+        double.hurry("digits")
+        waiting.result()
     assert double.loaded() == []
     assert client.server_status("mlserver")[0].free_bytes == 10_000_000
 
@@ -458,7 +465,7 @@ def settings(authority: Authority, client: Authority | None, **fields: Any) -> T
 
 
 def ask_over(double: SchedulerDouble, tls: TlsSettings | None) -> tuple[Any, ...]:
-    with SchedulerClient(LOOPBACK, double.port, tls=tls) as client:
+    with SchedulerClient(LOOPBACK, double.port, tls=tls, timeout_s=WAIT_S) as client:
         return client.server_status()
 
 
@@ -776,7 +783,9 @@ def test_a_mesh_that_is_not_there_is_told_before_anything_is_done(
 
 
 def test_threads_of_the_double_end() -> None:
-    before = threading.active_count()
+    before = set(threading.enumerate())
     with SchedulerDouble() as double, SchedulerClient(LOOPBACK, double.port) as client:
         client.server_status()
-    assert threading.active_count() <= before + 1
+        assert set(threading.enumerate()) - before
+    # What is told to end ends in its own time.
+    until(lambda: set(threading.enumerate()) <= before)

@@ -102,7 +102,8 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Served, S
 
 @pytest.fixture(scope="module")
 def envoy(served: tuple[Served, Served], tmp_path_factory: pytest.TempPathFactory) -> Iterator[EnvoyFront]:
-    with EnvoyFront(tmp_path_factory.mktemp("front"), [one.route for one in served], retries=0) as front:
+    routes = [one.route for one in served]
+    with EnvoyFront(tmp_path_factory.mktemp("front"), routes, retries=0, timeout_s=LIMIT_S) as front:
         yield front
 
 
@@ -332,16 +333,18 @@ def test_what_is_not_there(front: EnvoyFront, served: tuple[Served, Served]) -> 
 def test_a_dead_server_is_a_clear_error_and_an_update_leads_elsewhere(
     front: EnvoyFront, served: tuple[Served, Served]
 ) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as closed:
-        port = closed.getsockname()[1]
     before = front.models
-    front.update(models=[*before, ModelRoute(name="gone", http=port, grpc=port)], experiments=[])
-    (rest,) = through_transport(front.target("gone", "rest"), 1)
-    assert rest.status == Status.STATUS
-    assert rest.message.startswith("HTTP 503: upstream connect error")
-    (over_grpc,) = through_transport(front.target("gone", "grpc"), 1)
-    assert over_grpc.status == Status.CONNECTION
-    assert over_grpc.message.startswith("UNAVAILABLE: upstream connect error")
+    # Nobody listens at a port that somebody holds, and nobody else can have it.
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        port = closed.getsockname()[1]
+        front.update(models=[*before, ModelRoute(name="gone", http=port, grpc=port)], experiments=[])
+        (rest,) = through_transport(front.target("gone", "rest"), 1)
+        assert rest.status == Status.STATUS
+        assert rest.message.startswith("HTTP 503: upstream connect error")
+        (over_grpc,) = through_transport(front.target("gone", "grpc"), 1)
+        assert over_grpc.status == Status.CONNECTION
+        assert over_grpc.message.startswith("UNAVAILABLE: upstream connect error")
     there = served[0].route
     front.update(
         models=[
@@ -374,7 +377,7 @@ def test_a_port_that_is_taken(front: EnvoyFront, tmp_path: Path) -> None:
 
 def test_what_envoy_refuses_is_told_by_its_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = ModelRoute(name="m", http=1, grpc=2)
-    with EnvoyFront(tmp_path, [model]) as front:
+    with EnvoyFront(tmp_path, [model], timeout_s=LIMIT_S) as front:
         monkeypatch.setattr("profiles.deploy.envoy.check_routes", lambda *_: None)
         with pytest.raises(UnreachableError, match=r"(?s)Envoy refused its routes: .*weight.*Its log ends:"):
             front.update(experiments=[experiment({"m": 0}, mirror=("m", 1))])
@@ -397,7 +400,7 @@ import sys
 from pathlib import Path
 from profiles.deploy.envoy import EnvoyFront, ModelRoute
 
-front = EnvoyFront(Path(sys.argv[1]), [ModelRoute(name="m", http=1, grpc=2)])
+front = EnvoyFront(Path(sys.argv[1]), [ModelRoute(name="m", http=1, grpc=2)], timeout_s=60.0)
 print("routes", flush=True)
 sys.stdin.read(1)
 """

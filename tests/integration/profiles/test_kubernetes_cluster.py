@@ -2,9 +2,11 @@
 
 import datetime
 import ipaddress
-import itertools
 import logging
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from profiles.deploy import kubernetes_client
 from profiles.deploy.core2_candidates import Core2Options
 from profiles.deploy.kubernetes import KubernetesCluster
 from profiles.deploy.kubernetes_client import MANAGER, KubernetesClient
@@ -24,7 +27,7 @@ from profiles.serving.naming import model_name_of
 from registry.errors import BurnishError, InputError, ServerDiedError, UnreachableError
 from registry.records import Artifact, ServingProfile, TensorSpec
 from registry.store import FolderStore
-from tests.doubles.busy import ends_in_vain, undisturbed
+from tests.doubles.busy import ends_in_vain, until
 from tests.doubles.candidates import candidate
 from tests.doubles.kubernetes_api import LOOPBACK, KubernetesDouble, RefusalError
 
@@ -214,30 +217,39 @@ def test_a_model_that_is_not_gone_in_time(double: KubernetesDouble, client: Kube
 # --- watches ---------------------------------------------------------------------------------------------------------
 
 
+@contextmanager
+def loaded_once(double: KubernetesDouble, seen: Callable[[], object]) -> Iterator[None]:
+    """A Model that is applied in the block is loaded as soon as this was seen, and not before."""
+
+    def finish() -> None:
+        until(seen)
+        double.hurry()
+
+    double.load_s = 600
+    with ThreadPoolExecutor(1) as pool:
+        finished = pool.submit(finish)
+        yield
+        finished.result()
+
+
 @pytest.mark.parametrize("how", ["event", "status"])
 def test_a_version_that_is_forgotten_is_listed_again(
     double: KubernetesDouble, client: KubernetesClient, how: str
 ) -> None:
-    double.load_s = 0.15
     if how == "event":
         double.expired = 2
     else:
         double.refuse("watch", RefusalError(410, "Expired", "too old resource version"), times=2)
-    assert serve(client, model()).ready
-    assert double.verbs().count("list") >= 2
+    with loaded_once(double, lambda: double.verbs().count("list") >= 2):
+        assert serve(client, model()).ready
 
 
 def test_a_watch_that_ends_early_is_begun_again(double: KubernetesDouble, client: KubernetesClient) -> None:
-    double.load_s, double.watch_s = 0.2, 0.01
-    numbers = itertools.count()
-
-    def watches() -> int:
-        before = double.verbs().count("watch")
-        assert serve(client, model(f"digits-{next(numbers)}")).ready
-        return double.verbs().count("watch") - before
-
-    # Where this process stands still after the first, the model is there before the second.
-    assert 2 <= undisturbed(watches, lambda count: count > 1) <= 8
+    double.watch_s, began = 0.01, time.monotonic()
+    with loaded_once(double, lambda: double.verbs().count("watch") >= 5):
+        assert serve(client, model()).ready
+    # Not at once: there is a pause before each.
+    assert double.verbs().count("watch") <= 2 + (time.monotonic() - began) / kubernetes_client._POLL_S
 
 
 def test_a_watch_that_fails_is_begun_again(double: KubernetesDouble, client: KubernetesClient) -> None:

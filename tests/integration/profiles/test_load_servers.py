@@ -70,7 +70,7 @@ def test_closed_and_open_windows(
             assert record.ok == record.scheduled > 50
             assert record.metrics["cpu_s_per_1k"] > 0
             assert record.metrics["rss_mb"] > 20
-            assert record.metrics["latency_p50_ms"] >= record.metrics["service_p50_ms"] > 0.1
+            assert record.metrics["latency_p50_ms"] >= record.metrics["service_p50_ms"] > 0
     finally:
         deployment.undeploy()
 

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import signal
 import socket
 import threading
 import time
@@ -20,9 +19,10 @@ import tritonclient.grpc
 import tritonclient.http
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
-from profiles.deploy import local
+from profiles.deploy import local, local_process
 from profiles.deploy.cluster import Usage
 from profiles.deploy.local import LocalCluster, LocalDeployment, Ports
+from profiles.deploy.local_process import ServerProcess
 from profiles.deploy.model_control import ModelControl
 from profiles.load.engine import LoadGenerator
 from profiles.load.payloads import encode_payloads
@@ -32,7 +32,7 @@ from profiles.serving.naming import model_name_of
 from profiles.serving.roundtrip import agent_rewrite
 from registry.errors import BurnishError, InputError, ServerDiedError, UnreachableError
 from registry.records import Artifact, ArtifactFile, ClosedLoop, EngineSpec, LoadProfile
-from tests.doubles.busy import undisturbed
+from tests.doubles.busy import undisturbed, until
 from tests.doubles.candidates import candidate
 from tests.doubles.models import mlp, mlp_answer, two_inputs, write_onnx, write_openvino
 
@@ -136,9 +136,9 @@ def test_concurrent_requests_of_mixed_sizes_each_get_their_own_answer(
     artifact = write(mlp(), tmp_path / "files")
     deployment = deploy(artifact, server=server, engine=engine, max_batch_size=8, max_batch_delay_ms=5.0)
     assert 0 < deployment.load_time_s < LIMIT_S
-    # Triton counts the rows of its own warm-up too: one, and as many as a batch holds.
-    warm = executions(deployment) if server == "triton" else (0, 0)
-    assert warm in {(0, 0), (1 + 8, 2)}
+    if server == "triton":
+        # It counts the rows of its own warm-up too: one, and as many as a batch holds; each after its answer.
+        until(lambda: executions(deployment) == (1 + 8, 2))
 
     def one(number: int) -> None:
         rng = np.random.default_rng(number)
@@ -146,12 +146,19 @@ def test_concurrent_requests_of_mixed_sizes_each_get_their_own_answer(
         got = ask(deployment, "grpc" if number % 2 else "rest", {"x": x})
         np.testing.assert_allclose(got["logits"], mlp_answer(x), rtol=1e-4, atol=1e-4)
 
-    with ThreadPoolExecutor(16) as pool:
-        list(pool.map(one, range(64)))
-    if server == "triton":
-        requests, runs = executions(deployment)
-        assert requests - warm[0] == 64
-        assert runs - warm[1] < 64
+    def crowd() -> int:
+        """How many of 64 requests at once had company."""
+        before = executions(deployment) if server == "triton" else (0, 0)
+        with ThreadPoolExecutor(16) as pool:
+            list(pool.map(one, range(64)))
+        if server != "triton":
+            return 0
+        until(lambda: executions(deployment)[0] == before[0] + 64)
+        return 64 - (executions(deployment)[1] - before[1])
+
+    # Where the machine is busy, each request of a crowd may come too late for the one before it.
+    alike = undisturbed(crowd, lambda found: found or server != "triton")
+    assert alike > 0 or server != "triton"
 
 
 @pytest.mark.parametrize("server", SERVERS)
@@ -330,7 +337,9 @@ def use_for(deployment: LocalDeployment, seconds: float) -> None:
 
 
 @pytest.mark.parametrize("server", SERVERS)
-def test_usage_grows_with_work_and_ends_with_the_server(cluster: LocalCluster, tmp_path: Path, server: str) -> None:
+def test_usage_grows_with_work_and_ends_with_the_server(
+    cluster: LocalCluster, tmp_path: Path, server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     artifact = write_onnx(mlp(), tmp_path / "files")
     deployment = cluster.deploy(candidate(server=server), artifact, tmp_path / "files", timeout_s=LIMIT_S)
     before = deployment.usage()
@@ -344,9 +353,16 @@ def test_usage_grows_with_work_and_ends_with_the_server(cluster: LocalCluster, t
         after = deployment.usage()
     assert after.cpu_s > before.cpu_s
     assert 20 < after.rss_mb < 2000
-    processes_of(deployment)[0].kill()
+    monkeypatch.setattr(local_process, "_NOTICE_S", 0.1)
+    victim, supervisor = processes_of(deployment)[0], psutil.Process(deployment._process._child.supervisor)
+    # As on a busy machine: who ends what is left of the server is late.
+    supervisor.suspend()
+    victim.kill()
+    late = threading.Timer(0.5, supervisor.resume)
+    late.start()
     with pytest.raises(ServerDiedError, match=r"has ended with status 137(: .*)?\nIts log ends:\n."):
         use_for(deployment, LIMIT_S)
+    late.join()
     deployment.undeploy()
     # A server that comes after it in the same place leaves what it wrote.
     told = deployment.log.read_text()
@@ -384,22 +400,27 @@ def test_a_server_that_is_killed_under_load_is_told_with_its_log(cluster: LocalC
             generator.run(deployment.target, payloads, load, raw_path=tmp_path / "raw.npz", usage=usage)
 
 
-def test_a_server_that_is_killed_while_it_loads(cluster: LocalCluster, tmp_path: Path) -> None:
+def test_a_server_that_is_killed_while_it_loads(
+    cluster: LocalCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     artifact = write_onnx(mlp(), tmp_path / "files")
-    servers = tmp_path / "work/servers"
+    servers, load = tmp_path / "work/servers", ServerProcess.load
 
-    def kill() -> None:
-        # A worker is still starting when the model is there already, so that loading takes its time.
-        while not list(servers.glob("*/repository/*")):
-            time.sleep(0.005)
+    def loads(process: ServerProcess, model: str, deadline: float) -> None:
+        """Has it load while it stands still, so that it is not done when it is killed."""
         [record] = servers.glob("*.json")
-        os.kill(json.loads(record.read_text())["server"][0], signal.SIGKILL)
+        server = psutil.Process(json.loads(record.read_text())["server"][0])
+        server.suspend()
+        killer = threading.Timer(0.3, server.kill)
+        killer.start()
+        try:
+            load(process, model, deadline)
+        finally:
+            killer.join()
 
-    killer = threading.Thread(target=kill)
-    killer.start()
+    monkeypatch.setattr(ServerProcess, "load", loads)
     with pytest.raises(ServerDiedError, match=r"mlserver ended with status 137 while it loaded .*\nIts log ends:\n."):
         cluster.deploy(candidate(parallel_workers=1), artifact, tmp_path / "files", timeout_s=LIMIT_S)
-    killer.join()
     assert not list(servers.glob("*.json"))
 
 
@@ -454,7 +475,7 @@ def test_a_fixed_port_in_use_is_named(tmp_path: Path) -> None:
 
 def test_a_server_that_is_not_ready_in_time_is_ended(cluster: LocalCluster, tmp_path: Path) -> None:
     artifact = write_onnx(mlp(), tmp_path / "files")
-    with pytest.raises(UnreachableError, match=r"mlserver was not ready after 0 s"):
+    with pytest.raises(UnreachableError, match=r"mlserver was not ready after \d+ s"):
         cluster.deploy(candidate(), artifact, tmp_path / "files", timeout_s=0.1)
     assert not list((tmp_path / "work" / "servers").glob("*.json"))
 

@@ -5,7 +5,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
@@ -14,7 +13,7 @@ import pytest
 from profiles.deploy import local
 from profiles.deploy.reaper import reap
 from profiles.deploy.supervise import MARK
-from tests.doubles.busy import LONG_S
+from tests.doubles.busy import LONG_S, until
 from tests.doubles.candidates import candidate
 from tests.doubles.models import mlp, write_onnx
 
@@ -64,13 +63,11 @@ def regions(family: list[psutil.Process]) -> set[Path]:
     return {path for name in re.findall(r"/dev/shm/\S+", maps) if (path := Path(name)).exists()}
 
 
-def gone(family: list[psutil.Process], *, limit_s: float) -> bool:
-    deadline = time.monotonic() + limit_s
-    while time.monotonic() < deadline:
-        if not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in family if p.is_running()):
-            return True
-        time.sleep(0.05)
-    return False
+def lives(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:  # since it was found to run
+        return False
 
 
 def finish(parent: "subprocess.Popen[str]") -> None:
@@ -89,7 +86,7 @@ def test_nothing_outlives_the_parent(tmp_path: Path, way: signal.Signals | str) 
     else:
         parent.send_signal(way)
     finish(parent)
-    assert gone(family, limit_s=LONG_S)
+    until(lambda: not any(map(lives, family)))
     assert reap(tmp_path) == []
     assert not [path for path in mine if path.exists()]
     assert not list((tmp_path / "servers").glob("*.json"))
@@ -108,7 +105,7 @@ def test_what_outlives_a_killed_supervisor_is_reaped(tmp_path: Path) -> None:
     for process in supervisors:
         process.kill()
     assert len(reap(tmp_path)) == 2
-    assert gone(family, limit_s=10)
+    until(lambda: not any(map(lives, family)))
     assert not [path for path in mine if path.exists()]
     assert reap(tmp_path) == []
 

@@ -39,7 +39,7 @@ samples: samples.npz
 answer: first
 """
 TINY = {"warmup_s": 0.1, "closed_s": 0.3, "open_s": 0.3, "longest_s": 0.5, "ladder": (2,), "ladder_s": 0.2,
-        "stages": (0.05,), "stage_s": 0.2, "reruns": 3}  # fmt: skip
+        "stages": (0.05,), "stage_s": 0.2, "reruns": 9}  # fmt: skip
 
 
 @pytest.fixture

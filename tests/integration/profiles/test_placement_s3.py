@@ -7,10 +7,12 @@ import sys
 from pathlib import Path
 
 import fsspec
+import psutil
 import pytest
 
 from profiles.deploy.placement import Placed, check_destination, place
 from registry.errors import InputError, UnreachableError
+from tests.doubles.busy import until
 from tests.doubles.rclone import KEY, RCLONE, SECRET
 
 NAME = "digits-63f1b5fb"
@@ -100,11 +102,22 @@ def last(store, path, source):
     begun.append(path)
     if len(begun) == 8:
         threading.Thread(target=os.kill, args=(os.getpid(), signal.SIGKILL)).start()
+    elif len(begun) > 8:
+        threading.Event().wait()  # however late the kill is
     put(store, path, source)
 
 Store.put = last
 place(Path(sys.argv[1]), sys.argv[2], name=sys.argv[3], remotes={"s3": "my-remote"})
 """
+
+
+def connections_of_the_server() -> list[str]:
+    """Their states: one whose client has ended waits to be closed for as long as the server works on its request."""
+    port = int(os.environ["AWS_ENDPOINT_URL"].rpartition(":")[2])
+    each = [child.net_connections("tcp") for child in psutil.Process().children() if child.name() == "rclone"]
+    states = [one.status for held in each for one in held if one.laddr.port == port]
+    assert psutil.CONN_LISTEN in states
+    return states
 
 
 def test_an_upload_that_was_killed_is_completed_and_not_taken_for_whole(bucket: Path, tmp_path: Path) -> None:
@@ -115,6 +128,7 @@ def test_an_upload_that_was_killed_is_completed_and_not_taken_for_whole(bucket: 
     command = [sys.executable, "-c", CHILD, str(folder), f"s3://models/{bucket.name}", NAME]
     child = subprocess.run(command, cwd=Path(__file__).parents[3], check=False, timeout=200)
     assert child.returncode == -signal.SIGKILL
+    until(lambda: psutil.CONN_CLOSE_WAIT not in connections_of_the_server())
     there = stamps(bucket)
     assert 5 < len(there) < 60
     assert not list(bucket.rglob("*.json"))

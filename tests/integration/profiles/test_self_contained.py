@@ -17,13 +17,14 @@ from profiles.serving.environment_tarball import pack_environment, tarball_name
 from profiles.serving.mlserver import render_mlserver
 from profiles.serving.self_contained import Bundle, bundle, source_of
 from registry.records import Candidate
+from tests.doubles.busy import undisturbed
 from tests.doubles.candidates import candidate
 from tests.doubles.core2_agent import LOOPBACK, AgentDouble
 from tests.doubles.models import FEATURES, mlp, mlp_answer, write_onnx
 
 pytestmark = pytest.mark.slow
 
-LIMIT_S = 20.0
+LIMIT_S = 60.0
 BATCHED = candidate(max_batch_size=8, max_batch_delay_ms=20.0)
 
 # What a server's Python is without burnish: and, where the engine is refused too, with none but a model's own.
@@ -209,9 +210,13 @@ def test_an_environment_brings_the_engine_to_a_server_without(
             assert server.load(put(name, ours, BATCHED, tarball), 1) == ""
         ask = asked(server)
         each_answers_with_its_own(ask, "doubled_1")
-        with ThreadPoolExecutor(
-            8
-        ) as pool:  # the settings of batching are in parameters.extra, where MLServer looks not
-            seen = list(pool.map(lambda _: ask.raw("rows_1", np.zeros((1, FEATURES), np.float32))[0, 0], range(32)))
-        assert max(seen) > 1
+
+        def most_rows() -> float:
+            """The most rows that any of 32 requests at once was answered with."""
+            one_row = np.zeros((1, FEATURES), np.float32)
+            with ThreadPoolExecutor(8) as pool:
+                return float(max(pool.map(lambda _: ask.raw("rows_1", one_row)[0, 0], range(32))))
+
+        # The settings of batching are in parameters.extra, where MLServer looks not.
+        assert undisturbed(most_rows, lambda seen: seen > 1) > 1
         assert len(list((tmp_path / "agent/.envs").iterdir())) == 1
