@@ -4,6 +4,7 @@ import fcntl
 import logging
 import os
 import re
+import shutil
 import signal
 import tempfile
 import warnings
@@ -31,9 +32,15 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-# Campaigns of tests that run beside each other do not wait for each other's cores.
-_LOCKS = f"burnish-cores-of-tests-{os.getuid()}-{os.environ.get('PYTEST_XDIST_WORKER', 'alone')}"
-os.environ.setdefault("BURNISH_CORES", str(Path(tempfile.gettempdir(), _LOCKS)))
+# Campaigns of this run wait for each other's cores, as users' do, but not for those of another run of the tests. The
+# workers of a run find what the process that started them has set.
+_LOCKS = Path(tempfile.gettempdir(), f"burnish-cores-of-tests-{os.getuid()}-{os.getpid()}")
+os.environ.setdefault("BURNISH_CORES", str(_LOCKS))
+
+
+def pytest_unconfigure() -> None:
+    """Removes the locks; a process that was given those of another has none."""
+    shutil.rmtree(_LOCKS, ignore_errors=True)
 
 
 @pytest.hookimpl(optionalhook=True)
