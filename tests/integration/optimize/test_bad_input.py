@@ -27,6 +27,7 @@ STAGES = '''
 
 import os
 import signal
+import time
 
 import onnx
 from onnx import numpy_helper
@@ -58,7 +59,9 @@ class Eating(Killed):
 
     def apply(self, source, context):
         (context.out / "model.onnx").write_bytes(b"half")
-        held = [bytearray(os.urandom(1000) * 100_000) for _ in range(1000)]
+        held = [bytearray(os.urandom(1000) * 100_000) for _ in range(12)]
+        # More than the limit, and no more than the machine has, however late it is noticed.
+        time.sleep(600)
 
 
 class Lying(Killed):
@@ -168,7 +171,7 @@ def test_damaged_models_are_refused_or_harmless(tmp_path: Path) -> None:
         "damage:try_damaged",
         {"folder": str(tmp_path), "count": 200, "seed": 11},
         python_path=HERE,
-        limits=Limits(timeout_s=120, memory_mb=1500),
+        limits=Limits(timeout_s=240, memory_mb=1500),
     )
     assert found["refused"] + found["admitted"] == 200
     assert found["refused"] > 20
@@ -195,7 +198,7 @@ def test_a_constant_that_unfolds_to_gigabytes_is_a_recorded_failure(operator: st
             "damage:convert_to_openvino",
             {"folder": str(tmp_path)},
             python_path=HERE,
-            limits=Limits(timeout_s=60, memory_mb=700),
+            limits=Limits(timeout_s=240, memory_mb=700),
         )
     assert not isinstance(caught.value, ChildFailure) or caught.value.kind == "memory"
 

@@ -6,7 +6,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
-import time
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -35,6 +35,7 @@ from registry.errors import BurnishError, InputError, UnreachableError
 from registry.ports import Published
 from registry.records import Campaign, Failure
 from registry.selection import fidelity_of
+from tests.doubles.busy import until
 from tests.doubles.core2 import LOOPBACK, SchedulerDouble, ServerDouble
 from tests.doubles.core2_agent import AgentDouble
 from tests.doubles.kubernetes_api import KubernetesDouble, RefusalError
@@ -44,7 +45,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("servers")]
 
 BURNISH = str(Path(sys.executable).with_name("burnish"))
 TOKEN = "hush-hush"
-WAIT_S = 60.0
+WAIT_S = 120.0
 CAPABLE = frozenset({"mlserver", "burnish"})
 CAMPAIGN = """
 name: tiny
@@ -170,8 +171,10 @@ def test_a_campaign_is_served_measured_recorded_and_rendered(
     measured = {one.candidate_id: {run.load.name: run for run in one.runs} for one in campaign.rounds}
     assert measured.keys() == {one.id for one in campaign.candidates}
     for runs in measured.values():
-        assert runs["closed"].ok > 0
         assert not {"rss_mb", "cpu_s_per_1k"} & runs["closed"].metrics.keys()
+    # Any single window may be over before a process that stands still has done anything in it.
+    climbed = {one.candidate_id: max(rps for _, rps in one.ladder) for one in campaign.capacities}
+    assert all(climbed[name] + sum(run.ok for run in runs.values()) > 0 for name, runs in measured.items())
     assert core2.loaded() == []
     with closing(sqlite3.connect(folder / "work" / "mlflow.db")) as database:
         recorded = database.execute("select distinct value from params where key = 'served_by'").fetchall()
@@ -195,21 +198,45 @@ def test_the_same_command_again_deploys_nothing(
     del core2.servers["other"]
 
 
-def test_what_a_killed_run_left_is_taken_away_by_the_next_and_by_ctrl_c(core2: SchedulerDouble, folder: Path) -> None:
+class Held:
+    """Stands for an agent that is asked for a model, and begins with it once it may."""
+
+    def __init__(self, agent: AgentDouble) -> None:
+        self.http, self.grpc = agent.http, agent.grpc
+        self.asked, self.may_begin = threading.Event(), threading.Event()
+        self._agent = agent
+
+    def load(self, model: pb.Model, version: int) -> str:
+        self.asked.set()
+        self.may_begin.wait(2 * WAIT_S)
+        return self._agent.load(model, version)
+
+    def unload(self, model: pb.Model, version: int) -> None:
+        self._agent.unload(model, version)
+
+
+def test_what_a_killed_run_left_is_taken_away_by_the_next_and_by_ctrl_c(
+    core2: SchedulerDouble, agent: AgentDouble, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     core2.load("theirs", "s3://theirs")
     shutil.rmtree(folder / "work" / "raw")
-    (folder / "levels.yaml").write_text(LEVELS.replace("rounds: 1", "rounds: 50"))  # so that there is time to end it
+    # Another level, so that nothing is known yet.
+    (folder / "levels.yaml").write_text(LEVELS.replace("rounds: 1", "rounds: 50"))
 
     def run_until_loaded(number: signal.Signals) -> tuple[int, str]:
-        before = core2.methods().count("LoadModel")
+        held = Held(agent)
+        monkeypatch.setattr(core2.servers["bench"], "agent", held)
         command = [BURNISH, "run", "campaign.yaml", "--work", "work"]
         with subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True) as process:
-            deadline = time.monotonic() + WAIT_S
-            while core2.methods().count("LoadModel") == before and time.monotonic() < deadline:
-                assert process.poll() is None, process.communicate()[1]
-                time.sleep(0.02)
-            process.send_signal(number)
-            said = process.communicate(timeout=WAIT_S)[1]
+            try:
+                until(lambda: held.asked.is_set() or process.poll() is not None, limit_s=WAIT_S)
+                # It waits for its first model: neither is it further, nor at its end.
+                process.send_signal(number)
+                held.may_begin.set()
+                said = process.communicate(timeout=WAIT_S)[1]
+            finally:
+                process.kill()
+        assert held.asked.is_set(), said
         return process.returncode, said
 
     run_until_loaded(signal.SIGKILL)

@@ -15,8 +15,9 @@ from optimize.signature import read_signature
 from optimize.stages.base import read_input
 from registry.codec import to_jsonable
 from registry.errors import InputError, NotApplicableError, StageError
-from registry.records import Adaptation, EngineGraph, EngineSpec, Source
+from registry.records import Adaptation, EngineGraph, EngineSpec, Explanation, Source
 from tests.doubles import zoo
+from tests.doubles.busy import undisturbed
 from tests.doubles.models import write_onnx
 
 pytestmark = pytest.mark.slow
@@ -140,14 +141,21 @@ def test_static_int8_is_int8_in_both_engines(folder: Path, tmp_path: Path):
 def test_dynamic_int8_of_a_convolutional_net_names_convinteger(folder: Path, tmp_path: Path):
     entry = made(folder, tmp_path / "work", "quantize.dynamic", ops="all")
     baseline = Model(name="float32", entry=folder / "model.onnx", engine=ORT)
-    (told,) = explain(
-        [Model(name="int8-dynamic", entry=entry, engine=ORT)],
-        baseline,
-        samples=folder / "samples.npz",
-        batch_size=4,
-        timing_s=0.3,
-    )
-    assert "slower: ConvInteger and DynamicQuantizeLinear take" in told.sentence
+    words = "slower: ConvInteger and DynamicQuantizeLinear take"
+
+    def explained() -> Explanation:
+        (told,) = explain(
+            [Model(name="int8-dynamic", entry=entry, engine=ORT)],
+            baseline,
+            samples=folder / "samples.npz",
+            batch_size=4,
+            timing_s=0.3,
+        )
+        return told
+
+    # What else a busy machine does may fall on one of the two alone.
+    told = undisturbed(explained, lambda told: words in told.sentence)
+    assert words in told.sentence
     assert nodes(told.after)["ConvInteger"] == 2
 
 

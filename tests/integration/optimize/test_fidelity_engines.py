@@ -182,4 +182,5 @@ def test_screening_times_each_batch(folder):
         "v", folder / "linear.onnx", ORT, samples=folder / "samples.npz", batch_sizes=[1, 256], budget_s=0.2
     )
     assert set(got.metrics) == {"inprocess_ms.batch_1", "inprocess_ms.batch_256"}
-    assert 0 < got.metrics["inprocess_ms.batch_1"].value < 10
+    assert {one.unit for one in got.metrics.values()} == {"ms"}
+    assert all(one.value > 0 and one.runs >= 3 for one in got.metrics.values())

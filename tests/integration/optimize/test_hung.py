@@ -1,5 +1,6 @@
 """What hangs is ended and recorded with the reason, and the rest of a campaign goes on."""
 
+import contextlib
 import json
 import os
 import re
@@ -34,7 +35,7 @@ from registry.ledger import Ledger
 from registry.policy import parse_policy
 from registry.records import Artifact, Candidate, Equivalence, Host, Target
 from registry.store import FolderStore
-from tests.doubles.busy import LONG_S
+from tests.doubles.busy import LONG_S, until
 from tests.doubles.candidates import candidate
 from tests.doubles.models import FEATURES, mlp, mlp_answer, write_onnx
 
@@ -212,11 +213,11 @@ def test_a_server_that_takes_requests_and_never_answers_is_ended_and_the_rest_is
         told = Told()
         workspace = Workspace(plan=plan, store=FolderStore(tmp_path), ledger=ledger, observer=told)
         found = measure(workspace, cluster, servings, {"x": x}, "samples")
-        assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+        until(lambda: psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)  # `hung_server` waits for it
     [failure] = found.failures
     assert (failure.subject, failure.phase, failure.kind) == ("hangs", "measure", "error")
-    # What is left of the half second by then: a busy machine takes some of it before the request is sent.
-    assert re.search(r"no answer within 0\.\d+ s", failure.reason)
+    # A busy machine may need the half second to notice that it is connected.
+    assert re.search(r"no (answer|connection) within 0\.5 s", failure.reason)
     assert {one.candidate_id for one in found.rounds} == {"answers"}
     assert any(line == f"hangs: failed: {failure.reason}" for line in told.lines)
 
@@ -229,10 +230,12 @@ def test_a_server_that_stands_still_while_it_starts_is_ended(tmp_path: Path):
 
     def stop() -> None:
         while not stopped and not ended.is_set():
-            for record in records.glob("*.json"):
-                pid = json.loads(record.read_text())["server"][0]
-                os.kill(pid, signal.SIGSTOP)
-                stopped.append(pid)
+            # One that was waited for in vain may be ending.
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                for record in records.glob("*.json"):
+                    pid = json.loads(record.read_text())["server"][0]
+                    os.kill(pid, signal.SIGSTOP)
+                    stopped.append(pid)
             time.sleep(0.002)
 
     stopping = threading.Thread(target=stop)

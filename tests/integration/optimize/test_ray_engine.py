@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from itertools import islice
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +22,7 @@ import pytest
 ray = pytest.importorskip("ray")
 
 from optimize.campaign import make_variants  # noqa: E402
+from optimize.engines import ray_engine  # noqa: E402
 from optimize.engines.port import Resources, Task  # noqa: E402
 from optimize.engines.ray_engine import RayEngine  # noqa: E402
 from optimize.testing import tiny_conv_net  # noqa: E402
@@ -108,8 +109,10 @@ def test_tasks_run_on_nodes_and_tell_what_became_of_them(cluster: str, store: Sh
 
 
 def test_a_killed_worker_is_replaced_and_nothing_is_lost_or_done_twice(
-    cluster: str, store: SharedStore, tmp_path: Path
+    cluster: str, store: SharedStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
+    # So often that hardly one of these is begun and ended between two looks.
+    monkeypatch.setattr(ray_engine, "_MARKS_S", 0.05)
     names = [f"w{number}" for number in range(6)]
     victims: list[str] = []
     begun: list[tuple[str, str]] = []
@@ -118,16 +121,9 @@ def test_a_killed_worker_is_replaced_and_nothing_is_lost_or_done_twice(
     def kill() -> None:
         while not victims and not over.wait(0.01):
             for mark in tmp_path.glob("w?.*"):
-                pid = int(mark.name.split(".")[1])
-                if mark.suffix == ".done":
-                    continue
-                os.kill(pid, signal.SIGSTOP)
-                # In the middle of it, and not on to the next meanwhile.
-                if mark.exists():
-                    os.kill(pid, signal.SIGKILL)
+                if mark.suffix != ".done" and _killed_at(mark):
                     victims.append(mark.name)
                     return
-                os.kill(pid, signal.SIGCONT)
 
     killer = threading.Thread(target=kill)
     killer.start()
@@ -139,12 +135,24 @@ def test_a_killed_worker_is_replaced_and_nothing_is_lost_or_done_twice(
         over.set()
         killer.join()
     assert len(victims) == 1
-    # Looked at once a second, so that not each of these is seen.
     assert begun
     assert {name for name, _ in begun} <= set(names)
     assert {where for _, where in begun} == {socket.gethostname()}
     assert sorted(one.result for one in outcomes) == names
     assert sorted(mark.name.split(".")[0] for mark in tmp_path.glob("w*.done")) == names
+
+
+def _killed_at(mark: Path) -> bool:
+    """Kills the worker that has left a mark, if it is in the middle of that, and not on to the next meanwhile."""
+    with suppress(psutil.NoSuchProcess):
+        worker = psutil.Process(int(mark.name.split(".")[1]))
+        worker.suspend()
+        until(lambda: worker.status() == psutil.STATUS_STOPPED)
+        if mark.exists():
+            worker.kill()
+            return True
+        worker.resume()
+    return False
 
 
 def test_variants_are_made_on_the_cluster_though_a_worker_is_killed_at_it(
@@ -160,11 +168,11 @@ def test_variants_are_made_on_the_cluster_though_a_worker_is_killed_at_it(
 
     def kill() -> None:
         while not victims and not over.wait(0.02):
-            # The processes of this cluster that make a variant are children of Ray's workers.
-            workers = (child.parent() for child in _descendants(running.pid) if _is_child(child))
-            victims.extend(worker for worker in islice(workers, 1) if worker is not None)
-        for worker in victims:
-            worker.kill()
+            # It may have ended since it was seen.
+            with suppress(psutil.NoSuchProcess):
+                if (worker := _making(running.pid)) is not None:
+                    worker.kill()
+                    victims.append(worker)
 
     killer = threading.Thread(target=kill)
     killer.start()
@@ -197,18 +205,14 @@ class Quiet:
     def note(self, text: str) -> None: ...
 
 
-def _descendants(pid: int) -> list[psutil.Process]:
-    try:
-        return psutil.Process(pid).children(recursive=True)
-    except psutil.Error:
-        return []
-
-
-def _is_child(process: psutil.Process) -> bool:
-    try:
-        return "optimize.engines.child" in process.cmdline()
-    except psutil.Error:
-        return False
+def _making(cluster: int) -> psutil.Process | None:
+    """A worker of Ray that makes a variant just now: the parent of the process in which that is done."""
+    there = psutil.Process(cluster).children(recursive=True)
+    for process in there:
+        with suppress(psutil.NoSuchProcess):
+            if "optimize.engines.child" in process.cmdline() and (worker := process.parent()) in there:
+                return worker
+    return None
 
 
 def test_sigterm_ends_the_campaign_and_what_runs_for_it(cluster: str, tmp_path: Path):
@@ -357,20 +361,27 @@ def test_no_cluster_at_the_address_is_said(store: SharedStore, address: str, err
         pass
 
 
-def test_a_ray_of_ones_own_listens_on_loopback_only_and_leaves_nothing(store: SharedStore):
-    before = set(Path(tempfile.gettempdir()).glob("burnish-ray-*"))
-    with RayEngine(store) as engine:
-        (outcome,) = engine.run([task("one", "where")])
-        assert outcome.error is None
-        listening = {
-            connection.laddr.ip
-            for process in psutil.Process().children(recursive=True)
-            for connection in _connections(process)
-            if connection.status == psutil.CONN_LISTEN
-        }
+def test_a_ray_of_ones_own_listens_on_loopback_only_and_leaves_nothing(
+    store: SharedStore, monkeypatch: pytest.MonkeyPatch
+):
+    others = psutil.Process().children(recursive=True)
+    # Ray's sockets are in the folder, and a path of a socket is short.
+    with tempfile.TemporaryDirectory(prefix="r-") as folder:
+        monkeypatch.setattr(tempfile, "tempdir", folder)
+        with RayEngine(store) as engine:
+            (outcome,) = engine.run([task("one", "where")])
+            assert outcome.error is None
+            assert list(Path(folder).glob("burnish-ray-*"))
+            listening = {
+                connection.laddr.ip
+                for process in psutil.Process().children(recursive=True)
+                if process not in others
+                for connection in _connections(process)
+                if connection.status == psutil.CONN_LISTEN
+            }
+        assert not list(Path(folder).glob("burnish-ray-*"))
     assert listening
     assert listening <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
-    assert set(Path(tempfile.gettempdir()).glob("burnish-ray-*")) <= before
 
 
 def _connections(process: psutil.Process) -> list[Any]:

@@ -4,6 +4,7 @@ import json
 import tempfile
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -112,17 +113,14 @@ def kept(folder: Path) -> dict[str, tuple[str, int]]:
     return found
 
 
-def measuring_worker(cluster: Cluster) -> psutil.Process:
-    """The process of the node that measures: the load generator's parent."""
-    for process in psutil.Process(cluster.pid).children(recursive=True):
-        try:
-            if "profiles.load.worker" in process.cmdline():
-                parent = process.parent()
-                assert parent is not None
+def measuring_worker(cluster: Cluster) -> psutil.Process | None:
+    """The process of the node that measures just now: the load generator's parent."""
+    there = psutil.Process(cluster.pid).children(recursive=True)
+    for process in there:
+        with suppress(psutil.NoSuchProcess):
+            if "profiles.load.worker" in process.cmdline() and (parent := process.parent()) in there:
                 return parent
-        except psutil.Error:
-            continue
-    raise AssertionError("nobody measures")
+    return None
 
 
 def lives(process: psutil.Process) -> bool:
@@ -145,11 +143,14 @@ class Killer(threading.Thread):
     def run(self) -> None:
         while not self.over.wait(0.02):
             self.before = kept(self._folder)
-            if any(kind == "Round" for kind, _ in self.before.values()):
-                worker = measuring_worker(self._cluster)
-                self.servers = worker.children(recursive=True)
-                worker.kill()
-                return
+            if not any(kind == "Round" for kind, _ in self.before.values()):
+                continue
+            # Between two windows there may be no load generator, and whoever was seen may have ended since.
+            with suppress(psutil.NoSuchProcess):
+                if (worker := measuring_worker(self._cluster)) is not None:
+                    self.servers = worker.children(recursive=True)
+                    worker.kill()
+                    return
 
 
 def ledger(folder: Path) -> list[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """The search for a serving profile on real MLServers."""
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +11,13 @@ from optimize.cli.output import LineObserver
 from optimize.config import CampaignConfig
 from optimize.judging import Judged
 from optimize.plan import Workspace, plan
-from optimize.serving_search import find_profiles
+from optimize.serving_search import Found, find_profiles
 from profiles.deploy.local import LocalCluster
 from registry.codec import digest, to_jsonable
 from registry.ledger import Ledger
 from registry.records import Candidate, ServingProfile
 from registry.store import FolderStore
+from tests.doubles.busy import undisturbed
 from tests.doubles.models import FEATURES, mlp, mlp_answer, write_onnx
 
 pytestmark = pytest.mark.slow
@@ -53,12 +55,18 @@ def test_profiles_are_served_and_measured_one_after_the_other(tmp_path: Path) ->
     work, observer = tmp_path / "work", LineObserver()
     prepared = judge_campaign(config, base=tmp_path, work=work, observer=observer)
     planned = plan(config, base=tmp_path, work=work)
-    with (
-        Ledger.open(work / "ledger.jsonl") as ledger,
-        LocalCluster(work, server_cpus=planned.server_cpus) as cluster,
-    ):
-        workspace = Workspace(plan=planned, store=FolderStore(work), ledger=ledger, observer=observer)
-        found = find_profiles(workspace, prepared.judged, cluster, prepared.evaluation, candidate_of)
+    numbers = itertools.count()
+
+    def searched() -> Found:
+        """What a search finds of which nothing is known yet."""
+        with (
+            Ledger.open(work / f"search-{next(numbers)}.jsonl") as ledger,
+            LocalCluster(work, server_cpus=planned.server_cpus) as cluster,
+        ):
+            workspace = Workspace(plan=planned, store=FolderStore(work), ledger=ledger, observer=observer)
+            return find_profiles(workspace, prepared.judged, cluster, prepared.evaluation, candidate_of)
+
+    found = undisturbed(searched, lambda found: all(point.score for one in found.searches for point in one.points))
     [search] = found.searches
     assert [point.profile.max_batch_size for point in search.points] == [16, 1]
     assert all(point.score is not None for point in search.points)
