@@ -11,8 +11,7 @@ from hypothesis.extra.numpy import arrays
 from optimize.intervals import resampled_means
 from optimize.parity import MOST_DB, parity, row_cosines, spread
 
-RNG = np.random.default_rng(0)
-REFERENCE = RNG.normal(size=(200, 16)).astype(np.float32)
+REFERENCE = np.random.default_rng(0).normal(size=(200, 16)).astype(np.float32)
 
 
 def metrics(reference, variant, name="y"):
@@ -30,7 +29,7 @@ def test_no_difference():
 
 
 def test_noise_of_a_known_size():
-    noisy = REFERENCE + RNG.normal(scale=0.03, size=REFERENCE.shape).astype(np.float32)
+    noisy = REFERENCE + np.random.default_rng(1).normal(scale=0.03, size=REFERENCE.shape).astype(np.float32)
     found = metrics(REFERENCE, noisy)
     assert found["snr_db"].value == pytest.approx(30.5, abs=0.5)
     assert found["snr_db"].unit == "dB"
@@ -110,7 +109,7 @@ def test_spread_is_not_ruled_by_outliers():
 
 
 def test_columns_are_drawn_together():
-    column = RNG.normal(size=500)
+    column = np.random.default_rng(1).normal(size=500)
     drawn = resampled_means(np.stack([column, 2 * column], axis=1))
     assert drawn[:, 1] == pytest.approx(2 * drawn[:, 0])
     assert drawn[:, 0].std() == pytest.approx(column.std() / math.sqrt(500), rel=0.1)

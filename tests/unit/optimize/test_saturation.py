@@ -11,7 +11,11 @@ from onnx import numpy_helper
 from optimize.saturation import check_saturation, saturated_sums, saturates_on
 from registry.errors import StageError
 
-RNG = np.random.default_rng(0)
+
+@pytest.fixture
+def rng():
+    """The same draws for each test, whatever ran before it."""
+    return np.random.default_rng(0)
 
 
 def loop(activations, weights):
@@ -61,9 +65,9 @@ DENSE = """(float[batch,6] x) => (float[batch,3] y) {
 }"""
 
 
-def test_a_matmul_that_overflows_and_its_twin_of_7_bits(tmp_path):
-    weights = RNG.choice([-128, -90, 90, 127], (6, 3)).astype(np.int8)
-    rows = RNG.integers(0, 256, (20, 6))
+def test_a_matmul_that_overflows_and_its_twin_of_7_bits(rng, tmp_path):
+    weights = rng.choice([-128, -90, 90, 127], (6, 3)).astype(np.int8)
+    rows = rng.integers(0, 256, (20, 6))
     found = check_saturation(save(tmp_path, DENSE, w=weights, **SCALES), {"x": rows.astype(np.float32)})
     expected = loop(rows.astype(np.uint8), weights)
     assert expected > 0
@@ -90,14 +94,14 @@ def test_weights_that_are_quantized_in_the_graph_and_transposed(tmp_path):
 
 
 @pytest.mark.parametrize("groups", [1, 2])
-def test_a_convolution_is_laid_out_channels_last(tmp_path, groups):
+def test_a_convolution_is_laid_out_channels_last(rng, tmp_path, groups):
     text = f"""(float[2,4,5,6] x) => (float[2,4,h,v] y) {{
       q = QuantizeLinear(x, s, zp) d = DequantizeLinear(q, s, zp) e = DequantizeLinear(w, s, zs)
       y = Conv<pads = [1,0,0,1], strides = [2,1], dilations = [1,2], group = {groups}>(d, e)
     }}"""
     channels = 4 // groups
-    weights = RNG.integers(-128, 128, (4, channels, 2, 2)).astype(np.int8)
-    images = RNG.integers(0, 256, (2, 4, 5, 6)).astype(np.uint8)
+    weights = rng.integers(-128, 128, (4, channels, 2, 2)).astype(np.int8)
+    images = rng.integers(0, 256, (2, 4, 5, 6)).astype(np.uint8)
     zero = np.uint8(200)
     path = save(tmp_path, text, w=weights, zp=zero, **SCALES)
     found = check_saturation(path, {"x": images.astype(np.float32) - 200})
@@ -153,13 +157,13 @@ def test_run_time_ranges_and_a_fixed_batch(tmp_path):
 
 
 @pytest.mark.parametrize("reduce_range", [False, True])
-def test_what_onnxruntime_quantizes(tmp_path, reduce_range):
+def test_what_onnxruntime_quantizes(rng, tmp_path, reduce_range):
     from onnxruntime.quantization import quantize_dynamic
 
-    weights = RNG.choice([-1, -0.99, 0.99, 1], (64, 8)).astype(np.float32)
+    weights = rng.choice([-1, -0.99, 0.99, 1], (64, 8)).astype(np.float32)
     path = save(tmp_path, "(float[n,64] x) => (float[n,8] y) { y = MatMul(x, w) }", w=weights)
     quantize_dynamic(path, tmp_path / "int8.onnx", per_channel=True, reduce_range=reduce_range)
-    found = check_saturation(tmp_path / "int8.onnx", {"x": RNG.random((40, 64)).astype(np.float32)})
+    found = check_saturation(tmp_path / "int8.onnx", {"x": rng.random((40, 64)).astype(np.float32)})
     assert [node.op for node in found.nodes] == ["MatMulInteger"]
     assert (found.saturated > 0) is not reduce_range
 
