@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from registry import ledger as journal
 from registry.errors import InputError, StorageError
 from registry.ledger import Ledger
 from registry.records import Failure
@@ -109,7 +110,8 @@ def test_a_last_line_cut_at_any_byte_is_dropped_and_no_other(path, caplog):
             if length % 20 == 0:
                 ledger.commit("make", "v1", {"seed": 1, "tools": {"onnx": "1.0"}}, failure(1))
                 assert path.read_bytes() == whole
-        assert bool(caplog.records) == (length > start)
+        # Libraries that other tests have used may say something at any time.
+        assert any(record.name == journal.__name__ for record in caplog.records) == (length > start)
 
 
 @pytest.mark.parametrize("end", [b"\x00\x00\x00\x00", b"\x00\x00\n", b'{"kind": "ma\n', b"\xff\xfe\n"])
