@@ -103,6 +103,7 @@ def test_minmax_is_numpys_however_the_values_were_split(tmp_path, symmetric, val
 @example([[0.0], [0.0, -0.0]], 99.0)
 @example([[1e-42], [0.0]], 99.0)
 @example([[1e-6] * 20, [1e30]], 99.0)
+@example([[0.0] * 7, [1.31e26, 3.9e26, 1.29e26]], 60.0)
 @small
 def test_a_percentile_is_numpys_however_the_values_were_split(tmp_path, values, percent):
     batches = [np.array(part, np.float32) for part in values]

@@ -374,7 +374,8 @@ def test_two_processes_offer_one_load(tmp_path: Path, load: ClosedLoop | OpenLoo
         assert record.scheduled == 80
         assert set(np.diff(arrays["intended_ns"])) == {5_000_000}
     else:
-        assert record.metrics["in_flight_end"] in {2, 3}
+        # The window may end in that instant in both processes, as they have one core.
+        assert record.metrics["in_flight_end"] in {1, 2, 3}
         assert record.metrics["throughput_rps"] < 305
     assert not list((tmp_path / "own").glob("lane-*"))
 
