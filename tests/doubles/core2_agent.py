@@ -20,7 +20,7 @@ from profiles.serving.roundtrip import agent_rewrite
 from tests.doubles.ports import free_ports
 
 LOOPBACK = "127.0.0.1"
-START_S = 60.0
+START_S = 180.0
 
 
 class AgentDouble:

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+NODES_S = 180.0
+"""How long nodes have to join; Ray's own 30 s are not enough for any machine that others use, too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +98,7 @@ def main(nodes: int, cores: int) -> None:
     cluster = cluster_utils.Cluster(initialize_head=True, head_node_args=head)
     for number in range(1, nodes):
         cluster.add_node(wait=False, **each, labels={"shelf": str(number)})
-    cluster.wait_for_nodes()
+    cluster.wait_for_nodes(NODES_S)
     print("address", cluster.address, flush=True)
     for number, _ in enumerate(sys.stdin, start=nodes):
         cluster.add_node(**each, labels={"shelf": str(number)})

@@ -19,7 +19,7 @@ import pytest
 from tests.doubles.ports import free_ports
 from tests.doubles.rclone import RCLONE, serve_s3, settings
 
-READY_WITHIN_S = 90
+READY_WITHIN_S = 180
 POSTGRES_USER, POSTGRES_PASSWORD = "burnish", "p@ss/of:postgres"
 
 

@@ -19,7 +19,7 @@ from registry.errors import InputError, NotApplicableError, StageError, Untruste
 from registry.store import FolderStore
 from tests.doubles import zoo
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # campaigns wait for each other's cores
 HERE = Path(__file__).parent
 
 STAGES = '''
@@ -115,7 +115,7 @@ def burnish(folder: Path, *arguments: object) -> "subprocess.CompletedProcess[st
     command = [sys.executable, "-P", "-m", "optimize", *map(str, arguments)]
     environment = {**os.environ, "PYTHONPATH": str(folder / "plugin")}
     return subprocess.run(
-        command, env=environment, cwd=folder, capture_output=True, text=True, timeout=200, check=False
+        command, env=environment, cwd=folder, capture_output=True, text=True, timeout=600, check=False
     )
 
 

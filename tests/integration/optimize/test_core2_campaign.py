@@ -41,11 +41,15 @@ from tests.doubles.core2_agent import AgentDouble
 from tests.doubles.kubernetes_api import KubernetesDouble, RefusalError
 from tests.doubles.models import FEATURES, mlp, mlp_answer, write_onnx
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("servers")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(900),  # campaigns wait for each other's cores
+    pytest.mark.xdist_group("servers"),
+]
 
 BURNISH = str(Path(sys.executable).with_name("burnish"))
 TOKEN = "hush-hush"
-WAIT_S = 120.0
+WAIT_S = 240.0
 CAPABLE = frozenset({"mlserver", "burnish"})
 CAMPAIGN = """
 name: tiny
@@ -104,7 +108,7 @@ class Watching(Observer):
 
 
 def burnish(folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run([BURNISH, *arguments], cwd=folder, capture_output=True, text=True, timeout=250, check=False)
+    return subprocess.run([BURNISH, *arguments], cwd=folder, capture_output=True, text=True, timeout=600, check=False)
 
 
 def go(folder: Path, observer: Watching | None = None) -> Campaign:

@@ -10,7 +10,7 @@ from optimize.config import CampaignConfig
 from optimize.plan import Observer
 from tests.doubles.models import FEATURES, mlp, write_onnx
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # campaigns wait for each other's cores
 
 
 class Log(Observer):

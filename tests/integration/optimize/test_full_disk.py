@@ -202,10 +202,11 @@ def write_model(path: Path) -> None:
 def burnish_make(disk: Path, model: Path, out: Path) -> "subprocess.CompletedProcess[str]":
     command = [sys.executable, "-P", "-m", "optimize", "make", str(model), "--json", "--work", str(disk / "work")]
     command += ["--out", str(out), "--variant", "float32", "--variant", "ort-optimized"]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # campaigns wait for each other's cores
 def test_a_campaign_ends_and_goes_on(disk: Path, tmp_path: Path) -> None:
     model = tmp_path / "model.onnx"
     write_model(model)

@@ -39,7 +39,7 @@ from tests.doubles.busy import LONG_S, until
 from tests.doubles.candidates import candidate
 from tests.doubles.models import FEATURES, mlp, mlp_answer, write_onnx
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # campaigns wait for each other's cores
 
 METRIC = """
 import time

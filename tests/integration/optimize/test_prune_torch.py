@@ -23,7 +23,7 @@ from registry.records import StageCall  # noqa: E402
 from tests.doubles import torch_nets  # noqa: E402
 from tests.doubles.torch_nets import exported, write_samples  # noqa: E402
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # campaigns wait for each other's cores
 
 TRAINING = f"{__name__}:"
 
@@ -275,7 +275,7 @@ def test_a_campaign_prunes_trains_and_quantizes(tmp_path):
     write_samples(tmp_path / "samples.npz")
     command = [sys.executable, "-P", "-m", "optimize", "make", str(tmp_path / "campaign.yaml"), "--json"]
     done = subprocess.run(
-        [*command, "--out", str(tmp_path / "variants")], capture_output=True, text=True, timeout=120, check=False
+        [*command, "--out", str(tmp_path / "variants")], capture_output=True, text=True, timeout=600, check=False
     )
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)

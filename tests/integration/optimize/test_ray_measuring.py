@@ -25,6 +25,7 @@ from tests.doubles.ray_cluster import Cluster, ray_cluster
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.timeout(900),  # campaigns wait for each other's cores
     pytest.mark.xdist_group("ray"),
     # Ray leaves sockets and files to the garbage collector.
     pytest.mark.filterwarnings("ignore::ResourceWarning"),

@@ -22,7 +22,7 @@ from registry.store import FolderStore
 from tests.doubles import campaigns
 from tests.doubles.models import CLASSES, FEATURES, mlp
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # campaigns wait for each other's cores
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
 CAMPAIGN = """
 name: tiny

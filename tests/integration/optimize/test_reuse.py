@@ -22,7 +22,7 @@ from registry.ledger import Ledger
 from registry.store import FolderStore
 from tests.doubles.models import CLASSES, FEATURES, mlp
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # campaigns wait for each other's cores
 
 CAMPAIGN: dict[str, Any] = {
     "name": "tiny",

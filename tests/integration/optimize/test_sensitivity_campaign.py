@@ -14,7 +14,7 @@ from registry.ledger import Ledger
 from registry.records import AccuracySearch
 from tests.doubles.sensitive import clear_samples, conv_chain
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # campaigns wait for each other's cores
 
 
 class Log(Observer):

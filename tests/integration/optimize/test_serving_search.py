@@ -20,7 +20,7 @@ from registry.store import FolderStore
 from tests.doubles.busy import undisturbed
 from tests.doubles.models import FEATURES, mlp, mlp_answer, write_onnx
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # campaigns wait for each other's cores
 
 
 def candidate_of(one: Judged, profile: ServingProfile) -> Candidate:

@@ -10,14 +10,14 @@ import pytest
 
 from optimize.testing import tiny_conv_net
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # campaigns wait for each other's cores
 
 
 def make(model: Path, work: Path, store: Path | str, *variants: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-P", "-m", "optimize", "make", str(model), "--work", str(work), "--json"]
     command += ["--out", str(work / "out"), *(word for name in variants for word in ("--variant", name))]
     environment = {**os.environ, "BURNISH_STORE": str(store)}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
 
 
 def times_of(root: Path) -> dict[str, int]:

@@ -15,7 +15,7 @@ from optimize.stages.base import Context
 from optimize.testing import run_model, samples_for, tiny_conv_net, tiny_transformer
 from registry.records import EngineSpec, StageCall
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # campaigns wait for each other's cores
 
 ORT = EngineSpec(name="onnxruntime")
 CAMPAIGN = """
@@ -41,7 +41,7 @@ def test_a_campaign_judges_and_times_variants_on_samples_as_they_take_them(tmp_p
     (tmp_path / "campaign.yaml").write_text(CAMPAIGN)
     command = [sys.executable, "-P", "-m", "optimize", "make", str(tmp_path / "campaign.yaml"), "--judge", "--json"]
     done = subprocess.run(
-        [*command, "--out", str(tmp_path / "variants")], capture_output=True, text=True, timeout=120, check=False
+        [*command, "--out", str(tmp_path / "variants")], capture_output=True, text=True, timeout=600, check=False
     )
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)

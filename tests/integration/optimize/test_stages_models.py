@@ -179,7 +179,7 @@ def test_another_process_makes_the_same_bytes(name, tmp_path):
     for seed in ("1", "2"):
         command = [sys.executable, "-c", MAKE, str(source.folder), source.entry, str(tmp_path / f"out{seed}"), name]
         environment = {**os.environ, "PYTHONHASHSEED": seed}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=250)
         assert done.returncode == 0, done.stderr
         told.append(done.stdout)
     assert told[0] == told[1]
