@@ -17,6 +17,7 @@ import contextlib
 import functools
 import logging
 import math
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, NamedTuple
@@ -55,6 +56,7 @@ _INSTALLED = "_burnish_raw_tensors"
 # Field numbers of ModelInferRequest.raw_input_contents and ModelInferResponse.raw_output_contents.
 _RAW_INPUT, _RAW_OUTPUT = 7, 6
 _VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5
+_RAW_OUTPUT_TAG = bytes([_RAW_OUTPUT << 3 | _LENGTH])
 
 
 class RawTensor(NamedTuple):
@@ -82,8 +84,10 @@ class RawTensor(NamedTuple):
             # Any byte but 0 is true, but a numpy bool that is neither 0 nor 1 would be no valid one.
             array: Array = np.frombuffer(self.content, np.uint8) != 0
         else:
-            # A view into a message starts anywhere; engines compute on aligned memory.
-            array = np.require(np.frombuffer(self.content, dtype), None, "A")
+            array = np.frombuffer(self.content, dtype)
+            if not array.flags.aligned:
+                # A view into a message starts anywhere; engines compute on aligned memory.
+                array = array.copy()
         return array.reshape(self.shape)
 
     def plain(self) -> PlainTensor:
@@ -254,8 +258,15 @@ class _RawInfer:
     """``ModelInfer`` of one server, from bytes to bytes."""
 
     def __init__(self, servicer: Any, stock: Any) -> None:
+        # All that is of MLServer's inside is imported here: within the methods it would be looked up at every request.
+        from mlserver.batching.hooks import _AdaptiveBatchingAttr
+        from mlserver.context import model_context
+        from mlserver.grpc import dataplane_pb2
         from mlserver.grpc.utils import handle_mlserver_error
+        from mlserver.parallel.model import ParallelModel
 
+        self._pb, self._in_context = dataplane_pb2, model_context
+        self._batcher_attribute, self._remote_kind = _AdaptiveBatchingAttr, ParallelModel
         self._plane = servicer._data_plane
         self._stock = stock
         # It turns errors into statuses as for any other model.
@@ -265,10 +276,8 @@ class _RawInfer:
 
     async def __call__(self, message: bytes, context: Any) -> bytes:
         """The reply to a request, both as they are on the wire."""
-        from mlserver.grpc import dataplane_pb2 as pb
-
         head, raw = split_raw(message)
-        request = pb.ModelInferRequest.FromString(head)
+        request = self._pb.ModelInferRequest.FromString(head)
         if raw and (model := await self._model_of(request)):
             reply: bytes = await self._answer_raw((model, request, raw), context)
             return reply
@@ -291,18 +300,34 @@ class _RawInfer:
 
     async def _answer(self, message: tuple[Any, Any, Sequence[memoryview]], context: Any) -> bytes:
         """What MLServer's servicer and data plane do for a request, but for the tensors."""
-        from mlserver.context import model_context
-
         model, request, raw = message
         success, failure, duration = self._metrics(request.model_name, request.model_version)
-        with duration.time(), failure.count_exceptions():
-            if not model.ready:
-                raise ModelNotReady(request.model_name, request.model_version)
-            with model_context(model.settings):
-                reply = await _predict(model, _from_message(request, raw))
-            success.inc()
+        began = time.perf_counter()
+        try:
+            _check_ready(model, request)
+            with self._in_context(model.settings):
+                reply = await self._predict(model, _from_message(request, raw))
+        except Exception:
+            failure.inc()
+            raise
+        finally:
+            duration.observe(time.perf_counter() - began)
+        success.inc()
         context.set_trailing_metadata(self._trailers(model, request.id))
-        return _to_wire(model, request.id, reply)
+        head = self._pb.ModelInferResponse(model_name=model.name, model_version=model.version or "", id=request.id)
+        return _to_wire(head, reply)
+
+    async def _predict(self, model: Any, request: RawRequest) -> RawReply:
+        answer: Any
+        if batcher := getattr(model, self._batcher_attribute, None):
+            return await batcher.predict(request)  # type: ignore[no-any-return]
+        if isinstance(model, self._remote_kind):
+            (answer,) = await model._send("predict_many", [request.portable()])
+        else:
+            (answer,) = await model.predict_many([request])
+        if isinstance(answer, Exception):
+            raise answer
+        return answer  # type: ignore[no-any-return]
 
     def _metrics_of(self, name: str, version: str) -> tuple[Any, Any, Any]:
         plane = self._plane
@@ -312,11 +337,11 @@ class _RawInfer:
 
     def _trailers(self, model: Any, request_id: str) -> tuple[tuple[str, str], ...]:
         """The headers that MLServer's middlewares give a response."""
+        if not request_id and model.name in self._headers:
+            return self._headers[model.name]
         from mlserver.grpc.utils import to_metadata
         from mlserver.utils import extract_headers
 
-        if not request_id and model.name in self._headers:
-            return self._headers[model.name]
         response = InferenceResponse(model_name=model.name, id=request_id, outputs=[])
         self._plane._inference_middleware.response_middleware(response, model.settings)
         trailers: tuple[tuple[str, str], ...] = to_metadata(extract_headers(response) or {})
@@ -335,32 +360,18 @@ def _from_message(request: Any, raw: Sequence[memoryview]) -> RawRequest:
     return RawRequest(inputs, tuple(output.name for output in request.outputs))
 
 
-async def _predict(model: Any, request: RawRequest) -> RawReply:
-    from mlserver.batching.hooks import _AdaptiveBatchingAttr
-    from mlserver.parallel.model import ParallelModel
-
-    answer: Any
-    if batcher := getattr(model, _AdaptiveBatchingAttr, None):
-        return await batcher.predict(request)  # type: ignore[no-any-return]
-    if isinstance(model, ParallelModel):
-        (answer,) = await model._send("predict_many", [request.portable()])
-    else:
-        (answer,) = await model.predict_many([request])
-    if isinstance(answer, Exception):
-        raise answer
-    return answer  # type: ignore[no-any-return]
+def _check_ready(model: Any, request: Any) -> None:
+    if not model.ready:
+        raise ModelNotReady(request.model_name, request.model_version)
 
 
-def _to_wire(model: Any, request_id: str, reply: RawReply) -> bytes:
-    """A ``ModelInferResponse`` with raw contents."""
-    from mlserver.grpc import dataplane_pb2 as pb
-
-    response = pb.ModelInferResponse(model_name=model.name, model_version=model.version or "", id=request_id)
+def _to_wire(head: Any, reply: RawReply) -> bytes:
+    """A ``ModelInferResponse`` with the outputs of a reply, as raw contents; ``head`` is one without any."""
     parts: list[Any] = [b""]
     for name, datatype, shape, content in reply:
-        response.outputs.add(name=name, datatype=datatype, shape=shape)
-        parts += [bytes([_RAW_OUTPUT << 3 | _LENGTH]), _to_varint(len(content)), content]
-    parts[0] = response.SerializeToString()
+        head.outputs.add(name=name, datatype=datatype, shape=shape)
+        parts += [_RAW_OUTPUT_TAG, _to_varint(len(content)), content]
+    parts[0] = head.SerializeToString()
     return b"".join(parts)
 
 

@@ -286,12 +286,15 @@ def _asked(request: RawRequest | InferenceRequest) -> list[str]:
 
 def _check_outputs(session: _Metered, request: RawRequest | InferenceRequest) -> None:
     """Returns where the model has every output that is asked for."""
-    if unknown := sorted(set(_asked(request)) - set(session.outputs)):
+    asked = _asked(request)
+    if asked and (unknown := sorted(set(asked) - set(session.outputs))):
         raise InferenceError(f"the model has no output {unknown[0]!r}; it gives {', '.join(session.outputs)}")
 
 
 def _mergeable(arrays: Mapping[int, Arrays]) -> list[list[int]]:
     """The requests in groups whose rows can run as one batch: the same inputs, of the same sizes but for the rows."""
+    if len(arrays) == 1:
+        return [[*arrays]]
     groups: dict[Any, list[int]] = {}
     for i, inputs in arrays.items():
         rows = {array.shape[0] if array.ndim else None for array in inputs.values()}

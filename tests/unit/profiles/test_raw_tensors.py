@@ -64,9 +64,9 @@ found["true"] = raw.RawTensor("x", "BOOL", (3,), bytes([0, 1, 2])).to_array().as
 found["length"] = error(raw.RawTensor("x", "FP32", (2, 3), bytes(23)).to_array)
 found["negative"] = error(raw.RawTensor("x", "FP32", (-1, -6), bytes(24)).to_array)
 
-model = mlserver.MLModel(ModelSettings(name="m", implementation=mlserver.MLModel))
 big = raw.RawTensor("y", "UINT8", (70000,), bytes(70000))
-reply = pb.ModelInferResponse.FromString(raw._to_wire(model, "7", (big, big._replace(shape=(0,), content=b""))))
+head = pb.ModelInferResponse(model_name="m", id="7")
+reply = pb.ModelInferResponse.FromString(raw._to_wire(head, (big, big._replace(shape=(0,), content=b""))))
 found["reply"] = [reply.model_name, reply.id, [len(content) for content in reply.raw_output_contents]]
 
 mlserver.__version__, version = "9.9", mlserver.__version__
@@ -90,7 +90,8 @@ found["plain"] = [plain == ((("x", "UINT8", (2,), b"ab"),), ("y",)), type(plain)
 made = [another.RawRequest.of(request) for request in (ours, plain)]
 found["made its own"] = [type(one) is another.RawRequest and type(one.inputs[0]) is another.RawTensor for one in made]
 found["kept its own"] = raw.RawRequest.of(ours) is ours
-reply = pb.ModelInferResponse.FromString(raw._to_wire(model, "", (another.RawTensor("y", "UINT8", (1,), b"z"),)))
+copied = raw._to_wire(pb.ModelInferResponse(), (another.RawTensor("y", "UINT8", (1,), b"z"),))
+reply = pb.ModelInferResponse.FromString(copied)
 found["copy's reply"] = reply.raw_output_contents[0].decode()
 another.CONTRACT = 2
 found["other contract"] = [another.install(), raw.install(), PromServerInterceptor.intercept_service is changed]
