@@ -26,8 +26,8 @@ UNKNOWN_FLOOR = 0.15
 # Brecht ("Conducting repeatable experiments in highly variable cloud computing environments", ICPE 2017) found
 # identical systems 38 % apart that way.
 BLOCK_FLOOR = 0.40
-# Exact enumeration of sign flips says something at 5 % from six rounds on (2 / 2^6), and is cheap up to fifteen.
-FEWEST_TO_PERMUTE, MOST_TO_PERMUTE = 6, 15
+MOST_TO_PERMUTE = 15
+"""Rounds up to which it is cheap to go through all flips of signs."""
 
 
 def looks_at(first: int, most: int) -> tuple[int, ...]:
@@ -223,6 +223,11 @@ def _word(
 
 
 def _flips_agree(logs: "np.ndarray[tuple[int], np.dtype[np.float64]]", confidence: float) -> bool:
-    if not FEWEST_TO_PERMUTE <= len(logs) <= MOST_TO_PERMUTE:
+    """Whether all flips of signs bear a difference out.
+
+    They are not asked where they could not, however far apart the two are: of six rounds the least chance is 2 / 2^6.
+    """
+    allowed = 1 - confidence
+    if 2 / 2 ** len(logs) > allowed or len(logs) > MOST_TO_PERMUTE:
         return True
-    return sign_flip_p(logs.tolist()) <= 1 - confidence
+    return sign_flip_p(logs.tolist()) <= allowed

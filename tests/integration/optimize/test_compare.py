@@ -34,8 +34,7 @@ def is_drowned(pair: dict[str, Any]) -> bool:
     """Whether the second is the faster by what was seen, and chance or noise may have made it so."""
     [chosen] = [one for one in pair["comparisons"] if (one["metric"], one["load"]) == (pair["metric"], pair["load"])]
     ratio = pair["ratio"]
-    # Of six pairs the signs alone are no proof at the last of several looks.
-    doubtful = ratio["high"] is None or ratio["high"] * (1 + chosen["noise_floor"]) >= 1 or ratio["runs"] >= 6
+    doubtful = ratio["high"] is None or ratio["high"] * (1 + chosen["noise_floor"]) >= 1
     return bool(ratio["value"] < 1 and doubtful)
 
 

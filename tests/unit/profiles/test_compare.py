@@ -13,11 +13,25 @@ from profiles.measure.compare import (
     sign_flip_p,
     spent_at,
 )
+from registry.intervals import CONFIDENCE
 from registry.records import Comparison
 
 
-def compare(pairs: list[tuple[float, float]], metric: str = "max_throughput_rps", floor: float = 0.02) -> Comparison:
-    return compare_pairs(pairs, candidate_id="c", baseline_id="b", metric=metric, load=None, noise_floor=floor)
+def compare(
+    pairs: list[tuple[float, float]],
+    metric: str = "max_throughput_rps",
+    floor: float = 0.02,
+    confidence: float = CONFIDENCE,
+) -> Comparison:
+    return compare_pairs(
+        pairs,
+        candidate_id="c",
+        baseline_id="b",
+        metric=metric,
+        load=None,
+        noise_floor=floor,
+        confidence=confidence,
+    )
 
 
 TWICE = [(200.0, 100.0), (210.0, 104.0), (195.0, 98.0)]
@@ -77,6 +91,14 @@ def test_sign_flips_can_take_a_verdict_back() -> None:
     assert comparison.ratio.low > 1.02
     assert comparison.word == "undecided"
     assert compare([(math.exp(log), 1.0) for log in [*logs[:5], 0.01]]).word == "faster"
+
+
+@pytest.mark.parametrize("most", range(4, 16))
+def test_a_difference_without_doubt_is_seen_at_every_look(most: int) -> None:
+    first = most // 2
+    for rounds in looks_at(first, most):
+        pairs = [(200.0 + number % 2, 100.0) for number in range(rounds)]
+        assert compare(pairs, confidence=1 - spent_at(rounds, first, most)).word == "faster", rounds
 
 
 def test_no_rounds_and_no_rates_are_errors() -> None:
