@@ -262,9 +262,11 @@ class _RawInfer:
         from mlserver.batching.hooks import _AdaptiveBatchingAttr
         from mlserver.context import model_context
         from mlserver.grpc import dataplane_pb2
-        from mlserver.grpc.utils import handle_mlserver_error
+        from mlserver.grpc.utils import handle_mlserver_error, to_metadata
         from mlserver.parallel.model import ParallelModel
+        from mlserver.utils import extract_headers
 
+        self._to_metadata, self._extract_headers = to_metadata, extract_headers
         self._pb, self._in_context = dataplane_pb2, model_context
         self._batcher_attribute, self._remote_kind = _AdaptiveBatchingAttr, ParallelModel
         self._plane = servicer._data_plane
@@ -339,12 +341,9 @@ class _RawInfer:
         """The headers that MLServer's middlewares give a response."""
         if not request_id and model.name in self._headers:
             return self._headers[model.name]
-        from mlserver.grpc.utils import to_metadata
-        from mlserver.utils import extract_headers
-
         response = InferenceResponse(model_name=model.name, id=request_id, outputs=[])
         self._plane._inference_middleware.response_middleware(response, model.settings)
-        trailers: tuple[tuple[str, str], ...] = to_metadata(extract_headers(response) or {})
+        trailers: tuple[tuple[str, str], ...] = self._to_metadata(self._extract_headers(response) or {})
         if not request_id:
             self._headers[model.name] = trailers
         return trailers
