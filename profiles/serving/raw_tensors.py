@@ -13,7 +13,6 @@ and back is plain tuples to both, and every runtime decodes and encodes with its
 """
 
 import asyncio
-import contextlib
 import functools
 import logging
 import math
@@ -49,6 +48,10 @@ DTYPES = {
     "INT64": "<i8", "UINT8": "u1", "UINT16": "<u2", "UINT32": "<u4", "UINT64": "<u8",
 }  # fmt: skip
 """The V2 protocol's names of types -> numpy's, in the protocol's byte order."""
+
+KEPT_HEADS = 256
+"""Requests that are remembered but for their contents, and replies; of requests those of at most `KEPT_HEAD_BYTES`."""
+KEPT_HEAD_BYTES = 2**12
 
 _METHOD = "/inference.GRPCInferenceService/ModelInfer"
 _INSTALLED = "_burnish_raw_tensors"
@@ -238,6 +241,9 @@ def _intercepting(stock: Callable[..., Awaitable[Any]], *, steady: bool) -> Call
         wrapped = await stock(self, ours, details)
         if steady:
             self.__dict__[_INSTALLED] = (bound, wrapped)
+            for metric in self._interceptor._metrics.values():
+                # It would look for the few same children at every call.
+                metric.labels = functools.cache(metric.labels)
         return wrapped
 
     return intercept_service
@@ -274,33 +280,35 @@ class _RawInfer:
         # It turns errors into statuses as for any other model.
         self._answer_raw = functools.partial(handle_mlserver_error(_RawInfer._answer), self)
         self._metrics = functools.cache(self._metrics_of)
+        # Requests differ in their contents, and mostly in nothing else.
+        self._kept_head = functools.lru_cache(KEPT_HEADS)(self._request_head)
+        self._kept_reply_head = functools.lru_cache(KEPT_HEADS)(self._reply_head)
         self._headers: dict[str, tuple[tuple[str, str], ...]] = {}
 
     async def __call__(self, message: bytes, context: Any) -> bytes:
         """The reply to a request, both as they are on the wire."""
         head, raw = split_raw(message)
-        request = self._pb.ModelInferRequest.FromString(head)
-        if raw and (model := await self._model_of(request)):
-            reply: bytes = await self._answer_raw((model, request, raw), context)
-            return reply
-        whole = self._stock.request_deserializer(message) if raw else request
-        response = await self._stock.unary_unary(whole, context)
+        if raw:
+            request = self._kept_head(head) if len(head) <= KEPT_HEAD_BYTES else self._request_head(head)
+            model = await self._model_of(request)
+            if model is not None:
+                reply: bytes = await self._answer_raw((model, request, raw), context)
+                return reply
+        response = await self._stock.unary_unary(self._stock.request_deserializer(message), context)
         return bytes(self._stock.response_serializer(response))
 
-    async def _model_of(self, request: Any) -> Any:
+    async def _model_of(self, request: "_RequestHead") -> Any:
         """The model, where it takes the request raw; else None."""
         # The cache's key is the request as JSON. Where only some contents are raw, MLServer knows which are which.
-        if self._plane._get_response_cache() is not None:
+        if request.has_typed or self._plane._get_response_cache() is not None:
             return None
-        for tensor in request.inputs:
-            if tensor.HasField("contents"):
-                return None
-        with contextlib.suppress(MLServerError):  # there is no such model, which the stock handler says
+        try:
             model = await self._plane._model_registry.get_model(request.model_name, request.model_version)
-            return model if takes_raw(model) else None
-        return None
+        except MLServerError:  # there is no such model, which the stock handler says
+            return None
+        return model if takes_raw(model) else None
 
-    async def _answer(self, message: tuple[Any, Any, Sequence[memoryview]], context: Any) -> bytes:
+    async def _answer(self, message: "tuple[Any, _RequestHead, Sequence[memoryview]]", context: Any) -> bytes:
         """What MLServer's servicer and data plane do for a request, but for the tensors."""
         model, request, raw = message
         success, failure, duration = self._metrics(request.model_name, request.model_version)
@@ -308,7 +316,7 @@ class _RawInfer:
         try:
             _check_ready(model, request)
             with self._in_context(model.settings):
-                reply = await self._predict(model, _from_message(request, raw))
+                reply = await self._predict(model, request.with_contents(raw))
         except Exception:
             failure.inc()
             raise
@@ -316,8 +324,22 @@ class _RawInfer:
             duration.observe(time.perf_counter() - began)
         success.inc()
         context.set_trailing_metadata(self._trailers(model, request.id))
-        head = self._pb.ModelInferResponse(model_name=model.name, model_version=model.version or "", id=request.id)
+        # Where requests have ids, no two replies are the same.
+        head_of = self._reply_head if request.id else self._kept_reply_head
+        head = head_of(model.name, model.version or "", request.id, tuple([tensor[:3] for tensor in reply]))
         return _to_wire(head, reply)
+
+    def _request_head(self, head: bytes) -> "_RequestHead":
+        return _RequestHead.of(self._pb.ModelInferRequest.FromString(head))
+
+    def _reply_head(
+        self, model_name: str, model_version: str, request_id: str, outputs: "tuple[_TensorHead, ...]"
+    ) -> bytes:
+        """A ``ModelInferResponse`` without contents."""
+        head = self._pb.ModelInferResponse(model_name=model_name, model_version=model_version, id=request_id)
+        for name, datatype, shape in outputs:
+            head.outputs.add(name=name, datatype=datatype, shape=shape)
+        return bytes(head.SerializeToString())
 
     async def _predict(self, model: Any, request: RawRequest) -> RawReply:
         answer: Any
@@ -349,28 +371,55 @@ class _RawInfer:
         return trailers
 
 
-def _from_message(request: Any, raw: Sequence[memoryview]) -> RawRequest:
-    if len(raw) != len(request.inputs):
-        raise InferenceError(f"the request has {len(request.inputs)} inputs and {len(raw)} raw contents")
-    inputs = tuple(
-        RawTensor(tensor.name, tensor.datatype, tuple(tensor.shape), content)
-        for tensor, content in zip(request.inputs, raw, strict=True)
-    )
-    return RawRequest(inputs, tuple(output.name for output in request.outputs))
-
-
-def _check_ready(model: Any, request: Any) -> None:
+def _check_ready(model: Any, request: "_RequestHead") -> None:
     if not model.ready:
         raise ModelNotReady(request.model_name, request.model_version)
 
 
-def _to_wire(head: Any, reply: RawReply) -> bytes:
-    """A ``ModelInferResponse`` with the outputs of a reply, as raw contents; ``head`` is one without any."""
-    parts: list[Any] = [b""]
-    for name, datatype, shape, content in reply:
-        head.outputs.add(name=name, datatype=datatype, shape=shape)
-        parts += [_RAW_OUTPUT_TAG, _to_varint(len(content)), content]
-    parts[0] = head.SerializeToString()
+_TensorHead = tuple[str, str, tuple[int, ...]]
+"""The first fields of a `RawTensor`: all but its content."""
+
+
+class _RequestHead(NamedTuple):
+    """A request but for its raw contents."""
+
+    model_name: str
+    model_version: str
+    id: str
+    inputs: tuple[_TensorHead, ...]
+    outputs: tuple[str, ...]
+    has_typed: bool
+    """Whether some input has contents that are not raw."""
+
+    @classmethod
+    def of(cls, request: Any) -> "_RequestHead":
+        """Of a ``ModelInferRequest``."""
+        return cls(
+            request.model_name,
+            request.model_version,
+            request.id,
+            tuple((tensor.name, tensor.datatype, tuple(tensor.shape)) for tensor in request.inputs),
+            tuple(output.name for output in request.outputs),
+            any(tensor.HasField("contents") for tensor in request.inputs),
+        )
+
+    def with_contents(self, raw: Sequence[memoryview]) -> RawRequest:
+        """The whole request.
+
+        Raises:
+            InferenceError: it has another number of raw contents than of inputs.
+        """
+        if len(raw) != len(self.inputs):
+            raise InferenceError(f"the request has {len(self.inputs)} inputs and {len(raw)} raw contents")
+        inputs = zip(self.inputs, raw, strict=True)
+        return RawRequest(tuple([RawTensor(*tensor, content) for tensor, content in inputs]), self.outputs)
+
+
+def _to_wire(head: bytes, reply: RawReply) -> bytes:
+    """A ``ModelInferResponse`` with the contents of a reply, raw; ``head`` is one without them."""
+    parts = [head]
+    for *_, content in reply:
+        parts += (_RAW_OUTPUT_TAG, _to_varint(len(content)), content)
     return b"".join(parts)
 
 

@@ -172,7 +172,7 @@ class SessionRuntime(MLModel):  # type: ignore[misc]  # mlserver is not followed
         ]
 
     def _reply(self, request: RawRequest | InferenceRequest, outputs: Arrays) -> RawReply | InferenceResponse:
-        names = _asked(request) or [*outputs]
+        names = _asked(request) or outputs
         if isinstance(request, RawRequest):
             return tuple(RawTensor.of(name, DATATYPES[outputs[name].dtype], outputs[name]).plain() for name in names)
         return InferenceResponse.model_construct(
@@ -211,7 +211,7 @@ class _Metered:
         # would then take the two threads, and so more of the machine.
         self._mean_s = took if self._mean_s == math.inf else self._mean_s + (took - self._mean_s) / RUNS_OF_LATE
         self._seconds.observe(took)
-        self._sizes.observe(max((len(array) for array in inputs.values() if array.ndim), default=1))
+        self._sizes.observe(max([len(array) for array in inputs.values() if array.ndim], default=1))
         return outputs
 
 
@@ -278,23 +278,22 @@ def _warm_up(session: Session) -> None:
         session.run(zeros)
 
 
-def _asked(request: RawRequest | InferenceRequest) -> list[str]:
+def _asked(request: RawRequest | InferenceRequest) -> Sequence[str]:
     if isinstance(request, RawRequest):
-        return [*request.outputs]
+        return request.outputs
     return [output.name for output in request.outputs or ()]
 
 
-def _check_outputs(session: _Metered, request: RawRequest | InferenceRequest) -> None:
-    """Returns where the model has every output that is asked for."""
+def _arrays(session: _Metered, request: RawRequest | InferenceRequest) -> Arrays:
+    """The inputs of a request, all of whose outputs the model has."""
     asked = _asked(request)
     if asked and (unknown := sorted(set(asked) - set(session.outputs))):
         raise InferenceError(f"the model has no output {unknown[0]!r}; it gives {', '.join(session.outputs)}")
+    return {tensor.name: _decode(session.inputs, tensor) for tensor in request.inputs}
 
 
 def _mergeable(arrays: Mapping[int, Arrays]) -> list[list[int]]:
     """The requests in groups whose rows can run as one batch: the same inputs, of the same sizes but for the rows."""
-    if len(arrays) == 1:
-        return [[*arrays]]
     groups: dict[Any, list[int]] = {}
     for i, inputs in arrays.items():
         rows = {array.shape[0] if array.ndim else None for array in inputs.values()}
@@ -310,12 +309,15 @@ def _run_all(session: _Metered, requests: _Requests) -> _Outputs:
     arrays: dict[int, Arrays] = {}
     for i, request in enumerate(requests):
         try:
-            _check_outputs(session, request)
-            arrays[i] = {tensor.name: _decode(session.inputs, tensor) for tensor in request.inputs}
+            arrays[i] = _arrays(session, request)
         except InferenceError as error:
             outputs[i] = error
-    for group in _mergeable(arrays):
-        outputs |= zip(group, _run(session, [arrays[i] for i in group]), strict=True)
+    if len(arrays) == 1:
+        ((i, alone),) = arrays.items()
+        outputs[i] = _run_alone(session, alone)
+    else:
+        for group in _mergeable(arrays):
+            outputs |= zip(group, _run(session, [arrays[i] for i in group]), strict=True)
     return [outputs[i] for i in range(len(requests))]
 
 

@@ -88,6 +88,7 @@ class Session:
         self._batch = _fixed_batch((*engine.inputs, *engine.outputs))
         self.inputs = tuple(map(self._port, engine.inputs))
         self.outputs = tuple(map(self._port, engine.outputs))
+        self._names = {port.name for port in self.inputs}
 
     def _port(self, port: Port) -> Port:
         return port if self._batch is None else replace(port, shape=(None, *port.shape[1:]))
@@ -118,15 +119,16 @@ class Session:
         Raises:
             SessionError: one does not.
         """
-        names = [port.name for port in self.inputs]
-        if unknown := sorted(set(inputs) - set(names)):
-            raise SessionError(f"the model has no input {unknown[0]!r}; it takes {', '.join(names)}")
+        if inputs.keys() != self._names:
+            names = ", ".join(port.name for port in self.inputs)
+            if unknown := sorted(inputs.keys() - self._names):
+                raise SessionError(f"the model has no input {unknown[0]!r}; it takes {names}")
+            missing = next(port.name for port in self.inputs if port.name not in inputs)
+            raise SessionError(f"the input {missing!r} is missing; the model takes {names}")
         for port in self.inputs:
-            if port.name not in inputs:
-                raise SessionError(f"the input {port.name!r} is missing; the model takes {', '.join(names)}")
             _check_array(port, inputs[port.name])
-        if self._batch is not None and len({len(inputs[name]) for name in names}) > 1:
-            rows = {name: len(inputs[name]) for name in names}
+        if self._batch is not None and len({len(array) for array in inputs.values()}) > 1:
+            rows = {port.name: len(inputs[port.name]) for port in self.inputs}
             raise SessionError(f"the inputs have different numbers of rows: {rows}")
 
     def _run_in_chunks(self, inputs: Mapping[str, Array], batch: int) -> Arrays:

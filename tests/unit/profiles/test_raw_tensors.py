@@ -8,8 +8,10 @@ import pytest
 # In a process of its own: MLServer and tritonclient.grpc both register the V2 protocol's messages.
 CHECKS = '''
 import asyncio, importlib.util, json, logging, sys
+from types import SimpleNamespace
 import mlserver, numpy as np
 from mlserver.batching import hooks
+from mlserver.errors import ModelNotFound
 from mlserver.grpc import dataplane_pb2 as pb
 from mlserver.grpc.interceptors import PromServerInterceptor
 from mlserver.settings import ModelSettings
@@ -65,9 +67,48 @@ found["length"] = error(raw.RawTensor("x", "FP32", (2, 3), bytes(23)).to_array)
 found["negative"] = error(raw.RawTensor("x", "FP32", (-1, -6), bytes(24)).to_array)
 
 big = raw.RawTensor("y", "UINT8", (70000,), bytes(70000))
-head = pb.ModelInferResponse(model_name="m", id="7")
+head = pb.ModelInferResponse(model_name="m", id="7", outputs=[dict(name="y"), dict(name="y")]).SerializeToString()
 reply = pb.ModelInferResponse.FromString(raw._to_wire(head, (big, big._replace(shape=(0,), content=b""))))
 found["reply"] = [reply.model_name, reply.id, [len(content) for content in reply.raw_output_contents]]
+
+requests = [message() for _ in range(3)]
+requests[1].raw_input_contents[0] = b"other"
+requests[2].id = "8" * 5000
+heads = [raw.split_raw(request.SerializeToString()) for request in requests]
+infer = raw._RawInfer(SimpleNamespace(_data_plane=None), None)
+found["same head"] = [infer._kept_head(heads[0][0]) is infer._kept_head(head) for head, _ in heads[:2]]
+again = [infer._kept_head(head).with_contents(contents) for head, contents in heads[:2]]
+found["own contents"] = [[bytes(tensor.content).decode() for tensor in one.inputs] for one in again]
+found["head"] = infer._kept_head(heads[0][0])
+found["missing"] = error(infer._kept_head(heads[0][0]).with_contents, heads[0][1][:1])
+typed = message()
+typed.inputs[1].contents.uint_contents.append(1)
+found["typed"] = raw._RequestHead.of(typed).has_typed
+outputs = (("y", "FP32", (2, 3)),)
+reply = pb.ModelInferResponse.FromString(infer._reply_head("m", "1", "7", outputs))
+found["reply head"] = [reply.model_name, reply.model_version, reply.id, list(reply.outputs[0].shape)]
+
+
+async def unknown(name, version):
+    raise ModelNotFound(name)
+
+
+async def stock(request, context):
+    return request.id
+
+
+async def unknown_model():
+    registry = SimpleNamespace(get_model=unknown)
+    plane = SimpleNamespace(_get_response_cache=lambda: None, _model_registry=registry)
+    handler = SimpleNamespace(
+        unary_unary=stock, request_deserializer=pb.ModelInferRequest.FromString, response_serializer=str.encode
+    )
+    infer = raw._RawInfer(SimpleNamespace(_data_plane=plane), handler)
+    replies = [await infer(request.SerializeToString(), None) for request in requests]
+    return [len(reply) for reply in replies], infer._kept_head.cache_info().currsize
+
+
+found["long heads"] = asyncio.run(unknown_model())
 
 mlserver.__version__, version = "9.9", mlserver.__version__
 stock = PromServerInterceptor.intercept_service
@@ -90,7 +131,7 @@ found["plain"] = [plain == ((("x", "UINT8", (2,), b"ab"),), ("y",)), type(plain)
 made = [another.RawRequest.of(request) for request in (ours, plain)]
 found["made its own"] = [type(one) is another.RawRequest and type(one.inputs[0]) is another.RawTensor for one in made]
 found["kept its own"] = raw.RawRequest.of(ours) is ours
-copied = raw._to_wire(pb.ModelInferResponse(), (another.RawTensor("y", "UINT8", (1,), b"z"),))
+copied = raw._to_wire(b"", (another.RawTensor("y", "UINT8", (1,), b"z"),))
 reply = pb.ModelInferResponse.FromString(copied)
 found["copy's reply"] = reply.raw_output_contents[0].decode()
 another.CONTRACT = 2
@@ -169,6 +210,22 @@ def test_a_request_is_split_into_its_head_and_its_raw_contents(found: dict[str, 
     assert found["split"] is True
     assert found["no raw contents"] is True
     assert found["any order"] == ["m", ["A", ""]]
+
+
+def test_requests_that_differ_in_their_contents_share_what_is_remembered(found: dict[str, Any]) -> None:
+    assert found["same head"] == [True, True]
+    assert found["own contents"] == [["\0" * 200, "\1" * 200], ["other", "\1" * 200]]
+    assert found["head"] == ["m", "", "7", [["x0", "UINT8", [200]], ["x1", "UINT8", [200]]], [], False]
+    assert found["typed"] is True
+    assert found["reply head"] == ["m", "1", "7", [2, 3]]
+
+
+def test_a_missing_content_is_named(found: dict[str, Any]) -> None:
+    assert found["missing"] == "InferenceError: the request has 2 inputs and 1 raw contents"
+
+
+def test_a_long_head_is_not_remembered(found: dict[str, Any]) -> None:
+    assert found["long heads"] == [[1, 1, 5000], 1]
 
 
 def test_a_broken_message_is_refused(found: dict[str, Any]) -> None:
