@@ -34,7 +34,7 @@ TRIES = 2
 START_S = 30.0
 DOUBT_S = 30.0
 # Counted up where the generator or the null server come to do much more, or less.
-MEASURED_BY = 2
+MEASURED_BY = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
