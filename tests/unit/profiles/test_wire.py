@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import hashlib
 import re
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
@@ -11,6 +12,7 @@ import hpack
 import pytest
 
 from profiles.load import http2
+from profiles.load.grpc_calls import WRITE_BYTES
 from profiles.load.http2 import Frames, HeaderBlocks, Http2Error, Kind, Setting
 from profiles.load.payloads import Payload
 from profiles.load.transports import ROUTE, Reply, Status, make_transport, with_limit
@@ -545,6 +547,25 @@ def test_a_call_that_is_answered_before_it_was_heard_is_given_up() -> None:
     replies = asked(script, protocol="grpc", payload=large, times=2)
     assert [reply.message for reply in replies] == ["RESOURCE_EXHAUSTED: too large", ""]
     assert [(frame[0], frame[2]) for frame in seen] == [(Kind.RST_STREAM, 1)]
+
+
+@pytest.mark.parametrize("window", [20_000, 300_001, 1 << 24])
+def test_a_large_message_comes_as_it_is_whatever_the_windows(window: int) -> None:
+    large = Payload(body=hashlib.shake_256(b"large").digest(3 * WRITE_BYTES + 7))
+
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        side, held = H2(reader, writer), b""
+        await side.begin(INITIAL_WINDOW_SIZE=window)
+        flags = 0
+        while not flags & http2.END_STREAM:
+            _, flags, stream, content = await side.next(Kind.DATA)
+            held += content
+            side.send(http2.window_update(0, len(content)) + http2.window_update(stream, len(content)))
+        assert held[:5] == b"\0" + len(large.body).to_bytes(4, "big")
+        side.answer(stream, hashlib.sha256(held[5:]).digest())
+
+    (reply,) = asked(script, protocol="grpc", payload=large)
+    assert (reply.status, reply.body) == (Status.OK, hashlib.sha256(large.body).digest())
 
 
 @pytest.mark.parametrize("window", [1, 3, 10])
