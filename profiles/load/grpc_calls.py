@@ -154,7 +154,7 @@ class _Lane:
 class _Call:
     """One call that is not answered."""
 
-    __slots__ = ("body", "data", "first", "headers", "id", "left", "prefix", "sent", "then", "timer", "window")
+    __slots__ = ("body", "data", "first", "headers", "id", "left", "prefix", "then", "timer", "window")
 
     def __init__(self, then: Then) -> None:
         self.then: Then | None = then  # None where it is answered
@@ -163,7 +163,6 @@ class _Call:
         self.window = 0
         self.prefix = b""
         self.body = memoryview(b"")
-        self.sent = 0  # of the body
         self.left = 0  # of both, to be sent
         self.data: list[bytes] = []
         self.headers: Mapping[str, str] = {}
@@ -184,8 +183,8 @@ class _Call:
             if self.prefix:
                 parts.append(self.prefix[:length])
                 self.prefix, length = self.prefix[length:], max(0, length - len(self.prefix))
-            parts.append(self.body[self.sent : self.sent + length])
-            self.sent += length
+            parts.append(self.body[:length])
+            self.body = self.body[length:]
         return parts
 
 

@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 Array = npt.NDArray[Any]
 PlainTensor = tuple[str, str, tuple[int, ...], bytes]
 """The fields of a `RawTensor`. It can go to another process, whatever that has imported, and to another copy."""
+TensorHead = tuple[str, str, tuple[int, ...]]
+"""The fields of a `PlainTensor` but for its content."""
 RawReply = tuple[PlainTensor, ...]
 
 KNOWN_VERSION = "1.7.1"
@@ -333,7 +335,7 @@ class _RawInfer:
         return _RequestHead.of(self._pb.ModelInferRequest.FromString(head))
 
     def _reply_head(
-        self, model_name: str, model_version: str, request_id: str, outputs: "tuple[_TensorHead, ...]"
+        self, model_name: str, model_version: str, request_id: str, outputs: tuple[TensorHead, ...]
     ) -> bytes:
         """A ``ModelInferResponse`` without contents."""
         head = self._pb.ModelInferResponse(model_name=model_name, model_version=model_version, id=request_id)
@@ -376,17 +378,13 @@ def _check_ready(model: Any, request: "_RequestHead") -> None:
         raise ModelNotReady(request.model_name, request.model_version)
 
 
-_TensorHead = tuple[str, str, tuple[int, ...]]
-"""The first fields of a `RawTensor`: all but its content."""
-
-
 class _RequestHead(NamedTuple):
     """A request but for its raw contents."""
 
     model_name: str
     model_version: str
     id: str
-    inputs: tuple[_TensorHead, ...]
+    inputs: tuple[TensorHead, ...]
     outputs: tuple[str, ...]
     has_typed: bool
     """Whether some input has contents that are not raw."""
